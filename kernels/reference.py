@@ -1,0 +1,84 @@
+"""KL(P || softmax(z)) as PyTorch spells it: log_softmax, then kl_div. The definition, unfused.
+
+    KL = sum over the vocabulary of P (log P - log_softmax(z))                        in nats
+
+Every other path in this folder is compared with this one (in float64), and the benchmark calls it
+"unfused". One difference is left as PyTorch has it: a logit of -inf where P = 0 gives
+0 * -inf = NaN here, while the fused paths count the term 0.
+
+Two traps, both avoided by summing over the last dimension and then averaging over rows:
+F.kl_div's own "batchmean" divides by the first dimension only, its "mean" by rows times vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.target import Target, TwoLevelTarget
+
+REDUCTIONS = ("batchmean", "sum", "none")
+
+
+def kl_div(logits: Tensor, target: Target, reduction: str = "batchmean") -> Tensor:
+    """KL divergence from softmax(logits) to the target, in nats.
+
+    Args:
+        logits: (..., V), any floating dtype; computed in float32, float64 stays float64.
+        target: a TwoLevelTarget, or probabilities (V,) or (..., V).
+        reduction: "batchmean" (mean over all rows), "sum", or "none" (one value a row, (...)).
+
+    Raises:
+        TypeError, ValueError: what was got, what was expected.
+    """
+    target = resolve_target(logits, target, reduction)
+    dtype = compute_dtype(logits)
+    p = target.dense(dtype) if isinstance(target, TwoLevelTarget) else target.to(dtype)
+    log_q = F.log_softmax(logits, dim=-1, dtype=dtype)
+    return reduce_rows(F.kl_div(log_q, p, reduction="none").sum(-1), reduction)
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 for float64 logits, else float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def reduce_rows(loss: Tensor, reduction: str) -> Tensor:
+    """One value a row, reduced; the mean over no rows is NaN, as PyTorch's losses have it."""
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.mean()
+
+
+def resolve_target(logits: Tensor, target: Target, reduction: str) -> Target:
+    """The door of every public loss: check the arguments, return the target on logits' device."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = getattr(logits, "dtype", type(logits).__name__)
+        raise TypeError(f"logits must be a floating-point tensor (..., V), got {got}")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+    vocab = logits.shape[-1]
+    if isinstance(target, TwoLevelTarget):
+        if target.vocab_size != vocab:
+            raise ValueError(f"target has {target.vocab_size} tokens, logits have {vocab}")
+        return target.to(logits.device)
+    if not isinstance(target, Tensor) or not target.is_floating_point():
+        got = getattr(target, "dtype", type(target).__name__)
+        raise TypeError(
+            f"target must be a TwoLevelTarget or a floating-point tensor of probabilities, "
+            f"got {got}; wrap a mask as TwoLevelTarget(mask)"
+        )
+    if target.shape not in ((vocab,), logits.shape):
+        raise ValueError(
+            f"a dense target must have shape ({vocab},) or that of the logits, "
+            f"{tuple(logits.shape)}; got {tuple(target.shape)}"
+        )
+    if target.device != logits.device:
+        raise ValueError(
+            f"target is on {target.device}, logits on {logits.device}; "
+            "move it once, outside the loop"
+        )
+    if target.requires_grad:
+        raise ValueError("target requires grad, but no gradient flows to it; pass target.detach()")
+    return target
