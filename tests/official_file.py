@@ -1,0 +1,92 @@
+"""Writes files that are laid out as OpenAI's GPT-2 files on the hub are, with random content."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+def stored_shapes(n_layer: int, n_embd: int, vocab_size: int, n_positions: int) -> dict:
+    """Stored name -> shape, masks included, in the file's order, which is that of the names."""
+    c, p = n_embd, n_positions
+    shapes = {"wte.weight": [vocab_size, c], "wpe.weight": [p, c]}
+    shapes |= {"ln_f.weight": [c], "ln_f.bias": [c]}
+    for n in range(n_layer):
+        for ln in "ln_1", "ln_2":
+            shapes |= {f"h.{n}.{ln}.weight": [c], f"h.{n}.{ln}.bias": [c]}
+        shapes[f"h.{n}.attn.bias"] = [1, 1, p, p]
+        affine = {"attn.c_attn": (c, 3 * c), "attn.c_proj": (c, c)}
+        affine |= {"mlp.c_fc": (c, 4 * c), "mlp.c_proj": (4 * c, c)}
+        for name, (n_in, n_out) in affine.items():
+            shapes |= {f"h.{n}.{name}.weight": [n_in, n_out], f"h.{n}.{name}.bias": [n_out]}
+    return dict(sorted(shapes.items()))
+
+
+def header_of(shapes: dict) -> bytes:
+    """The header as the official files have it: compact JSON, not padded.
+
+    For gpt2-medium this comes to the official 28,986 bytes, so every tensor starts 2 bytes off a
+    float's boundary.
+    """
+    header: dict = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+def write_official(
+    path: str | os.PathLike[str],
+    *,
+    n_layer: int = 24,
+    n_embd: int = 1024,
+    vocab_size: int = 50257,
+    n_positions: int = 1024,
+    seed: int = 0,
+) -> None:
+    """Writes a float32 GPT-2 as the official files store it; the defaults are gpt2-medium's.
+
+    Masks are causal masks, gains are near 1, everything else is uniform with deviation 0.02.
+    """
+    shapes = stored_shapes(n_layer, n_embd, vocab_size, n_positions)
+    header = header_of(shapes)
+    rng = np.random.default_rng(seed)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, shape in shapes.items():
+            file.writelines(_content(name, shape, rng))
+
+
+def _content(name: str, shape: list[int], rng: np.random.Generator) -> Iterator[memoryview]:
+    if name.endswith(".attn.bias"):
+        yield np.tri(shape[-1], dtype=np.float32).data
+        return
+    gain = ".ln_" in f".{name}" and name.endswith(".weight")
+    for row in range(0, shape[0], 1024):  # in parts, so that writing takes little memory
+        values = rng.random((min(1024, shape[0] - row), *shape[1:]), dtype=np.float32)
+        values -= 0.5
+        values *= 0.02 * math.sqrt(12)
+        yield (values + np.float32(gain)).data
+
+
+def read_plainly(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Every stored tensor of a float file as float32, read without the code under test."""
+    raw = Path(path).read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        body = raw[start + begin : start + end]
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            values = (np.frombuffer(body, "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = np.frombuffer(body, {"F32": "<f4", "F16": "<f2"}[entry["dtype"]])
+        tensors[name] = values.astype(np.float32).reshape(entry["shape"])
+    return tensors

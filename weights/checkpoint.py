@@ -1,0 +1,203 @@
+"""GPT-2 weights in safetensors files: read with every name, shape, dtype and value checked; written
+atomically.
+
+The format: 8 bytes (little-endian length of the header), the header (JSON: name -> dtype, shape,
+data_offsets), then the tensors without gaps. The safetensors library checks a header against its
+file. The bytes are read here, not by the library, for three reasons: its tensors are views of a
+memory map, the official files are laid out so that those views start 2 bytes off a float's
+boundary, and touching a map of a file that is being truncated kills the process.
+
+Reading goes through one small buffer, chunk by chunk: read, convert into the tensor's own memory,
+check for NaN while the chunk is still in the processor's cache. Nothing is ever unpickled.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weights.layout import MASK, Layout, Shape, WeightsError, check_layout
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FILE_NAME = "model.safetensors"
+CHUNK_BYTES = 1 << 20  # fits the second-level cache; a multiple of every dtype's size
+
+
+class Entry(NamedTuple):
+    """One tensor as a header describes it."""
+
+    dtype: str
+    shape: Shape
+    begin: int  # byte in the file
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, by the names stored in it, in the order of their bytes.
+
+    Raises WeightsError where there is no such file, or the header is malformed or does not fit it.
+    """
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # opening checks the header: its JSON, offsets without gaps, shape x dtype = bytes
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{path} ({path.stat().st_size:,} bytes) is no whole safetensors file: {error}. "
+            "Download or save it again"
+        ) from error
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error}") from error
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), begin, end)
+    return entries
+
+
+def parameter_entries(path: Path) -> tuple[dict[str, Entry], Layout]:
+    """The parameters of a GPT-2 file by their official names, in the order of their bytes.
+
+    The prefix `transformer.` is stripped and the causal masks are left out; `lm_head.weight` stays,
+    last, where it is stored. Raises WeightsError if names, shapes or dtypes are not a GPT-2's.
+    """
+    entries: dict[str, Entry] = {}
+    for stored, entry in read_header(path).items():
+        name = stored.removeprefix("transformer.")
+        if MASK.fullmatch(name):
+            continue
+        if name in entries:
+            raise WeightsError(f"{path}: {name}: got it twice, with and without 'transformer.'")
+        entries[name] = entry
+    head = entries.pop("lm_head.weight", None)
+    layout = check_layout({name: entry.shape for name, entry in entries.items()}, str(path))
+    if head is not None:
+        expected = entries["wte.weight"].shape
+        if head.shape != expected:
+            raise WeightsError(f"{path}: lm_head.weight: got {head.shape}, expected {expected}")
+        entries["lm_head.weight"] = head
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            raise WeightsError(f"{path}: {name}: got {entry.dtype}, expected one of {list(DTYPES)}")
+    return entries, layout
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields each parameter as (official name, float32 tensor in its own 64-byte aligned memory).
+
+    Raises WeightsError as `parameter_entries` does, and at the first value that is NaN or infinite,
+    at a file that ends early, and at an `lm_head.weight` that is not equal to `wte.weight`.
+    """
+    entries, _ = parameter_entries(path)
+    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device="cpu")
+    embedding = torch.empty(0)
+    try:
+        with open(path, "rb") as file:
+            for name, entry in entries.items():
+                tensor = _read_tensor(file, entry, buffer, f"{path}: {name}")
+                if name == "wte.weight":
+                    embedding = tensor
+                if name != "lm_head.weight":
+                    yield name, tensor
+                elif not torch.equal(tensor, embedding):
+                    raise WeightsError(
+                        f"{path}: lm_head.weight: got values that differ from wte.weight, expected "
+                        "GPT-2's tied head, which is equal to it"
+                    )
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error}") from error
+
+
+def _read_tensor(file: BinaryIO, entry: Entry, buffer: Tensor, source: str) -> Tensor:
+    dtype = DTYPES[entry.dtype]
+    tensor = torch.empty(entry.shape, dtype=torch.float32, device="cpu")
+    flat = tensor.view(-1)
+    window = buffer.numpy().data
+    file.seek(entry.begin)
+    filled = 0
+    while filled < flat.numel():
+        size = min(CHUNK_BYTES, (flat.numel() - filled) * dtype.itemsize)
+        if (got := file.readinto(window[:size])) != size:  # type: ignore[attr-defined]
+            raise WeightsError(f"{source}: the file ended: got {got} bytes, expected {size} more")
+        chunk = flat[filled : filled + size // dtype.itemsize]
+        chunk.copy_(buffer[:size].view(dtype))
+        _check_finite(chunk, source, filled)
+        filled += chunk.numel()
+    return tensor
+
+
+def _check_finite(values: Tensor, source: str, first: int = 0) -> None:
+    # A NaN or infinity always shows in the sum, which is far cheaper than isfinite on every value.
+    if values.sum().isfinite():
+        return
+    bad = values.isfinite().logical_not().flatten().nonzero()
+    if len(bad):  # else the sum alone overflowed
+        index = int(bad[0])
+        raise WeightsError(
+            f"{source}: got {values.flatten()[index].item()} at flat index {first + index}, "
+            "expected finite values"
+        )
+
+
+def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
+    """Writes `folder/model.safetensors` and `folder/config.json`, creating the folder.
+
+    `state_dict` holds the parameters under their official names, as float32, float16 or bfloat16,
+    on any device; the file keeps the dtype. transformers' GPT2LMHeadModel.from_pretrained(folder)
+    reads the result. A file that was there stays whole until the new one is complete on disk.
+
+    Raises WeightsError if a tensor is missing, extra, misshapen, of another dtype or not finite,
+    and if the folder cannot be written.
+    """
+    layout = check_layout({name: tuple(t.shape) for name, t in state_dict.items()}, "state_dict")
+    tensors = {}
+    for name, tensor in state_dict.items():
+        if tensor.dtype not in DTYPES.values():
+            allowed = list(DTYPES.values())
+            raise WeightsError(f"state_dict: {name}: got {tensor.dtype}, expected one of {allowed}")
+        _check_finite(tensor.detach(), f"state_dict: {name}")
+        tensors[name] = tensor.detach().cpu().contiguous()
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(layout.config(), indent=2) + "\n")
+        with replacing(folder / FILE_NAME) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"cannot write weights to {folder}: {error}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what is written there becomes `path` in one step.
+
+    Flushed to disk before the rename, so a crash leaves the old file or the new one, never a part.
+    If the body raises, the temporary file is removed and `path` is left as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)  # the rename itself
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
