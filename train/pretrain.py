@@ -41,13 +41,13 @@ class Options:
     """Text for the held-out loss, by which the best checkpoint is chosen."""
     out: Path = Path("runs/pretrain")
     """Folder for the best checkpoint, the state to go on from, and the log."""
-    n_layer: int = 8
+    n_layer: int = 10
     """Blocks."""
     n_embd: int = 128
     """Width; 50,257 x 128 numbers in float16 are 12.9 MB."""
     n_positions: int = 256
     """Positions, and the length of a training window."""
-    steps: int = 4000
+    steps: int = 5000
     """Optimisation steps."""
     batch: int = 16
     """Windows a step."""
@@ -111,7 +111,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class Pretraining:
-    """The model, its optimiser and where they stand; all of it goes through one safetensors file."""
+    """The model, its optimiser and where they stand: all that one safetensors file holds."""
 
     def __init__(self, options: Options, corpus: Tensor, n_vocab: int) -> None:
         self.options = options
