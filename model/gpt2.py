@@ -61,7 +61,8 @@ class KeyValueCache:
             B, H, _, D = k.shape
             self._keys = k.new_empty(B, H, self.max_positions, D)
             self._values = torch.empty_like(self._keys)
-        past, self.length = self.length, self.length + k.shape[2]
+        past = self.length
+        self.length += k.shape[2]
         self._keys[:, :, past : self.length] = k
         self._values[:, :, past : self.length] = v
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
@@ -210,31 +211,34 @@ class GPT2(nn.Module):
                 p.normal_(0.0, 0.02)  # the gains of the LayerNorms are 1 already
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "GPT2":
-        """A model of the configuration that the shapes tell, with these weights.
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], assign: bool = False) -> "GPT2":
+        """A model with these weights, of the configuration that their shapes tell.
 
-        The tensors are copied, one by one, into float32 parameters on their own device, whatever
-        their dtype and alignment.
+        Args:
+            state_dict: official names and layouts, any floating dtype; parameters are float32.
+            assign: make float32 tensors the parameters themselves, without a copy; the state dict
+                then lives on in this model and must serve no other. By default all is copied.
 
         Raises:
             ValueError: a name is missing or unknown, a shape does not fit, or it is no GPT-2.
         """
         with torch.device("meta"):  # shapes only: nothing is drawn at random to be overwritten
             model = cls(_config_from_shapes(state_dict))
-        expected = dict(model.named_parameters())
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if missing := expected.keys() - state_dict.keys():
             raise ValueError(f"{len(missing)} weights are missing, the first is {min(missing)!r}")
         if unknown := state_dict.keys() - expected.keys():
             raise ValueError(f"{len(unknown)} weights unknown to GPT-2, one is {min(unknown)!r}")
-        for name, p in expected.items():
-            if state_dict[name].shape != p.shape:
+        weights = {}
+        for name, shape in expected.items():
+            got = state_dict[name]
+            if tuple(got.shape) != shape or not got.is_floating_point():
                 raise ValueError(
-                    f"{name}: got shape {tuple(state_dict[name].shape)}, expected {tuple(p.shape)}"
+                    f"{name}: got {got.dtype} of shape {tuple(got.shape)}, "
+                    f"expected floating point of shape {shape}"
                 )
-        model.to_empty(device=state_dict["wte.weight"].device)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(state_dict[name])
+            weights[name] = got.detach().to(torch.float32, copy=not assign).contiguous()
+        model.load_state_dict(weights, assign=True)  # the head is wte itself: nothing to tie again
         return model
 
 
