@@ -1,7 +1,7 @@
 """Log-softmax and KL divergence fused into two Triton kernels, forward and backward."""
 
 # Triton's constants are written in capitals, and its functions are no Python functions:
-# ruff: noqa: N803, SIM108
+# ruff: noqa: N803, SIM108, RET505
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
@@ -12,8 +12,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels.target import Target, TwoLevelTarget
 
-LANES = 128  # threads of a program; one program a row
-SLOTS = 32  # elements a lane owns in a tile; one 32-bit word holds their membership
+LANES = tl.constexpr(128)  # threads of a program; one program a row
+SLOTS = tl.constexpr(32)  # elements a lane owns in a tile; one 32-bit word holds their membership
+BLOCK = tl.constexpr(128 * 32)  # elements of a tile
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1e38)  # the maximum starts here, not at -inf: -inf - -inf is NaN
@@ -29,7 +30,7 @@ def _sections(row_ptr, vocab, VEC: tl.constexpr):
 
 
 @triton.jit
-def _ragged(head, tail, vocab, LANES: tl.constexpr, VEC: tl.constexpr):
+def _ragged(head, tail, vocab, VEC: tl.constexpr):
     """The columns outside the vectors, at most one a lane, and which lanes have one."""
     lane = tl.arange(0, LANES)
     column = tl.where(lane < VEC, lane, tail + lane - VEC)
@@ -37,12 +38,30 @@ def _ragged(head, tail, vocab, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def _slots(LANES: tl.constexpr, SLOTS: tl.constexpr, VEC: tl.constexpr):
-    """A tile is (rounds, LANES, VEC): each slot's bit in its lane's word, and its vector."""
+def _slots(VEC: tl.constexpr):
+    """A tile is (rounds, LANES, VEC): each slot's bit in its lane's word, and its offset."""
     rounds = tl.arange(0, SLOTS // VEC)[:, None, None]
     lane = tl.arange(0, LANES)[None, :, None]
-    slot = rounds * VEC + tl.arange(0, VEC)[None, None, :]
-    return slot, rounds * LANES + lane
+    element = tl.arange(0, VEC)[None, None, :]
+    return 1 << (rounds * VEC + element), (rounds * LANES + lane) * VEC + element
+
+
+@triton.jit
+def _load(ptr, mask, OTHER: tl.constexpr):
+    if mask is None:
+        return tl.load(ptr).to(tl.float32)
+    else:
+        return tl.load(ptr, mask, other=OTHER).to(tl.float32)
+
+
+@triton.jit
+def _load_target(ptr, tile, offsets, bit, mask, DENSE: tl.constexpr):
+    """P of a dense target; else which elements are members."""
+    if DENSE:
+        return _load(ptr + tile * BLOCK + offsets, mask, 0.0)
+    else:
+        word = tl.load(ptr + tile * LANES + tl.arange(0, LANES))
+        return (word[None, :, None] & bit) != 0
 
 
 @triton.jit
@@ -52,105 +71,71 @@ def _sum(x):
 
 
 @triton.jit
-def _weigh(z, member_or_p, live, ratio, DENSE: tl.constexpr, NO_BETA: tl.constexpr):
+def _weigh(z, target, live, ratio, DENSE: tl.constexpr, NO_BETA: tl.constexpr):
     """The terms of sum P z, up to alpha; for a dense target of sum P (z - log P)."""
     if DENSE:
-        p = member_or_p
-        return tl.where(p == 0.0, 0.0, p * (z - tl.log2(tl.where(p == 0.0, 1.0, p)) * LN_2))
-    if NO_BETA:
-        return tl.where(member_or_p & live, z, 0.0)
-    return tl.where(live, tl.where(member_or_p, 1.0, ratio) * z, 0.0)
+        log_p = tl.log2(tl.where(target == 0.0, 1.0, target)) * LN_2
+        weighted = tl.where(target == 0.0, 0.0, target * (z - log_p))
+    elif NO_BETA:
+        weighted = tl.where(target, z, 0.0)
+    else:
+        weighted = tl.where(target, 1.0, ratio) * z
+    if live is None:
+        return weighted
+    else:
+        return tl.where(live, weighted, 0.0)
 
 
 @triton.jit
-def _load_target(
-    p_ptr,
-    tile,
-    mask,
-    slot,
-    vector,
-    DENSE: tl.constexpr,
-    LANES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    VEC: tl.constexpr,
-):
+def _accumulate(top, total, dot, mass, z, target, live, ratio, DENSE: tl.constexpr, NO_BETA: tl.constexpr):
+    dot += _sum(_weigh(z, target, live, ratio, DENSE, NO_BETA))
     if DENSE:
-        pointers = p_ptr + tile * (LANES * SLOTS) + vector * VEC + slot % VEC
-        if mask is None:
-            return tl.load(pointers).to(tl.float32)
-        return tl.load(pointers, mask, other=0.0).to(tl.float32)
-    word = tl.load(p_ptr + tile * LANES + tl.arange(0, LANES))
-    return (word[None, :, None] & (1 << slot)) != 0
+        mass += _sum(target)
+    new_top = tl.maximum(top, tl.max(tl.max(z, axis=2), axis=0) * LOG2_E)
+    total = total * tl.exp2(top - new_top)
+    total += _sum(tl.exp2(z * LOG2_E - new_top[None, :, None]))
+    return new_top, total, dot, mass
 
 
-@triton.jit(do_not_specialize=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+@triton.jit(do_not_specialize=list(range(11)))
 def forward_kernel(
-    logits_ptr,
-    stride: tl.int64,
-    vocab: tl.int32,
-    target_ptr,
-    target_stride: tl.int64,
-    members_ptr,
-    alpha: tl.float32,
-    ratio: tl.float32,
-    sum_p_log_p: tl.float32,
-    loss_ptr,
-    lse_ptr,
-    DENSE: tl.constexpr,
-    NO_BETA: tl.constexpr,
-    P_ALIGN: tl.constexpr,
-    LANES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    VEC: tl.constexpr,
-):
+    logits_ptr, stride: tl.int64, vocab: tl.int32, target_ptr, target_stride: tl.int64,
+    members_ptr, alpha: tl.float32, ratio: tl.float32, sum_p_log_p: tl.float32, loss_ptr, lse_ptr,
+    DENSE: tl.constexpr, NO_BETA: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     head, vectors, tail = _sections(row_ptr, vocab, VEC)
+    column, live = _ragged(head, tail, vocab, VEC)
+    ends = _load(row_ptr + column, live, -float("inf"))
+    if DENSE:
+        members_ptr = target_ptr + row * target_stride
+        target_ptr = tl.multiple_of(members_ptr + head, P_ALIGN)
+        p_ends = _load(members_ptr + column, live, 0.0)
+    else:
+        p_ends = tl.load(members_ptr + column, live, other=0) != 0
+        target_ptr += head * tl.cdiv(vocab, BLOCK) * LANES
+    top = tl.maximum(ends * LOG2_E, FLOOR)
+    total = tl.exp2(ends * LOG2_E - top)
+    dot = _weigh(ends, p_ends, live, ratio, DENSE, NO_BETA)
+    mass = p_ends.to(tl.float32)
+
     body_ptr = tl.multiple_of(row_ptr + head, 16)
-    TILE: tl.constexpr = LANES * SLOTS // VEC
-    if DENSE:
-        p_ptr = target_ptr + row * target_stride
-        ends_ptr = p_ptr
-        p_ptr = tl.multiple_of(p_ptr + head, P_ALIGN)
-    else:
-        p_ptr = target_ptr + head * tl.cdiv(vocab, LANES * SLOTS) * LANES
-        ends_ptr = members_ptr
-
-    column, live = _ragged(head, tail, vocab, LANES, VEC)
-    z = tl.load(row_ptr + column, live, other=-float("inf")).to(tl.float32)
-    p = tl.load(ends_ptr + column, live, other=0).to(tl.float32)
-    top = tl.maximum(z * LOG2_E, FLOOR)
-    total = tl.exp2(z * LOG2_E - top)
-    if DENSE:
-        dot = _weigh(z, p, live, ratio, DENSE, NO_BETA)
-    else:
-        dot = _weigh(z, p != 0, live, ratio, DENSE, NO_BETA)
-    mass = p
-
-    slot, vector = _slots(LANES, SLOTS, VEC)
-    offsets = vector * VEC + slot % VEC
-    for tile in range(0, vectors // TILE):
-        z = tl.load(body_ptr + tile * (LANES * SLOTS) + offsets).to(tl.float32)
-        p = _load_target(p_ptr, tile, None, slot, vector, DENSE, LANES, SLOTS, VEC)
-        dot += _sum(_weigh(z, p, True, ratio, DENSE, NO_BETA))
-        if DENSE:
-            mass += _sum(p)
-        new_top = tl.maximum(top, tl.max(tl.max(z, axis=2), axis=0) * LOG2_E)
-        total = total * tl.exp2(top - new_top)
-        total += _sum(tl.exp2(z * LOG2_E - new_top[None, :, None]))
-        top = new_top
-    for tile in range(vectors // TILE, tl.cdiv(vectors, TILE)):
-        mask = tile * TILE + vector < vectors
-        z = tl.load(body_ptr + tile * (LANES * SLOTS) + offsets, mask, other=-float("inf"))
-        z = z.to(tl.float32)
-        p = _load_target(p_ptr, tile, mask, slot, vector, DENSE, LANES, SLOTS, VEC)
-        dot += _sum(_weigh(z, p, mask, ratio, DENSE, NO_BETA))
-        if DENSE:
-            mass += _sum(p)
-        new_top = tl.maximum(top, tl.max(tl.max(z, axis=2), axis=0) * LOG2_E)
-        total = total * tl.exp2(top - new_top)
-        total += _sum(tl.exp2(z * LOG2_E - new_top[None, :, None]))
-        top = new_top
+    bit, offsets = _slots(VEC)
+    full = vectors * VEC // BLOCK
+    for tile in range(0, full):
+        z = _load(body_ptr + tile * BLOCK + offsets, None, 0.0)
+        target = _load_target(target_ptr, tile, offsets, bit, None, DENSE)
+        top, total, dot, mass = _accumulate(
+            top, total, dot, mass, z, target, None, ratio, DENSE, NO_BETA
+        )
+    for tile in range(full, tl.cdiv(vectors * VEC, BLOCK)):
+        mask = tile * BLOCK + offsets < vectors * VEC
+        z = _load(body_ptr + tile * BLOCK + offsets, mask, -float("inf"))
+        target = _load_target(target_ptr, tile, offsets, bit, mask, DENSE)
+        top, total, dot, mass = _accumulate(
+            top, total, dot, mass, z, target, mask, ratio, DENSE, NO_BETA
+        )
 
     row_top = tl.max(top, axis=0)
     lse = (row_top + tl.log2(tl.sum(total * tl.exp2(top - row_top), axis=0))) * LN_2
@@ -164,83 +149,58 @@ def forward_kernel(
 
 
 @triton.jit
-def _gradient(z, lse, scale, p, grad_loss, alpha, beta, DENSE: tl.constexpr):
+def _gradient(z, lse, scale, target, grad_loss, alpha, beta, DENSE: tl.constexpr):
     softmax = tl.exp2(z * LOG2_E - lse)
     if DENSE:
-        weight = grad_loss * p
+        weight = grad_loss * target
     else:
-        weight = tl.where(p, grad_loss * alpha, grad_loss * beta)
+        weight = tl.where(target, grad_loss * alpha, grad_loss * beta)
     return softmax * scale - weight
 
 
-@triton.jit(do_not_specialize=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13])
+@triton.jit(do_not_specialize=list(range(14)))
 def backward_kernel(
-    logits_ptr,
-    stride: tl.int64,
-    vocab: tl.int32,
-    target_ptr,
-    target_stride: tl.int64,
-    members_ptr,
-    alpha: tl.float32,
-    ratio: tl.float32,
-    mass_ptr,
-    lse_ptr,
-    grad_loss_ptr,
-    grad_loss_stride: tl.int64,
-    out_ptr,
-    out_stride: tl.int64,
-    DENSE: tl.constexpr,
-    P_ALIGN: tl.constexpr,
-    LANES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    VEC: tl.constexpr,
-):
+    logits_ptr, stride: tl.int64, vocab: tl.int32, target_ptr, target_stride: tl.int64,
+    members_ptr, alpha: tl.float32, ratio: tl.float32, mass_ptr, lse_ptr, grad_loss_ptr,
+    grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
+    DENSE: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     out_row_ptr = out_ptr + row * out_stride
     head, vectors, tail = _sections(row_ptr, vocab, VEC)
-    body_ptr = tl.multiple_of(row_ptr + head, 16)
-    out_body_ptr = tl.multiple_of(out_row_ptr + head, 16)
-    TILE: tl.constexpr = LANES * SLOTS // VEC
+    column, live = _ragged(head, tail, vocab, VEC)
+    ends = _load(row_ptr + column, live, -float("inf"))
     lse = tl.load(lse_ptr + row) * LOG2_E
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
     scale = grad_loss
     beta = alpha * ratio
     if DENSE:
-        scale = grad_loss * tl.load(mass_ptr + row)
-        p_ptr = target_ptr + row * target_stride
-        ends_ptr = p_ptr
-        p_ptr = tl.multiple_of(p_ptr + head, P_ALIGN)
+        scale *= tl.load(mass_ptr + row)
+        members_ptr = target_ptr + row * target_stride
+        target_ptr = tl.multiple_of(members_ptr + head, P_ALIGN)
+        p_ends = _load(members_ptr + column, live, 0.0)
     else:
-        p_ptr = target_ptr + head * tl.cdiv(vocab, LANES * SLOTS) * LANES
-        ends_ptr = members_ptr
+        p_ends = tl.load(members_ptr + column, live, other=0) != 0
+        target_ptr += head * tl.cdiv(vocab, BLOCK) * LANES
+    grad_ends = _gradient(ends, lse, scale, p_ends, grad_loss, alpha, beta, DENSE)
+    tl.store(out_row_ptr + column, grad_ends.to(out_ptr.dtype.element_ty), live)
 
-    column, live = _ragged(head, tail, vocab, LANES, VEC)
-    z = tl.load(row_ptr + column, live, other=-float("inf")).to(tl.float32)
-    p = tl.load(ends_ptr + column, live, other=0)
-    if DENSE:
-        p = p.to(tl.float32)
-    else:
-        p = p != 0
-    grad = _gradient(z, lse, scale, p, grad_loss, alpha, beta, DENSE)
-    tl.store(out_row_ptr + column, grad.to(out_ptr.dtype.element_ty), live)
-
-    slot, vector = _slots(LANES, SLOTS, VEC)
-    offsets = vector * VEC + slot % VEC
-    for tile in range(0, vectors // TILE):
-        z = tl.load(body_ptr + tile * (LANES * SLOTS) + offsets).to(tl.float32)
-        p = _load_target(p_ptr, tile, None, slot, vector, DENSE, LANES, SLOTS, VEC)
-        grad = _gradient(z, lse, scale, p, grad_loss, alpha, beta, DENSE)
-        grad = grad.to(out_ptr.dtype.element_ty)
-        tl.store(out_body_ptr + tile * (LANES * SLOTS) + offsets, grad)
-    for tile in range(vectors // TILE, tl.cdiv(vectors, TILE)):
-        mask = tile * TILE + vector < vectors
-        z = tl.load(body_ptr + tile * (LANES * SLOTS) + offsets, mask, other=-float("inf"))
-        z = z.to(tl.float32)
-        p = _load_target(p_ptr, tile, mask, slot, vector, DENSE, LANES, SLOTS, VEC)
-        grad = _gradient(z, lse, scale, p, grad_loss, alpha, beta, DENSE)
-        grad = grad.to(out_ptr.dtype.element_ty)
-        tl.store(out_body_ptr + tile * (LANES * SLOTS) + offsets, grad, mask)
+    body_ptr = tl.multiple_of(row_ptr + head, 16)
+    out_body_ptr = tl.multiple_of(out_row_ptr + head, 16)
+    bit, offsets = _slots(VEC)
+    full = vectors * VEC // BLOCK
+    for tile in range(0, full):
+        z = _load(body_ptr + tile * BLOCK + offsets, None, 0.0)
+        target = _load_target(target_ptr, tile, offsets, bit, None, DENSE)
+        grad = _gradient(z, lse, scale, target, grad_loss, alpha, beta, DENSE)
+        tl.store(out_body_ptr + tile * BLOCK + offsets, grad.to(out_ptr.dtype.element_ty))
+    for tile in range(full, tl.cdiv(vectors * VEC, BLOCK)):
+        mask = tile * BLOCK + offsets < vectors * VEC
+        z = _load(body_ptr + tile * BLOCK + offsets, mask, -float("inf"))
+        target = _load_target(target_ptr, tile, offsets, bit, mask, DENSE)
+        grad = _gradient(z, lse, scale, target, grad_loss, alpha, beta, DENSE)
+        tl.store(out_body_ptr + tile * BLOCK + offsets, grad.to(out_ptr.dtype.element_ty), mask)
 
 
 _WORDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -250,25 +210,21 @@ def membership_words(members: Tensor, vec: int) -> Tensor:
     """int32 (vec, tiles, LANES): for each length of the head, each lane's 32 bits of each tile.
 
     Bit r * vec + v of word [head, t, lane] is the membership of column
-    head + t * LANES * SLOTS + (r * LANES + lane) * vec + v; 0 beyond the vocabulary.
+    head + t * BLOCK + (r * LANES + lane) * vec + v; 0 beyond the vocabulary.
     """
     cached = _WORDS.setdefault(members, {})
     if vec not in cached:
+        block, lanes, slots = BLOCK.value, LANES.value, SLOTS.value
         vocab = members.numel()
-        tiles = triton.cdiv(vocab, LANES * SLOTS)
-        padded = members.new_zeros(tiles * LANES * SLOTS + vec)
+        tiles = triton.cdiv(vocab, block)
+        padded = members.new_zeros(tiles * block + vec)
         padded[:vocab] = members
-        heads = padded.unfold(0, tiles * LANES * SLOTS, 1)[:vec]
-        bits = heads.reshape(vec, tiles, SLOTS // vec, LANES, vec).transpose(2, 3)
-        powers = 1 << torch.arange(SLOTS, device=members.device)
-        words = (bits.reshape(vec, tiles, LANES, SLOTS) * powers).sum(-1)
+        heads = padded.unfold(0, tiles * block, 1)[:vec]
+        bits = heads.reshape(vec, tiles, slots // vec, lanes, vec).transpose(2, 3)
+        powers = 1 << torch.arange(slots, device=members.device)
+        words = (bits.reshape(vec, tiles, lanes, slots) * powers).sum(-1)
         cached[vec] = words.to(torch.int32)  # wraps: bit 31 is the sign
     return cached[vec]
-
-
-def meta(dtype: torch.dtype) -> dict[str, int]:
-    """The constants that the launcher and the report compile with."""
-    return {"LANES": LANES, "SLOTS": SLOTS, "VEC": 16 // dtype.itemsize}
 
 
 def _phase(x: Tensor, modulus: int) -> tuple[int, int]:
@@ -297,7 +253,7 @@ def _target_arguments(logits: Tensor, target: Target) -> tuple:
 
 
 def _num_warps() -> int:
-    return LANES // (64 if torch.version.hip else 32)
+    return LANES.value // (64 if torch.version.hip else 32)
 
 
 def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
@@ -319,7 +275,7 @@ def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
             DENSE=dense,
             NO_BETA=isinstance(target, Tensor) or target.beta == 0,
             P_ALIGN=align,
-            **meta(logits.dtype),
+            VEC=16 // logits.element_size(),
             num_warps=_num_warps(),
         )
     return loss, lse
@@ -357,6 +313,6 @@ def backward(logits: Tensor, lse: Tensor, target: Target, grad_loss: Tensor, out
             out.stride(0),
             DENSE=dense,
             P_ALIGN=align,
-            **meta(logits.dtype),
+            VEC=16 // logits.element_size(),
             num_warps=_num_warps(),
         )
