@@ -4,9 +4,10 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
+
+SMALL = {"n_layer": 2, "n_embd": 128, "vocab_size": 301, "n_positions": 24}
 
 
 def stored_shapes(n_layer: int, n_embd: int, vocab_size: int, n_positions: int) -> dict:
@@ -74,19 +75,30 @@ def _content(name: str, shape: list[int], rng: np.random.Generator) -> Iterator[
         yield (values + np.float32(gain)).data
 
 
+def read_tensorwise(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields every stored tensor of a float file as float32, without the code under test."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            file.seek(8 + length + begin)
+            body = bytearray(file.read(end - begin))
+            if entry["dtype"] == "BF16":  # the upper half of a float32
+                values = (np.frombuffer(body, "<u2").astype("<u4") << 16).view("<f4")
+            else:
+                values = np.frombuffer(body, {"F32": "<f4", "F16": "<f2"}[entry["dtype"]])
+            yield name, values.astype(np.float32, copy=False).reshape(entry["shape"])
+
+
 def read_plainly(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Every stored tensor of a float file as float32, read without the code under test."""
-    raw = Path(path).read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        body = raw[start + begin : start + end]
-        if entry["dtype"] == "BF16":  # the upper half of a float32
-            values = (np.frombuffer(body, "<u2").astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = np.frombuffer(body, {"F32": "<f4", "F16": "<f2"}[entry["dtype"]])
-        tensors[name] = values.astype(np.float32).reshape(entry["shape"])
-    return tensors
+    """All of `read_tensorwise`."""
+    return dict(read_tensorwise(path))
+
+
+def assert_equal(state_dict: dict, arrays: dict) -> None:
+    """The same names, and under each the same values, bit for bit."""
+    assert state_dict.keys() == arrays.keys()
+    for name, tensor in state_dict.items():
+        np.testing.assert_array_equal(tensor.numpy(), arrays[name], err_msg=name)

@@ -12,6 +12,7 @@ check for NaN while the chunk is still in the processor's cache. Nothing is ever
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from torch import Tensor
 from weights.layout import MASK, Layout, Shape, WeightsError, check_layout
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "U8": 1}  # the last two: of masks only
 FILE_NAME = "model.safetensors"
 CHUNK_BYTES = 1 << 20  # fits the second-level cache; a multiple of every dtype's size
 
@@ -36,32 +38,34 @@ class Entry(NamedTuple):
     dtype: str
     shape: Shape
     begin: int  # byte in the file
-    end: int
 
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file, by the names stored in it, in the order of their bytes.
 
-    Raises WeightsError where there is no such file, or the header is malformed or does not fit it.
+    Raises WeightsError where there is no such file, where the header is malformed or does not fit
+    the file, and at a dtype that no GPT-2 file holds.
     """
+    if not path.is_file():
+        raise WeightsError(f"{path}: got no such file, expected a safetensors file")
     try:
-        with safe_open(path, framework="numpy"):
-            pass  # opening checks the header: its JSON, offsets without gaps, shape x dtype = bytes
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except SafetensorError as error:
-        raise WeightsError(
-            f"{path} ({path.stat().st_size:,} bytes) is no whole safetensors file: {error}. "
-            "Download or save it again"
-        ) from error
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error}") from error
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), begin, end)
+            begin = 8 + int.from_bytes(file.read(8), "little")
+        # Opening checks the header: its JSON, shape x dtype = bytes, and offsets without a gap.
+        # So sizes alone give the offsets, and a second parser that might disagree is not needed.
+        with safe_open(path, framework="numpy") as tensors:
+            entries = {}
+            for name in tensors.offset_keys():
+                view = tensors.get_slice(name)
+                entry = Entry(view.get_dtype(), tuple(view.get_shape()), begin)
+                if entry.dtype not in ITEM_BYTES:
+                    raise WeightsError(
+                        f"{path}: {name[:80]!r}: got {entry.dtype}, expected one of {[*DTYPES]}"
+                    )
+                begin += math.prod(entry.shape) * ITEM_BYTES[entry.dtype]
+                entries[name] = entry
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} is no whole safetensors file: {error}") from error
     return entries
 
 
@@ -88,7 +92,7 @@ def parameter_entries(path: Path) -> tuple[dict[str, Entry], Layout]:
         entries["lm_head.weight"] = head
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
-            raise WeightsError(f"{path}: {name}: got {entry.dtype}, expected one of {list(DTYPES)}")
+            raise WeightsError(f"{path}: {name}: got {entry.dtype}, expected one of {[*DTYPES]}")
     return entries, layout
 
 
@@ -163,7 +167,7 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
     tensors = {}
     for name, tensor in state_dict.items():
         if tensor.dtype not in DTYPES.values():
-            allowed = list(DTYPES.values())
+            allowed = [*DTYPES.values()]
             raise WeightsError(f"state_dict: {name}: got {tensor.dtype}, expected one of {allowed}")
         _check_finite(tensor.detach(), f"state_dict: {name}")
         tensors[name] = tensor.detach().cpu().contiguous()

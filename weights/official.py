@@ -104,7 +104,7 @@ def _download(name: str, official: Official) -> Path:
     except Exception as error:  # the hub's, HTTP's and Xet's errors share no narrower class
         folder = Path(HF_HUB_CACHE, "models--" + repo.replace("/", "--"), "snapshots", revision)
         raise WeightsError(
-            f"{name} is not cached and cannot be downloaded: {error}\n"
+            f"{name} is not cached and cannot be downloaded: {error.__cause__ or error}\n"
             f"  file:  {hf_hub_url(repo, FILE_NAME, revision=revision)} ({official.size_text})\n"
             f"  fetch, on a machine with internet:  "
             f"hf download {repo} {FILE_NAME} --revision {revision} --local-dir {name}\n"
@@ -165,7 +165,8 @@ def describe(path: Path) -> str:
             f"model:       GPT-2, {layout.n_layer} blocks, {layout.n_embd} wide, "
             f"{layout.n_embd // HEAD_WIDTH} heads, {layout.n_positions:,} positions, "
             f"{layout.vocab_size:,} tokens",
-            f"parameters:  {n_parameters:,}, all finite; {ignored:,} stored values are none",
+            f"parameters:  {n_parameters:,}, all finite",
+            f"ignored:     {ignored:,} values of masks and a repeated head",
             f"sha256:      {digest}",
             f"official:    {names[0] if names else 'none of ' + ', '.join(OFFICIAL)}",
         ]

@@ -1,0 +1,52 @@
+"""Time and memory of loading a file of gpt2-medium's full size, laid out as the official one."""
+
+import subprocess
+import sys
+
+from tests.official_file import write_official
+
+MEASURE = """
+import resource, sys, time
+import torch
+from tests.official_file import read_tensorwise
+from weights import load_weights
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak()
+state_dict = load_weights(sys.argv[1])
+extra = peak() - before - sum(t.nbytes for t in state_dict.values())
+loads, copies = [], []
+for _ in range(3):  # interleaved: both see the same machine
+    del state_dict
+    start = time.perf_counter()
+    state_dict = load_weights(sys.argv[1])
+    loads.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    copied = {name: torch.from_numpy(a).clone() for name, a in read_tensorwise(sys.argv[1])}
+    copies.append(time.perf_counter() - start)
+    for name, tensor in state_dict.items():
+        assert torch.equal(tensor, copied[name]), name
+    del copied
+print(extra, min(loads), min(copies))
+"""
+
+
+def test_the_full_medium_file_loads_without_a_second_copy_and_as_fast_as_read_and_copy(tmp_path):
+    """Time: at most 1.2 times reading each tensor and copying it once. Memory: at most the model
+    and one tensor (its largest, the embedding). In a process of its own, for its peak memory."""
+    path = tmp_path / "medium.safetensors"
+    try:
+        write_official(path)
+        command = [sys.executable, "-c", MEASURE, path]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        path.unlink(missing_ok=True)
+    assert done.returncode == 0, done.stderr
+    extra, load, copy = map(float, done.stdout.split())
+    print(
+        f"load {load:.2f} s, read and copy {copy:.2f} s, {extra / 2**20:.0f} MiB beside the model"
+    )
+    assert extra <= 50257 * 1024 * 4
+    assert load <= 1.2 * copy
