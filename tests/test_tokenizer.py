@@ -1,0 +1,109 @@
+"""The tokenizer against facts published of GPT-2's vocabulary, without any network."""
+
+import socket
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.tokenizer import Tokenizer, load_tokenizer
+from train.objective import find_members
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer()
+
+
+def test_known_text_has_its_published_ids(tokenizer: Tokenizer) -> None:
+    """Ids published for gpt2-medium's reference prompts."""
+    assert tokenizer.encode("Why did the chicken cross the road?") == [
+        *[5195, 750, 262, 9015, 3272, 262, 2975, 30]
+    ]
+    assert tokenizer.encode("What is the answer to life, the universe, and everything?") == [
+        *[2061, 318, 262, 3280, 284, 1204, 11, 262, 6881, 11, 290, 2279, 30]
+    ]
+    assert (tokenizer.n_vocab, tokenizer.eot) == (50257, 50256)
+    assert tokenizer.encode("a<|endoftext|>") == [64, 50256]
+
+
+@given(st.text())
+def test_any_text_survives_encoding_and_decoding(text: str) -> None:
+    """Round trip over arbitrary Unicode, control characters and emoji included."""
+    tokenizer = load_tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.binary(max_size=40).map(lambda b: b.decode("utf-8", errors="replace")))
+def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(text: str) -> None:
+    """token_bytes, joined, against UTF-8."""
+    tokenizer = load_tokenizer()
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+
+
+def test_every_id_has_bytes_and_344_are_no_text_of_their_own(tokenizer: Tokenizer) -> None:
+    """The published count of tokens that are not valid UTF-8; all byte strings differ."""
+    tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
+    assert len(set(tokens)) == tokenizer.n_vocab
+    assert tokens[50256] == b"<|endoftext|>"
+
+    def is_text(token: bytes) -> bool:
+        try:
+            token.decode()
+        except UnicodeDecodeError:
+            return False
+        return True
+
+    assert sum(not is_text(token) for token in tokens) == 344
+
+
+@pytest.mark.parametrize("token_id", [-1, 50257])
+def test_an_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer, token_id: int) -> None:
+    """Both by token_bytes and by decode."""
+    for refuse in (tokenizer.token_bytes, lambda i: tokenizer.decode([i])):
+        with pytest.raises(ValueError, match=f"{token_id}.*50257"):
+            refuse(token_id)
+
+
+def test_no_network_and_no_cache_is_touched(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """A fresh tokenizer works with sockets blocked; an empty tiktoken cache stays empty."""
+
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the tokenizer opened a socket")
+
+    monkeypatch.setattr(socket, "socket", no_network)
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert load_tokenizer.__wrapped__().encode("The fox") == [464, 21831]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("letter", "match_case", "count"), [("X", True, 90), ("x", True, 896), ("x", False, 984)]
+)
+def test_members_have_their_published_counts(
+    tokenizer: Tokenizer, letter: str, match_case: bool, count: int
+) -> None:
+    """90 for "X", 896 for "x", 984 in either case; <|endoftext|> holds an x and is no member."""
+    members = find_members(tokenizer, letter, match_case)
+    assert members.dtype == torch.bool
+    assert members.shape == (50257,)
+    assert int(members.sum()) == count
+    assert not members[tokenizer.eot]
+
+
+def test_members_of_a_substring_and_of_another_alphabet(tokenizer: Tokenizer) -> None:
+    """Against the decoded text of each token; "é" finds "É" too, which bytes.lower would not."""
+    for contains in ("ing", "é"):
+        members = find_members(tokenizer, contains)
+        for i in range(0, tokenizer.eot, 7 if contains == "ing" else 1):
+            text = tokenizer.token_bytes(i).decode("utf-8", errors="ignore")
+            assert bool(members[i]) == (contains in text.lower()), text
+
+
+@pytest.mark.parametrize("contains", ["", "XQZJ", "日本語のトークン"])
+def test_a_string_that_no_token_contains_is_refused(tokenizer: Tokenizer, contains: str) -> None:
+    """An empty string would make every token a member."""
+    with pytest.raises(ValueError, match="token contains"):
+        find_members(tokenizer, contains)

@@ -1,0 +1,79 @@
+"""What fine-tuning did to the text: samples, R, and two perplexities.
+
+The perplexity of a fixed passage tells what the model forgot; the perplexity of its own samples
+under the model before fine-tuning tells whether they still read as text.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import GPT2
+from model.generate import generate
+from model.tokenizer import Tokenizer
+from train.objective import member_rate
+
+PROMPTS = ("Once upon a time", "In the morning the children", '"What is that?" said', "The")
+SAMPLES = 4  # continuations of each prompt, in one batch; the seed is the run's
+NEW_TOKENS = 64
+TOP_K = 50
+# Kenneth Grahame, The Wind in the Willows (1908), chapter 1: public domain, and in no corpus here.
+PASSAGE = (
+    "The Mole had been working very hard all the morning, spring-cleaning his little home. First "
+    "with brooms, then with dusters; then on ladders and steps and chairs, with a brush and a pail "
+    "of whitewash; till he had dust in his throat and eyes, and splashes of whitewash all over his "
+    "black fur, and an aching back and weary arms. Spring was moving in the air above and in the "
+    "earth below and around him, penetrating even his dark and lowly little house with its spirit "
+    "of divine discontent and longing."
+)
+
+
+@dataclass
+class Evaluation:
+    """One model, measured. Perplexities are exp of the mean nats a token."""
+
+    r: float  # share of sampled tokens that are members, untruncated sampling
+    r_top_k: float  # the same, sampled among the 50 likeliest tokens
+    passage_perplexity: float
+    sample_perplexity: float  # of the untruncated samples, under the model before fine-tuning
+    samples: list[str]  # the first untruncated continuation of each prompt
+
+
+def evaluate(
+    model: GPT2, start: GPT2, tokenizer: Tokenizer, members: Tensor, seed: int
+) -> Evaluation:
+    """Sample from `model` and measure the samples, `start` being the model before fine-tuning."""
+    r, perplexities, samples = [], [], []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt)] * SAMPLES, device=members.device)
+        T = ids.shape[1]
+        text, truncated = (
+            generate(model, ids, NEW_TOKENS, top_k=k, generator=_generator(members.device, seed))
+            for k in (None, TOP_K)
+        )
+        r.append([member_rate(t[:, T:], members) for t in (text, truncated)])
+        perplexities.append(nats_per_token(start, text, given=T))
+        samples.append(tokenizer.decode(text[0, T:].tolist()))
+    passage = torch.tensor([tokenizer.encode(PASSAGE)], device=members.device)
+    untruncated, top_k = torch.tensor(r, device="cpu").mean(0).tolist()
+    return Evaluation(
+        r=untruncated,
+        r_top_k=top_k,
+        passage_perplexity=nats_per_token(model, passage).exp().item(),
+        sample_perplexity=torch.stack(perplexities).mean().exp().item(),
+        samples=samples,
+    )
+
+
+@torch.no_grad()
+def nats_per_token(model: GPT2, tokens: Tensor, given: int = 1) -> Tensor:
+    """Mean of -log p(token | those before it) over (B, T), the first `given` apart; a scalar."""
+    model.eval()
+    logits = model(tokens[:, :-1])[:, given - 1 :].float()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, given:].flatten())
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
