@@ -99,6 +99,7 @@ def _download(name: str, official: Official) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     repo, revision = official.repo, official.revision
+    print(f"downloading {repo}, {FILE_NAME} ({official.size_text})", file=sys.stderr)
     try:
         return Path(hf_hub_download(repo, FILE_NAME, revision=revision))
     except Exception as error:  # the hub's, HTTP's and Xet's errors share no narrower class
