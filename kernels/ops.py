@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference, torch_kl_div
-from kernels.reference import compute_dtype, reduce_rows, resolve_target
+from kernels.reference import check_logits, compute_dtype, reduce_rows, resolve_target
 from kernels.target import Target, TwoLevelTarget
 
 IMPLS = ("triton", "torch", "reference")
@@ -53,28 +53,29 @@ def fused_kl_div(
         TypeError, ValueError: what was got, what was expected.
         RuntimeError: the path asked for cannot run here; none falls back to another silently.
     """
-    target = resolve_target(logits, target, reduction)
-    impl = resolve_impl(impl, logits)
+    check_logits(logits)
+    target = resolve_target(target, logits.shape, logits.device, reduction)
+    impl = resolve_impl(impl, logits.device, logits.dtype)
     if impl == "reference":
         if inplace_backward:
             raise ValueError('inplace_backward=True needs a fused path, got impl="reference"')
         return reference.kl_div(logits, target, reduction)
     rows = _as_rows(logits, inplace_backward)
-    loss, _ = kl_div_forward(rows, *pack(target, rows), inplace_backward, impl)
+    loss, _ = kl_div_forward(rows, *pack(target, rows.shape), inplace_backward, impl)
     return reduce_rows(loss.view(logits.shape[:-1]), reduction)
 
 
-def resolve_impl(impl: str | None, logits: Tensor) -> str:
-    """The name of the path that runs for these logits; ValueError or TypeError if none can."""
+def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The path for logits of this device and dtype; ValueError or TypeError if there is none."""
     if impl is None:
-        impl = "triton" if logits.is_cuda else "torch"
+        impl = "triton" if device.type == "cuda" else "torch"
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS} or None, got {impl!r}")
     allowed = [torch.float32, torch.bfloat16, torch.float16]
     if impl != "triton":
         allowed.append(torch.float64)
-    if logits.dtype not in allowed:
-        raise TypeError(f"impl={impl!r} takes logits of {allowed}, got {logits.dtype}")
+    if dtype not in allowed:
+        raise TypeError(f"impl={impl!r} takes logits of {allowed}, got {dtype}")
     return impl
 
 
@@ -97,11 +98,11 @@ def _as_rows(logits: Tensor, inplace: bool) -> Tensor:
     )
 
 
-def pack(target: Target, rows: Tensor) -> tuple[Tensor, Tensor | None, float, float]:
-    """The target as the operators take it."""
+def pack(target: Target, shape: torch.Size) -> tuple[Tensor, Tensor | None, float, float]:
+    """The target of logits of this shape (N, V), as the operators take it."""
     if isinstance(target, TwoLevelTarget):
         return target.members, target.index, target.alpha, target.beta
-    return (target if target.ndim == 1 else target.reshape(rows.shape)), None, 0.0, 0.0
+    return (target if target.ndim == 1 else target.reshape(shape)), None, 0.0, 0.0
 
 
 def unpack(target: Tensor, index: Tensor | None, alpha: float, beta: float) -> Target:
@@ -111,7 +112,7 @@ def unpack(target: Tensor, index: Tensor | None, alpha: float, beta: float) -> T
     return TwoLevelTarget.from_parts(target, index, alpha, beta)
 
 
-def launchers(impl: str, logits: Tensor) -> ModuleType:
+def launchers(impl: str, device: torch.device) -> ModuleType:
     """The module with forward(logits, target) and backward(logits, lse, target, grad_loss, out)."""
     if impl == "torch":
         return torch_kl_div
@@ -123,9 +124,9 @@ def launchers(impl: str, logits: Tensor) -> ModuleType:
         raise RuntimeError(
             'impl="triton" needs Triton, which is not installed; install it or pass impl="torch"'
         ) from error
-    if not logits.is_cuda and not triton.knobs.runtime.interpret:
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise RuntimeError(
-            f'impl="triton" needs CUDA tensors, got {logits.device}; pass impl="torch", or set '
+            f'impl="triton" needs CUDA tensors, got {device}; pass impl="torch", or set '
             "TRITON_INTERPRET=1 before Triton is imported to interpret the kernels"
         )
     return triton_kl_div
@@ -142,12 +143,12 @@ def kl_div_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of each row, (N,) each."""
-    return launchers(impl, logits).forward(logits, unpack(target, index, alpha, beta))
+    return launchers(impl, logits.device).forward(logits, unpack(target, index, alpha, beta))
 
 
 @kl_div_forward.register_fake
 def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    loss = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits))
+    loss = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits.dtype))
     return loss, torch.empty_like(loss)
 
 
@@ -165,7 +166,7 @@ def kl_div_backward(
     """The gradient of the logits as a new tensor (N, V), in their dtype."""
     out = torch_kl_div.empty_gradient(logits)
     p = unpack(target, index, alpha, beta)
-    launchers(impl, logits).backward(logits, lse, p, grad_loss, out)
+    launchers(impl, logits.device).backward(logits, lse, p, grad_loss, out)
     return out
 
 
@@ -187,7 +188,7 @@ def kl_div_backward_(
 ) -> None:
     """The gradient of the logits, over the logits."""
     p = unpack(target, index, alpha, beta)
-    launchers(impl, logits).backward(logits, lse, p, grad_loss, logits)
+    launchers(impl, logits.device).backward(logits, lse, p, grad_loss, logits)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -220,7 +221,7 @@ def _second_derivative(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     """Of G = g (m q - P), contracted with v: m g q (v - <q, v>) for z and <m q - P, v> for g."""
     logits, target, index, grad_loss = ctx.saved_tensors
     p = unpack(target, index, ctx.alpha, ctx.beta)
-    dtype = compute_dtype(logits)
+    dtype = compute_dtype(logits.dtype)
     p = p.dense(dtype) if isinstance(p, TwoLevelTarget) else p.to(dtype)
     m = p.sum(-1, keepdim=True)
     q, v = torch.softmax(logits, -1, dtype=dtype), v.to(dtype)

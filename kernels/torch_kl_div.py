@@ -39,7 +39,7 @@ def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         logits: (N, V), last dimension contiguous.
         target: TwoLevelTarget, or probabilities (V,) or (N, V), on the device of the logits.
     """
-    loss = logits.new_empty(len(logits), dtype=compute_dtype(logits))
+    loss = logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype))
     lse = torch.empty_like(loss)
     for rows, log_q in _tiles(logits):
         z = logits[rows]
@@ -61,7 +61,9 @@ def backward(logits: Tensor, lse: Tensor, target: Target, grad_loss: Tensor, out
     The difference q - P is formed in the dtype of the arithmetic and rounded once, at the store.
     """
     two_level = isinstance(target, TwoLevelTarget)
-    dense = target.dense(compute_dtype(logits)) if isinstance(target, TwoLevelTarget) else target
+    dense = (
+        target.dense(compute_dtype(logits.dtype)) if isinstance(target, TwoLevelTarget) else target
+    )
     for rows, q in _tiles(logits):
         torch.softmax(logits[rows], -1, dtype=q.dtype, out=q)
         p = _rows_of(dense, rows, q.dtype)
@@ -74,7 +76,7 @@ def _tiles(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Consecutive slices of rows, each with its part of one scratch buffer."""
     n, vocab = logits.shape
     step = max(1, min(n, TILE_ELEMENTS // vocab))
-    scratch = logits.new_empty(step, vocab, dtype=compute_dtype(logits))
+    scratch = logits.new_empty(step, vocab, dtype=compute_dtype(logits.dtype))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         yield rows, scratch[: rows.stop - start]

@@ -1,0 +1,207 @@
+"""The LM head and the loss in one: the N x V logits never exist.
+
+    z = h W^T,   L = sum over rows of w KL(P || softmax(z))          h (N, C), W (V, C)
+    dz = w (softmax(z) - P),   dh = dz W,   dW = dz^T h                                (1)
+
+Rows are taken in chunks. A chunk's logits lie in one buffer that all chunks reuse; the loss's
+backward writes dz over them, and two matrix products make dh and add to dW. What stays beside the
+results is one chunk, whatever N. (The idea is that of Liger's fused linear cross-entropy; Cut
+Cross-Entropy, Wijmans et al. 2024, goes further and keeps no chunk.)
+
+When (1) runs. For "batchmean" and "sum" every row has the same w, known before the backward, so the
+forward computes (1) while the chunk's logits are at hand and the first backward scales the results
+in place by the upstream gradient. Three cases compute the logits once more in the backward
+instead, at the price of one more product: "none", where each row has an upstream gradient of its
+own, which no scaling of dW can bring in afterwards; float16, whose range would lose dz before the
+gradient scaler's factor reaches it; and a second backward over a retained graph.
+
+Precision. Products run in the dtype of the arguments, or autocast's; the loss in float32; dW is
+accumulated over chunks in float32 (float64 for float64) whatever the dtype, and returned in the
+weight's. Rows of the buffer are a multiple of 64 elements long, so that every row of a vocabulary
+of odd size starts on an aligned address: 50,304 for 50,257.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference
+from kernels.ops import launchers, pack, resolve_impl, unpack
+from kernels.reference import compute_dtype, resolve_target
+from kernels.target import Target
+
+CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
+VOCAB_BLOCK = 8192  # rows of dW converted to float32 at a time
+
+
+def fused_linear_kl_div(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Target,
+    reduction: str = "batchmean",
+    chunk_rows: int | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """fused_kl_div(F.linear(hidden, weight), target, reduction) without the logits.
+
+    Args:
+        hidden: (..., C), the LM head's input.
+        weight: (V, C), as F.linear takes it; of hidden's dtype, or any under autocast.
+        target: a TwoLevelTarget, or probabilities (V,) or (..., V). No gradient flows to it.
+        reduction: "batchmean" (mean over all rows), "sum", or "none" (one value a row, (...)).
+        chunk_rows: rows whose logits exist at a time; 512 if None.
+        impl: "triton" (the default for CUDA tensors), "torch" (for all others) or "reference",
+            which is the definition, with whole logits.
+
+    Returns:
+        The loss in float32 (float64 for float64 arguments). First derivatives only.
+
+    Raises:
+        TypeError, ValueError: what was got, what was expected.
+        RuntimeError: the path asked for cannot run here, or a second derivative is asked for.
+    """
+    dtype = _product_dtype(hidden, weight)
+    vocab, leading = weight.shape[0], hidden.shape[:-1]
+    target = resolve_target(target, torch.Size((*leading, vocab)), hidden.device, reduction)
+    impl = resolve_impl(impl, hidden.device, dtype)
+    if chunk_rows is None:
+        chunk_rows = CHUNK_ROWS
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    if impl == "reference":
+        return reference.kl_div(F.linear(hidden, weight), target, reduction)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    sum_rows = reduction != "none"
+    early = sum_rows and dtype != torch.float16 and torch.is_grad_enabled()
+    packed = pack(target, torch.Size((rows.shape[0], vocab)))
+    loss = _LinearKlDiv.apply(rows, weight, *packed, sum_rows, early, chunk_rows, dtype, impl)
+    if reduction == "none":
+        return loss.view(leading)
+    return loss / rows.shape[0] if reduction == "batchmean" else loss
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which F.linear would multiply; TypeError or ValueError if it could not."""
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "hidden must be (..., C) and weight (V, C), as F.linear takes them; "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if hidden.device != weight.device:
+        raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}")
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden is {hidden.dtype}, weight {weight.dtype}: convert one, or use torch.autocast"
+        )
+    return hidden.dtype
+
+
+@torch.library.custom_op("kernels::linear_kl_div", mutates_args=())
+def linear_kl_div(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    index: Tensor | None,
+    alpha: float,
+    beta: float,
+    grad_loss: Tensor | None,
+    sum_rows: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    chunk_rows: int,
+    dtype: torch.dtype,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, summed or a row (N,); (1) for hidden and for weight if needed, else empty (0,).
+
+    hidden is (N, C); grad_loss (N,) is the w of (1), 1 for None; dtype that of the products.
+    """
+    p = unpack(target, index, alpha, beta)
+    kernels = launchers(impl, hidden.device)
+    (n, width), vocab = hidden.shape, weight.shape[0]
+    padded = (vocab + 63) // 64 * 64
+    buffer = hidden.new_empty((min(chunk_rows, n), padded), dtype=dtype)[:, :vocab]
+    loss = hidden.new_empty(n, dtype=compute_dtype(dtype))
+    grad_hidden = hidden.new_empty((n, width) if need_hidden else 0)
+    grad_weight = loss.new_zeros((vocab, width) if need_weight else 0)
+    if grad_loss is None:
+        grad_loss = loss.new_ones(1).expand(n)
+    with torch.autocast(hidden.device.type, enabled=False):
+        w = weight.to(dtype)
+        for start in range(0, n, chunk_rows):
+            rows = slice(start, min(start + chunk_rows, n))
+            h = hidden[rows].to(dtype)
+            p_rows = p[rows] if isinstance(p, Tensor) and p.ndim == 2 else p
+            z = torch.mm(h, w.t(), out=buffer[: len(h)])
+            loss[rows], lse = kernels.forward(z, p_rows)
+            if need_hidden or need_weight:
+                kernels.backward(z, lse, p_rows, grad_loss[rows], out=z)
+            if need_hidden:
+                grad_hidden[rows] = z @ w
+            if need_weight:
+                _add_product(grad_weight, z, h)
+    return loss.sum() if sum_rows else loss, grad_hidden, grad_weight.to(weight.dtype)
+
+
+def _add_product(total: Tensor, dz: Tensor, h: Tensor) -> None:
+    """total += dz^T h, without a second tensor of total's size where the dtypes differ."""
+    if total.dtype == dz.dtype:
+        total.addmm_(dz.t(), h)
+        return
+    for start in range(0, len(total), VOCAB_BLOCK):
+        block = slice(start, start + VOCAB_BLOCK)
+        total[block] += dz[:, block].t() @ h
+
+
+@linear_kl_div.register_fake
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, sum_rows, need_hidden, need_weight, _, dtype, _ = rest
+    loss = hidden.new_empty(() if sum_rows else hidden.shape[0], dtype=compute_dtype(dtype))
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
+    grad_weight = weight.new_empty(weight.shape if need_weight else 0)
+    return loss, grad_hidden, grad_weight
+
+
+class _LinearKlDiv(torch.autograd.Function):
+    """The operator's autograd; not registered with it, for it scales an output in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, index: Tensor | None, *rest: Any
+    ) -> Tensor:
+        alpha, beta, sum_rows, ctx.is_early, *ctx.options = rest
+        ctx.save_for_backward(hidden, weight, target, index)
+        ctx.levels = alpha, beta
+        early = [ctx.is_early and need for need in ctx.needs_input_grad[:2]]
+        packed = target, index, *ctx.levels
+        loss, *ctx.early = linear_kl_div(
+            hidden, weight, *packed, None, sum_rows, *early, *ctx.options
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fused_linear_kl_div has first derivatives only, and create_graph=True asks for "
+                "more; use fused_kl_div(F.linear(hidden, weight), target)"
+            )
+        needs = ctx.needs_input_grad[:2]
+        grads, ctx.early = ctx.early, None  # scaled in place, so one backward alone may have them
+        if not ctx.is_early or grads is None:
+            hidden, weight, target, index = ctx.saved_tensors
+            upstream = None if ctx.is_early else grad_loss.expand(hidden.shape[0])
+            packed = target, index, *ctx.levels
+            _, *grads = linear_kl_div(hidden, weight, *packed, upstream, True, *needs, *ctx.options)
+        if ctx.is_early:
+            grads = [grad.mul_(grad_loss) for grad in grads]
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
