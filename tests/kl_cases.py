@@ -1,0 +1,98 @@
+"""What the tests of the losses share: float64 truth, targets, paths, the bound of an error."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+FUSED = ["torch", "triton"]
+PATHS = ["reference", *FUSED, "linear"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TARGETS = ["members", "members and beta", "shared row", "row by row"]
+
+
+def random_logits(*shape, dtype=torch.float32, seed=0, scale=3.0):
+    """The same values on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
+
+
+def two_level(vocab, alpha=1.0, beta=0.0):
+    """Every third token is a member; the first is, the last may be."""
+    return TwoLevelTarget(torch.arange(vocab, device=DEVICE) % 3 == 0, alpha, beta)
+
+
+def make_target(kind, shape):
+    """Of logits of this shape; the dense ones hold exact zeros."""
+    if kind == "members":
+        return two_level(shape[-1])
+    if kind == "members and beta":
+        return two_level(shape[-1], 3.0, 0.5)
+    size = shape[-1:] if kind == "shared row" else shape
+    p = random_logits(*size, seed=1).softmax(-1)
+    p[..., 1::4] = 0.0
+    return p / p.sum(-1, keepdim=True)
+
+
+def dense64(target):
+    return target.dense(torch.float64) if isinstance(target, TwoLevelTarget) else target.double()
+
+
+def truth(logits, target):
+    """Loss of each row and its gradient, in float64; a term of probability zero counts zero."""
+    p, z = dense64(target).expand(logits.shape), logits.detach().double()
+    log_q = torch.log_softmax(z, -1)
+    loss = torch.where(p > 0, p * (p.log() - log_q), 0.0).sum(-1)
+    return loss, log_q.exp() * p.sum(-1, keepdim=True) - p
+
+
+def rows_and_gradient(path, logits, target, upstream=None):
+    """Loss of each row, and the gradient of the logits for an upstream of ones (or this one).
+
+    "linear" multiplies by the identity, so that the hidden states are the logits.
+    """
+    leaf = logits.detach().requires_grad_()
+    if path == "linear":
+        head = torch.eye(logits.shape[-1], dtype=logits.dtype, device=DEVICE)
+        loss = fused_linear_kl_div(leaf, head, target, "none", chunk_rows=4)
+    else:
+        loss = fused_kl_div(leaf, target, "none", impl=path)
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream)
+    return loss.detach(), leaf.grad
+
+
+def assert_as_exact(got, reference, exact, eps):
+    """|error| <= the reference's own error + eps, by the largest row and by the RMS."""
+    assert got.shape == exact.shape
+    if got.numel() == 0:
+        return
+
+    def errors(x: Tensor):
+        rows = (x.double() - exact).reshape(len(exact.reshape(-1, exact.shape[-1])), -1)
+        return rows.norm(dim=-1).max().item(), rows.square().mean().sqrt().item()
+
+    for mine, its, what in zip(errors(got), errors(reference), ("row", "RMS"), strict=True):
+        assert mine <= its + eps, f"{what}: {mine:.3g} > {its:.3g} + {eps:.3g}"
+
+
+def loss_eps(logits):
+    """Four float32 roundings of the largest number that enters a row's loss."""
+    return 4 * 2**-24 * (logits[logits.isfinite()].abs().max().item() + 12 if logits.numel() else 0)
+
+
+def gradient_eps(logits, target, gradient, path="torch"):
+    """The same for the largest row of softmax(z), whose exponent carries the rounding of lse.
+
+    Triton's interpreter truncates where hardware rounds to nearest: one ulp of bfloat16 more.
+    """
+    if not gradient.numel():
+        return 0.0
+    q = gradient + dense64(target)
+    eps = q.norm(dim=-1).max().item() * loss_eps(logits)
+    if path == "triton" and INTERPRETED and logits.dtype == torch.bfloat16:
+        eps += gradient.norm(dim=-1).max().item() * 2**-7
+    return eps
