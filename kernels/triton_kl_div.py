@@ -1,49 +1,114 @@
-"""Log-softmax and KL divergence fused into two Triton kernels, forward and backward."""
+"""Log-softmax and KL divergence fused into two Triton kernels, forward and backward.
 
-# Triton's constants are written in capitals, and its functions are no Python functions:
-# ruff: noqa: N803, SIM108, RET505
+What. For each row z of N rows of V logits, and a target P with W = sum P (1 for a distribution),
+
+    KL(P || softmax(z)) = sum P log P + W lse(z) - sum P z,      lse(z) = log sum e^z        (1)
+    dKL/dz = W softmax(z) - P                                                                (2)
+
+Forward reads the logits once and keeps two numbers a row, the loss and lse. Backward reads them
+once more, rebuilds softmax(z) = e^(z - lse), and writes the gradient. No N x V matrix of
+log-probabilities, probabilities or targets exists.
+
+The target. Two-level: P = alpha on the members S and beta elsewhere. With r = beta / alpha,
+
+    sum P z = alpha D,    D = sum over S of z + r (sum over the rest of z)                   (3)
+
+so that P is one bit an element (kernels/membership.py), and if beta = 0 the rest is not even added.
+Dense: P is a tensor, (V,) for all rows or (N, V); then alpha = 1 and D = sum P (z - log P).
+
+Online log-sum-exp. The largest logit must leave the exponent before the exponential, but is known
+only at the end of the row. So each lane keeps a maximum m and the sum t of 2^(c z - m), where
+c = log2 e: the hardware has 2^x and no e^x, and c z - m is one fused multiply-add. For a tile T
+
+    m' = max(m, max over T of c z),    t' = t 2^(m - m') + sum over T of 2^(c z - m')        (4)
+
+One exponential an element, one a tile to rescale. Lanes are joined once, at the row's end:
+
+    M = max m,    lse = (M + log2 T) / c,    T = sum over lanes of t 2^(m - M)               (5)
+
+Last digits. GPT-2's logits lie near -80, and D and lse are then far larger than their difference.
+Centred on the largest logit, M / c, before lanes are added, nothing large is left to cancel:
+
+    KL = sum P log P + alpha (w log2(T) / c - sum over lanes of (D - w M / c))               (6)
+
+where alpha w = W: a dense target's w is counted lane by lane; a two-level one's is known,
+|S| + r (V - |S|), and a lane may take any share of it that adds up: w / LANES.
+
+Traffic, in N V elements read or written, for P of shape (V,):
+
+    unfused  log_softmax        2     its backward (gradient, result; result)   3
+             P * log_q          2     backward: -g, times P                     1 + 2
+             P log P - ...      2
+             sum over the row   1     in all 13; 18 if P is (N, V)
+    fused    forward            1     backward 2; in all 3
+
+Who owns what. One program of LANES threads a row. A row is [head | vectors | tail]:
+
+    address    ..0            16             32                                      end of row
+    row          [ z0 z1 z2 | z3 z4 z5 z6  | ...            | z50252 .. z50255 | z50256 ]
+                   head       lane 0         lane 1 ...                          tail
+    head, tail   fewer than `vec` elements each; one scalar access a lane for both together
+    vectors      16 bytes a lane and round: whole tiles of SLOTS elements a lane, no mask, then
+                 single rounds, masked by the vector
+
+A lane's maximum and sums stay in its registers: no shuffle and no barrier inside the loops.
+
+Alignment. V = 50,257 is odd. A row at an odd offset, or a mask `column < V`, makes the compiler
+fall back on 2- or 4-byte accesses. Hence: start at the row's first 16-byte boundary, mask whole
+vectors only, tell the compiler (tl.multiple_of), and leave the ends to scalars. Padding rows to a
+stride of 50,304 makes every head empty, but is not needed: contiguous logits, any stride and any
+storage offset take the same path. Nothing outside a row is read or written.
+
+Hazards.
+- -inf - (-inf) is NaN, in (4) for a tile of -inf: the maximum starts at FLOOR, which is finite.
+- 0 * -inf is NaN: a logit where P = 0 is left out by a select, never by a product with 0.
+- NaN and +inf reach the sum t (inf - inf), so loss and gradient of their row, and of no other.
+- -inf where P > 0 makes D -inf and the loss +inf; its gradient is finite, -P, as in PyTorch.
+- Offsets of rows exceed 2^31 elements at N = 42,731: they are computed in int64.
+- softmax - P cancels near convergence: formed in float32 and rounded once, at the store.
+- Specialised on nothing: one compiled variant a dtype and kind of target, whatever N, V, strides.
+
+What this does not do. No float64 and no double backward. The gradient's relative error is that of
+lse in float32, 6e-8 |lse|. A dense P out of step with the logits' boundaries is read by scalars.
+Rows are not split over programs: fewer rows than multiprocessors leave some idle.
+"""
+
+# Triton compiles the functions below, so they follow its rules and not Python's:
+# ruff: noqa: RET505, SIM108
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from kernels import membership
 from kernels.target import Target, TwoLevelTarget
 
-LANES = tl.constexpr(128)  # threads of a program; one program a row
-SLOTS = tl.constexpr(32)  # elements a lane owns in a tile; one 32-bit word holds their membership
-BLOCK = tl.constexpr(128 * 32)  # elements of a tile
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-FLOOR = tl.constexpr(-1e38)  # the maximum starts here, not at -inf: -inf - -inf is NaN
+LANES = tl.constexpr(membership.LANES)
+SLOTS = tl.constexpr(membership.SLOTS)
+C = tl.constexpr(1.44269502162933349609375)  # log2(e), rounded to float32
+FLOOR = tl.constexpr(-1e38)
 
 
 @triton.jit
-def _sections(row_ptr, vocab, VEC: tl.constexpr):
-    """The row as [0, head) | `vectors` aligned 16-byte vectors | [tail, vocab)."""
-    to_boundary = (-row_ptr.to(tl.int64)) & 15
-    head = tl.minimum(to_boundary // (16 // VEC), vocab).to(tl.int32)
+def _row(row_ptr, vocab, VEC: tl.constexpr):
+    """head, the number of vectors, and each lane's column in head or tail: (1, LANES, 1)."""
+    to_boundary = ((-row_ptr.to(tl.int64)) & 15).to(tl.int32)
+    head = tl.minimum(to_boundary // (16 // VEC), vocab)
     vectors = (vocab - head) // VEC
-    return head, vectors, head + vectors * VEC
+    lane = tl.arange(0, LANES)[None, :, None]
+    column = tl.where(lane < VEC, lane, head + vectors * VEC + lane - VEC)
+    return head, vectors, column, tl.where(lane < VEC, lane < head, column < vocab)
 
 
 @triton.jit
-def _ragged(head, tail, vocab, VEC: tl.constexpr):
-    """The columns outside the vectors, at most one a lane, and which lanes have one."""
-    lane = tl.arange(0, LANES)
-    column = tl.where(lane < VEC, lane, tail + lane - VEC)
-    return column, tl.where(lane < VEC, lane < head, column < vocab)
-
-
-@triton.jit
-def _slots(VEC: tl.constexpr):
-    """A tile is (rounds, LANES, VEC): each slot's bit in its lane's word, and its offset."""
-    rounds = tl.arange(0, SLOTS // VEC)[:, None, None]
+def _slots(ROUNDS: tl.constexpr, VEC: tl.constexpr):
+    """Of each slot of a tile (ROUNDS, LANES, VEC): its offset, and its bit in its lane's word."""
+    rounds = tl.arange(0, ROUNDS)[:, None, None]
     lane = tl.arange(0, LANES)[None, :, None]
     element = tl.arange(0, VEC)[None, None, :]
-    return 1 << (rounds * VEC + element), (rounds * LANES + lane) * VEC + element
+    return (rounds * LANES + lane) * VEC + element, 1 << (rounds * VEC + element)
 
 
 @triton.jit
@@ -55,264 +120,249 @@ def _load(ptr, mask, OTHER: tl.constexpr):
 
 
 @triton.jit
-def _load_target(ptr, tile, offsets, bit, mask, DENSE: tl.constexpr):
-    """P of a dense target; else which elements are members."""
+def _load_target(ptr, start, offsets, bit, mask, DENSE: tl.constexpr, VEC: tl.constexpr):
+    """From round `start` on: the probabilities of a dense target, else who is a member."""
     if DENSE:
-        return _load(ptr + tile * BLOCK + offsets, mask, 0.0)
+        return _load(ptr + start * (LANES * VEC) + offsets, mask, 0.0)
     else:
-        word = tl.load(ptr + tile * LANES + tl.arange(0, LANES))
+        tile = start * VEC // SLOTS
+        word = tl.load(ptr + tile * LANES + tl.arange(0, LANES)) >> (start * VEC - tile * SLOTS)
         return (word[None, :, None] & bit) != 0
 
 
 @triton.jit
+def _target(ptr, stride, members_ptr, row, head, column, live, vocab,
+            DENSE: tl.constexpr, P_ALIGN: tl.constexpr):  # fmt: skip
+    """Where the target of the row's vectors starts, and the target of the row's ends."""
+    if DENSE:
+        ptr += row * stride
+        return tl.multiple_of(ptr + head, P_ALIGN), _load(ptr + column, live, 0.0)
+    else:
+        ends = tl.load(members_ptr + column, live, other=0) != 0
+        return ptr + head * tl.cdiv(vocab, LANES * SLOTS) * LANES, ends
+
+
+@triton.jit
 def _sum(x):
-    """(rounds, LANES, VEC) -> (LANES,): both axes lie inside a thread, so no shuffle."""
+    """(rounds, LANES, VEC) -> (LANES,): both axes lie inside a thread."""
     return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
 @triton.jit
-def _weigh(z, target, live, ratio, DENSE: tl.constexpr, NO_BETA: tl.constexpr):
-    """The terms of sum P z, up to alpha; for a dense target of sum P (z - log P)."""
+def _accumulate(state, z, target, mask, ratio, DENSE: tl.constexpr, BETA: tl.constexpr):
+    top, total, dot, mass = state
     if DENSE:
-        log_p = tl.log2(tl.where(target == 0.0, 1.0, target)) * LN_2
-        weighted = tl.where(target == 0.0, 0.0, target * (z - log_p))
-    elif NO_BETA:
-        weighted = tl.where(target, z, 0.0)
-    else:
-        weighted = tl.where(target, 1.0, ratio) * z
-    if live is None:
-        return weighted
-    else:
-        return tl.where(live, weighted, 0.0)
-
-
-@triton.jit
-def _accumulate(top, total, dot, mass, z, target, live, ratio, DENSE: tl.constexpr, NO_BETA: tl.constexpr):
-    dot += _sum(_weigh(z, target, live, ratio, DENSE, NO_BETA))
-    if DENSE:
+        log_p = tl.log2(tl.where(target == 0.0, 1.0, target)) / C
+        dot += _sum(tl.where(target == 0.0, 0.0, target * (z - log_p)))
         mass += _sum(target)
-    new_top = tl.maximum(top, tl.max(tl.max(z, axis=2), axis=0) * LOG2_E)
+    elif BETA:  # (3)
+        weighted = tl.where(target, 1.0, ratio) * z
+        if mask is not None:
+            weighted = tl.where(mask, weighted, 0.0)
+        dot += _sum(weighted)
+    else:
+        dot += _sum(tl.where(target, z, 0.0))
+    new_top = tl.maximum(top, tl.max(tl.max(z, axis=2), axis=0) * C)  # (4)
     total = total * tl.exp2(top - new_top)
-    total += _sum(tl.exp2(z * LOG2_E - new_top[None, :, None]))
+    total += _sum(tl.exp2(z * C - new_top[None, :, None]))
     return new_top, total, dot, mass
 
 
-@triton.jit(do_not_specialize=list(range(11)))
+@triton.jit(do_not_specialize=list(range(12)))
 def forward_kernel(
-    logits_ptr, stride: tl.int64, vocab: tl.int32, target_ptr, target_stride: tl.int64,
-    members_ptr, alpha: tl.float32, ratio: tl.float32, sum_p_log_p: tl.float32, loss_ptr, lse_ptr,
-    DENSE: tl.constexpr, NO_BETA: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr
+    logits_ptr, stride: tl.int64, vocab: tl.int32,
+    target_ptr, target_stride: tl.int64, members_ptr, alpha: tl.float32, ratio: tl.float32,
+    size: tl.int32, sum_p_log_p: tl.float32, loss_ptr, lse_ptr,
+    DENSE: tl.constexpr, BETA: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
-    head, vectors, tail = _sections(row_ptr, vocab, VEC)
-    column, live = _ragged(head, tail, vocab, VEC)
-    ends = _load(row_ptr + column, live, -float("inf"))
-    if DENSE:
-        members_ptr = target_ptr + row * target_stride
-        target_ptr = tl.multiple_of(members_ptr + head, P_ALIGN)
-        p_ends = _load(members_ptr + column, live, 0.0)
-    else:
-        p_ends = tl.load(members_ptr + column, live, other=0) != 0
-        target_ptr += head * tl.cdiv(vocab, BLOCK) * LANES
-    top = tl.maximum(ends * LOG2_E, FLOOR)
-    total = tl.exp2(ends * LOG2_E - top)
-    dot = _weigh(ends, p_ends, live, ratio, DENSE, NO_BETA)
-    mass = p_ends.to(tl.float32)
+    head, vectors, column, live = _row(row_ptr, vocab, VEC)
+    target_ptr, target = _target(
+        target_ptr, target_stride, members_ptr, row, head, column, live, vocab, DENSE, P_ALIGN
+    )
+    zero = tl.zeros((LANES,), tl.float32)
+    z_ends = _load(row_ptr + column, live, -float("inf"))
+    state = (zero + FLOOR, zero, zero, zero)
+    state = _accumulate(state, z_ends, target, live, ratio, DENSE, BETA)
 
+    ROUNDS: tl.constexpr = SLOTS // VEC
+    ROUND: tl.constexpr = LANES * VEC
     body_ptr = tl.multiple_of(row_ptr + head, 16)
-    bit, offsets = _slots(VEC)
-    full = vectors * VEC // BLOCK
-    for tile in range(0, full):
-        z = _load(body_ptr + tile * BLOCK + offsets, None, 0.0)
-        target = _load_target(target_ptr, tile, offsets, bit, None, DENSE)
-        top, total, dot, mass = _accumulate(
-            top, total, dot, mass, z, target, None, ratio, DENSE, NO_BETA
-        )
-    for tile in range(full, tl.cdiv(vectors * VEC, BLOCK)):
-        mask = tile * BLOCK + offsets < vectors * VEC
-        z = _load(body_ptr + tile * BLOCK + offsets, mask, -float("inf"))
-        target = _load_target(target_ptr, tile, offsets, bit, mask, DENSE)
-        top, total, dot, mass = _accumulate(
-            top, total, dot, mass, z, target, mask, ratio, DENSE, NO_BETA
-        )
+    offsets, bit = _slots(ROUNDS, VEC)
+    tiles = vectors // (LANES * ROUNDS)
+    for tile in range(0, tiles):
+        start = tile * ROUNDS
+        z = _load(body_ptr + start * ROUND + offsets, None, 0.0)
+        p = _load_target(target_ptr, start, offsets, bit, None, DENSE, VEC)
+        state = _accumulate(state, z, p, None, ratio, DENSE, BETA)
+    offsets, bit = _slots(1, VEC)
+    for start in range(tiles * ROUNDS, tl.cdiv(vectors, LANES)):
+        mask = start * ROUND + offsets < vectors * VEC
+        z = _load(body_ptr + start * ROUND + offsets, mask, -float("inf"))
+        p = _load_target(target_ptr, start, offsets, bit, mask, DENSE, VEC)
+        state = _accumulate(state, z, p, mask, ratio, DENSE, BETA)
 
+    top, total, dot, mass = state
     row_top = tl.max(top, axis=0)
-    lse = (row_top + tl.log2(tl.sum(total * tl.exp2(top - row_top), axis=0))) * LN_2
-    dot = tl.sum(dot, axis=0)
+    peak = row_top.to(tl.float64) / C
+    log_total = tl.log2(tl.sum(total * tl.exp2(top - row_top), axis=0)) / C  # (5)
     if DENSE:
-        loss = lse * tl.sum(mass, axis=0) - dot
+        lane_weight = mass.to(tl.float64)
     else:
-        loss = sum_p_log_p + (lse - alpha * dot)
-    tl.store(loss_ptr + row, loss)
-    tl.store(lse_ptr + row, lse)
+        weight = size + tl.cast(ratio, tl.float64) * (vocab - size)
+        lane_weight = weight / LANES
+    dot = tl.sum((dot.to(tl.float64) - lane_weight * peak).to(tl.float32), axis=0)
+    if DENSE:
+        loss = tl.sum(mass, axis=0) * log_total - dot  # (6)
+    else:
+        loss = sum_p_log_p + (log_total - dot / weight)
+    tl.store(loss_ptr + row, loss.to(tl.float32))
+    tl.store(lse_ptr + row, (peak + log_total).to(tl.float32))
 
 
 @triton.jit
-def _gradient(z, lse, scale, target, grad_loss, alpha, beta, DENSE: tl.constexpr):
-    softmax = tl.exp2(z * LOG2_E - lse)
+def _gradient(z, lse, target, grad_loss, mass, alpha, ratio, dtype, DENSE: tl.constexpr):
     if DENSE:
-        weight = grad_loss * target
+        pull = grad_loss * -target
     else:
-        weight = tl.where(target, grad_loss * alpha, grad_loss * beta)
-    return softmax * scale - weight
+        pull = tl.where(target, grad_loss * -alpha, grad_loss * -alpha * ratio)
+    return (tl.exp2(z * C - lse * C) * (grad_loss * mass) + pull).to(dtype)  # (2)
 
 
 @triton.jit(do_not_specialize=list(range(14)))
 def backward_kernel(
-    logits_ptr, stride: tl.int64, vocab: tl.int32, target_ptr, target_stride: tl.int64,
-    members_ptr, alpha: tl.float32, ratio: tl.float32, mass_ptr, lse_ptr, grad_loss_ptr,
-    grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
-    DENSE: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr
+    logits_ptr, stride: tl.int64, vocab: tl.int32,
+    target_ptr, target_stride: tl.int64, members_ptr, alpha: tl.float32, ratio: tl.float32,
+    mass_ptr, lse_ptr, grad_loss_ptr, grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
+    DENSE: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     out_row_ptr = out_ptr + row * out_stride
-    head, vectors, tail = _sections(row_ptr, vocab, VEC)
-    column, live = _ragged(head, tail, vocab, VEC)
-    ends = _load(row_ptr + column, live, -float("inf"))
-    lse = tl.load(lse_ptr + row) * LOG2_E
+    head, vectors, column, live = _row(row_ptr, vocab, VEC)
+    target_ptr, target = _target(
+        target_ptr, target_stride, members_ptr, row, head, column, live, vocab, DENSE, P_ALIGN
+    )
+    lse = tl.load(lse_ptr + row)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
-    scale = grad_loss
-    beta = alpha * ratio
     if DENSE:
-        scale *= tl.load(mass_ptr + row)
-        members_ptr = target_ptr + row * target_stride
-        target_ptr = tl.multiple_of(members_ptr + head, P_ALIGN)
-        p_ends = _load(members_ptr + column, live, 0.0)
+        mass = tl.load(mass_ptr + row)
     else:
-        p_ends = tl.load(members_ptr + column, live, other=0) != 0
-        target_ptr += head * tl.cdiv(vocab, BLOCK) * LANES
-    grad_ends = _gradient(ends, lse, scale, p_ends, grad_loss, alpha, beta, DENSE)
-    tl.store(out_row_ptr + column, grad_ends.to(out_ptr.dtype.element_ty), live)
+        mass = 1.0
+    dtype = out_ptr.dtype.element_ty
+    z_ends = _load(row_ptr + column, live, 0.0)
+    grad_ends = _gradient(z_ends, lse, target, grad_loss, mass, alpha, ratio, dtype, DENSE)
+    tl.store(out_row_ptr + column, grad_ends, live)
 
+    ROUNDS: tl.constexpr = SLOTS // VEC
+    ROUND: tl.constexpr = LANES * VEC
     body_ptr = tl.multiple_of(row_ptr + head, 16)
     out_body_ptr = tl.multiple_of(out_row_ptr + head, 16)
-    bit, offsets = _slots(VEC)
-    full = vectors * VEC // BLOCK
-    for tile in range(0, full):
-        z = _load(body_ptr + tile * BLOCK + offsets, None, 0.0)
-        target = _load_target(target_ptr, tile, offsets, bit, None, DENSE)
-        grad = _gradient(z, lse, scale, target, grad_loss, alpha, beta, DENSE)
-        tl.store(out_body_ptr + tile * BLOCK + offsets, grad.to(out_ptr.dtype.element_ty))
-    for tile in range(full, tl.cdiv(vectors * VEC, BLOCK)):
-        mask = tile * BLOCK + offsets < vectors * VEC
-        z = _load(body_ptr + tile * BLOCK + offsets, mask, -float("inf"))
-        target = _load_target(target_ptr, tile, offsets, bit, mask, DENSE)
-        grad = _gradient(z, lse, scale, target, grad_loss, alpha, beta, DENSE)
-        tl.store(out_body_ptr + tile * BLOCK + offsets, grad.to(out_ptr.dtype.element_ty), mask)
-
-
-_WORDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def membership_words(members: Tensor, vec: int) -> Tensor:
-    """int32 (vec, tiles, LANES): for each length of the head, each lane's 32 bits of each tile.
-
-    Bit r * vec + v of word [head, t, lane] is the membership of column
-    head + t * BLOCK + (r * LANES + lane) * vec + v; 0 beyond the vocabulary.
-    """
-    cached = _WORDS.setdefault(members, {})
-    if vec not in cached:
-        block, lanes, slots = BLOCK.value, LANES.value, SLOTS.value
-        vocab = members.numel()
-        tiles = triton.cdiv(vocab, block)
-        padded = members.new_zeros(tiles * block + vec)
-        padded[:vocab] = members
-        heads = padded.unfold(0, tiles * block, 1)[:vec]
-        bits = heads.reshape(vec, tiles, slots // vec, lanes, vec).transpose(2, 3)
-        powers = 1 << torch.arange(slots, device=members.device)
-        words = (bits.reshape(vec, tiles, lanes, slots) * powers).sum(-1)
-        cached[vec] = words.to(torch.int32)  # wraps: bit 31 is the sign
-    return cached[vec]
-
-
-def _phase(x: Tensor, modulus: int) -> tuple[int, int]:
-    """Where rows start: elements past a boundary, of the first row and from row to row."""
-    stride = x.stride(0) if x.ndim == 2 and x.shape[0] > 1 else 0
-    return x.data_ptr() // x.element_size() % modulus, stride % modulus
-
-
-def _target_arguments(logits: Tensor, target: Target) -> tuple:
-    """The kernels' arguments from target_ptr on, and the two constants that depend on it."""
-    vec = 16 // logits.element_size()
-    if isinstance(target, TwoLevelTarget):
-        members = target.members
-        words = membership_words(members, vec)
-        return (words, 0, members.view(torch.uint8), target.alpha, target.beta / target.alpha), 1
-    if target.dtype == torch.float64 or target.stride(-1) != 1:
-        target = target.float().contiguous()
-    # P's vectors are loaded whole if its rows keep step with the logits' rows.
-    bytes_ = min(16, vec * target.element_size())
-    step = bytes_ // target.element_size()
-    logits_phase = _phase(logits, step)
-    target_phase = _phase(target, step)
-    align = bytes_ if logits_phase == target_phase else target.element_size()
-    stride = target.stride(0) if target.ndim == 2 else 0
-    return (target, stride, target, 1.0, 0.0), align
-
-
-def _num_warps() -> int:
-    return LANES.value // (64 if torch.version.hip else 32)
+    offsets, bit = _slots(ROUNDS, VEC)
+    tiles = vectors // (LANES * ROUNDS)
+    for tile in range(0, tiles):
+        start = tile * ROUNDS
+        z = _load(body_ptr + start * ROUND + offsets, None, 0.0)
+        p = _load_target(target_ptr, start, offsets, bit, None, DENSE, VEC)
+        grad = _gradient(z, lse, p, grad_loss, mass, alpha, ratio, dtype, DENSE)
+        tl.store(out_body_ptr + start * ROUND + offsets, grad)
+    offsets, bit = _slots(1, VEC)
+    for start in range(tiles * ROUNDS, tl.cdiv(vectors, LANES)):
+        mask = start * ROUND + offsets < vectors * VEC
+        z = _load(body_ptr + start * ROUND + offsets, mask, 0.0)
+        p = _load_target(target_ptr, start, offsets, bit, mask, DENSE, VEC)
+        grad = _gradient(z, lse, p, grad_loss, mass, alpha, ratio, dtype, DENSE)
+        tl.store(out_body_ptr + start * ROUND + offsets, grad, mask)
 
 
 def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """One KL divergence and one log-sum-exp a row, in nats."""
-    loss, lse = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
-    if logits.shape[0] == 0:
+    """The divergence and log-sum-exp of each row, in nats.
+
+    Args:
+        logits: (N, V), float32, bfloat16 or float16; last dimension contiguous, any row stride.
+        target: a TwoLevelTarget, or probabilities (V,) or (N, V), on the device of the logits.
+
+    Returns:
+        loss, lse: float32 (N,).
+    """
+    rows, vocab = logits.shape
+    loss, lse = logits.new_empty((2, rows), dtype=torch.float32)
+    if rows == 0:
         return loss, lse
-    arguments, align = _target_arguments(logits, target)
-    dense = isinstance(target, Tensor)
+    arguments, constants = _target_arguments(logits, target)
+    if isinstance(target, TwoLevelTarget):
+        size, sum_p_log_p, beta = target.size, target.sum_p_log_p, target.beta > 0
+    else:
+        size, sum_p_log_p, beta = 0, 0.0, False
     with torch.cuda.device_of(logits):
-        forward_kernel[(logits.shape[0],)](
-            logits,
-            logits.stride(0),
-            logits.shape[1],
-            *arguments,
-            0.0 if isinstance(target, Tensor) else target.sum_p_log_p,
-            loss,
-            lse,
-            DENSE=dense,
-            NO_BETA=isinstance(target, Tensor) or target.beta == 0,
-            P_ALIGN=align,
-            VEC=16 // logits.element_size(),
-            num_warps=_num_warps(),
-        )
+        forward_kernel[(rows,)](
+            logits, logits.stride(0), vocab, *arguments, size, sum_p_log_p, loss, lse,
+            BETA=beta, **constants,
+        )  # fmt: skip
     return loss, lse
 
 
 def backward(logits: Tensor, lse: Tensor, target: Target, grad_loss: Tensor, out: Tensor) -> None:
-    """d(grad_loss . KL)/d logits into out, which may be the logits."""
-    if logits.shape[0] == 0:
+    """Write grad_loss * dKL/d logits into out.
+
+    Args:
+        logits, target: as in forward. lse: float32 (N,), from forward.
+        grad_loss: float32 (N,), any stride.
+        out: (N, V), dtype of the logits, any row stride; may be the logits themselves.
+    """
+    rows, vocab = logits.shape
+    assert out.dtype == logits.dtype, (out.dtype, logits.dtype)
+    if rows == 0:
         return
     vec = 16 // logits.element_size()
-    if _phase(out, vec) != _phase(logits, vec):
-        step = torch.empty_strided(
-            logits.shape, logits.stride(), dtype=out.dtype, device=out.device
-        )
-        backward(logits, lse, target, grad_loss, step)
-        out.copy_(step)
+    if _phase(out, vec) != _phase(logits, vec):  # one of the two would cross its boundaries
+        buffer = logits.new_empty((rows - 1) * logits.stride(0) + vocab + vec)
+        in_phase = buffer.as_strided(logits.shape, logits.stride(), _phase(logits, vec)[0])
+        backward(logits, lse, target, grad_loss, in_phase)
+        out.copy_(in_phase)
         return
-    arguments, align = _target_arguments(logits, target)
-    dense = isinstance(target, Tensor)
-    mass = lse
+    arguments, constants = _target_arguments(logits, target)
+    mass = lse  # of a two-level target it is 1, and not read
     if isinstance(target, Tensor):
-        mass = target.sum(-1, dtype=torch.float32).expand(lse.shape)
-    mass = mass.contiguous()
+        mass = target.sum(-1, dtype=torch.float32).expand(rows).contiguous()
     with torch.cuda.device_of(logits):
-        backward_kernel[(logits.shape[0],)](
-            logits,
-            logits.stride(0),
-            logits.shape[1],
-            *arguments,
-            mass,
-            lse,
-            grad_loss,
-            grad_loss.stride(0),
-            out,
-            out.stride(0),
-            DENSE=dense,
-            P_ALIGN=align,
-            VEC=16 // logits.element_size(),
-            num_warps=_num_warps(),
-        )
+        backward_kernel[(rows,)](
+            logits, logits.stride(0), vocab, *arguments, mass, lse,
+            grad_loss, grad_loss.stride(0), out, out.stride(0), **constants,
+        )  # fmt: skip
+
+
+def _phase(x: Tensor, step: int) -> tuple[int, int]:
+    """How far past a multiple of `step` elements the first row starts, and each next row."""
+    stride = x.stride(0) if x.ndim == 2 and x.shape[0] > 1 else 0
+    return x.data_ptr() // x.element_size() % step, stride % step
+
+
+def meta(dtype: torch.dtype, dense: bool, p_align: int = 16, warp_size: int = 32) -> dict[str, int]:
+    """Both kernels' constants and warps, for the launch and for kernels/compile_report.py."""
+    return {
+        "DENSE": dense,
+        "P_ALIGN": p_align,
+        "VEC": 16 // dtype.itemsize,
+        "num_warps": membership.LANES // warp_size,
+    }
+
+
+def _target_arguments(logits: Tensor, target: Target) -> tuple[tuple, dict[str, int]]:
+    """Both kernels' arguments from target_ptr to ratio, and their constants."""
+    vec = 16 // logits.element_size()
+    warp_size = 64 if torch.version.hip else 32
+    if isinstance(target, TwoLevelTarget):
+        words = membership.membership_words(target.members, vec)
+        members = target.members.view(torch.uint8)
+        arguments = (words, 0, members, target.alpha, target.beta / target.alpha)
+        return arguments, meta(logits.dtype, dense=False, warp_size=warp_size)
+    if target.dtype == torch.float64 or target.stride(-1) != 1:
+        target = target.to(torch.float32).contiguous()
+    p_align = min(16, vec * target.element_size())
+    step = p_align // target.element_size()
+    if _phase(target, step) != _phase(logits, step):
+        p_align = target.element_size()
+    stride = target.stride(0) if target.ndim == 2 else 0
+    return (target, stride, target, 1.0, 0.0), meta(logits.dtype, True, p_align, warp_size)
