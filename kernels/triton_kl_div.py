@@ -287,7 +287,8 @@ def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         loss, lse: float32 (N,).
     """
     rows, vocab = logits.shape
-    loss, lse = logits.new_empty((2, rows), dtype=torch.float32)
+    loss = logits.new_empty(rows, dtype=torch.float32)
+    lse = torch.empty_like(loss)
     if rows == 0:
         return loss, lse
     arguments, constants = _target_arguments(logits, target)
