@@ -1,0 +1,31 @@
+# make demo and make test are all a new machine needs; both build .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test xfactor bench lint clean
+
+demo: .venv/installed  ## the experiment at two learning rates on the embedded checkpoint
+	$(BIN)/python -m train.xfactor --model tiny --lr 1e-5 1e-3 --steps 150 --out runs/demo
+
+test: .venv/installed  ## the whole suite; without a GPU, Triton's interpreter stands in for it
+	$(BIN)/python -m pytest
+
+xfactor: .venv/installed  ## the real thing: gpt2-medium, downloaded on first use
+	$(BIN)/python -m train.xfactor
+
+bench: .venv/installed  ## fused against unfused loss
+	$(BIN)/python -m kernels.benchmark
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs
