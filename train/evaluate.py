@@ -45,18 +45,19 @@ def evaluate(
     model: GPT2, start: GPT2, tokenizer: Tokenizer, members: Tensor, seed: int
 ) -> Evaluation:
     """Sample from `model` and measure the samples, `start` being the model before fine-tuning."""
+    device = members.device
+    generator = torch.Generator(device).manual_seed(seed)
     r, perplexities, samples = [], [], []
     for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt)] * SAMPLES, device=members.device)
+        ids = torch.tensor([tokenizer.encode(prompt)] * SAMPLES, device=device)
         T = ids.shape[1]
         text, truncated = (
-            generate(model, ids, NEW_TOKENS, top_k=k, generator=_generator(members.device, seed))
-            for k in (None, TOP_K)
+            generate(model, ids, NEW_TOKENS, top_k=k, generator=generator) for k in (None, TOP_K)
         )
         r.append([member_rate(t[:, T:], members) for t in (text, truncated)])
         perplexities.append(nats_per_token(start, text, given=T))
         samples.append(tokenizer.decode(text[0, T:].tolist()))
-    passage = torch.tensor([tokenizer.encode(PASSAGE)], device=members.device)
+    passage = torch.tensor([tokenizer.encode(PASSAGE)], device=device)
     untruncated, top_k = torch.tensor(r, device="cpu").mean(0).tolist()
     return Evaluation(
         r=untruncated,
@@ -73,7 +74,3 @@ def nats_per_token(model: GPT2, tokens: Tensor, given: int = 1) -> Tensor:
     model.eval()
     logits = model(tokens[:, :-1])[:, given - 1 :].float()
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, given:].flatten())
-
-
-def _generator(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
