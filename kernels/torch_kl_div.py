@@ -8,11 +8,13 @@ tile of rows, small enough to stay in the cores' caches, goes through every step
 one is touched: the logits are read once, the gradient is written once, and the only other buffer
 is one tile of scratch in the dtype of the arithmetic (float32; float64 for float64 logits).
 
-Two choices that measurement made, on two Zen 5 cores with float32 tiles at V = 50,257:
-the backward takes the softmax anew although the row's lse is at hand, because ATen's softmax of a
-cached tile is one vectorised kernel, faster than subtracting the lse and torch.exp; and the
-gradient's memory asks for 2 MB pages, because a fresh 51 MB tensor costs 12,566 page faults of
-4 KB, which took longer than the arithmetic.
+Three choices that measurement made, on two Zen 5 cores with float32 tiles at V = 50,257. Both
+directions take ATen's softmax of the cached tile, one vectorised kernel, faster than a subtraction
+and torch.exp; so the backward has no use for the saved lse. That kernel adds its 50,257 terms in
+few accumulators, wrong by up to 1e-5 where they are equal: the forward divides the pairwise sum of
+q, 1 if all were exact, by its maximum, 1 / total, to find the total anew. And the gradient's memory
+asks for 2 MB pages, because a fresh 51 MB tensor costs 12,566 page faults of 4 KB, which took
+longer than the arithmetic.
 
 What this does not do: leave the tile's loop to several threads. Each step is parallel inside, so
 on many cores the tiles are too small to keep all of them busy.
@@ -28,7 +30,7 @@ from torch import Tensor
 from kernels.reference import compute_dtype
 from kernels.target import Target, TwoLevelTarget
 
-TILE_ELEMENTS = 3 << 17  # 1.5 MB of float32: seven rows of 50,257, in two L2 caches of 1 MB
+TILE_ELEMENTS = 1 << 19  # 2 MB of float32: ten rows of 50,257, in two L2 caches of 1 MB each
 HUGE_PAGE = 2 << 20  # bytes
 
 
@@ -40,17 +42,20 @@ def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         target: TwoLevelTarget, or probabilities (V,) or (N, V), on the device of the logits.
     """
     loss = logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype))
-    lse = torch.empty_like(loss)
-    for rows, log_q in _tiles(logits):
+    lse = logits.new_empty(len(logits), dtype=loss.dtype)
+    for rows, scratch in _tiles(logits):
         z = logits[rows]
-        torch.log_softmax(z, -1, dtype=log_q.dtype, out=log_q)
-        torch.sub(z.amax(-1), log_q.amax(-1), out=lse[rows])
+        top = z.amax(-1, keepdim=True).to(loss.dtype)
+        q = torch.softmax(z, -1, dtype=loss.dtype, out=scratch)
+        total = q.sum(-1, keepdim=True).div_(q.amax(-1, keepdim=True))  # of e^(z - top)
+        lse[rows] = (top + total.log()).squeeze(-1)
         if isinstance(target, TwoLevelTarget):
-            loss[rows] = _two_level_divergence(log_q, target)
+            loss[rows] = _two_level_divergence(z, top, total, target, scratch)
         else:
-            p = _rows_of(target, rows, log_q.dtype)
+            p = _rows_of(target, rows, loss.dtype)
+            log_q = torch.sub(z, top, out=scratch).sub_(total.log())
             # 0 log 0 = 0, and -inf costs nothing where P = 0: both are NaN before the fill.
-            terms = torch.sub(p.log(), log_q, out=log_q).mul_(p).masked_fill_(p == 0, 0.0)
+            terms = torch.sub(p.log(), log_q, out=scratch).mul_(p).masked_fill_(p == 0, 0.0)
             loss[rows] = terms.sum(-1)
     return loss, lse
 
@@ -87,13 +92,16 @@ def _rows_of(p: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     return (p if p.ndim == 1 else p[rows]).to(dtype)
 
 
-def _two_level_divergence(log_q: Tensor, target: TwoLevelTarget) -> Tensor:
-    """(1) for a tile of log-probabilities, which it may overwrite; differences before sums."""
-    members = log_q.index_select(-1, target.index).sub_(math.log(target.alpha))
+def _two_level_divergence(
+    z: Tensor, top: Tensor, total: Tensor, target: TwoLevelTarget, scratch: Tensor
+) -> Tensor:
+    """(1) for a tile, summing P (log(total alpha) - (z - top)): small numbers where q is P."""
+    log_ratio = (total * target.alpha).log_()
+    members = torch.sub(z.index_select(-1, target.index), top).sub_(log_ratio)
     loss = members.sum(-1).mul_(-target.alpha)
     if target.beta > 0:
-        log_beta = math.log(target.beta)
-        others = log_q.index_fill_(-1, target.index, log_beta).sub_(log_beta)
+        log_ratio.add_(math.log(target.beta / target.alpha))
+        others = torch.sub(z, top, out=scratch).sub_(log_ratio).index_fill_(-1, target.index, 0.0)
         loss.sub_(others.sum(-1), alpha=target.beta)
     return loss
 
