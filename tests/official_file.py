@@ -84,12 +84,12 @@ def read_tensorwise(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndar
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             file.seek(8 + length + begin)
-            body = bytearray(file.read(end - begin))
+            body = file.read(end - begin)
             if entry["dtype"] == "BF16":  # the upper half of a float32
                 values = (np.frombuffer(body, "<u2").astype("<u4") << 16).view("<f4")
             else:
                 values = np.frombuffer(body, {"F32": "<f4", "F16": "<f2"}[entry["dtype"]])
-            yield name, values.astype(np.float32, copy=False).reshape(entry["shape"])
+            yield name, values.astype(np.float32).reshape(entry["shape"])  # the one copy
 
 
 def read_plainly(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

@@ -67,6 +67,13 @@ def test_what_could_not_be_loaded_is_not_saved(name, tensor, message, official, 
     assert not (tmp_path / "saved").exists()
 
 
+def test_two_names_of_one_tensor_are_refused(official, tmp_path):
+    state_dict = load_weights(official)
+    state_dict["h.1.ln_1.bias"] = state_dict["h.0.ln_1.bias"]
+    with pytest.raises(WeightsError, match=r"share memory.*ln_1\.bias"):
+        save_weights(state_dict, tmp_path)
+
+
 def test_a_folder_that_cannot_be_written_is_named(official, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WeightsError, match=f"cannot write weights to {tmp_path}/file"):
@@ -85,8 +92,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_and_stop()
     assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["kept"]
     with replacing(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["kept"]

@@ -176,7 +176,7 @@ def test_check_lists_every_tensor_and_says_which_official_file_it_is(
     monkeypatch.setitem(OFFICIAL, "gpt2", type(MEDIUM)(MEDIUM.repo, MEDIUM.revision, digest))
     assert describe(path).endswith("official:    gpt2")
     path.write_bytes(content[:-1])
-    with pytest.raises(WeightsError, match="is no whole safetensors file"):
+    with pytest.raises(WeightsError, match="cannot be read as a whole safetensors file"):
         describe(path)
 
 
@@ -187,7 +187,7 @@ def test_check_as_a_command_ends_in_one_line_on_a_bad_file(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     [line] = done.stderr.splitlines()
-    assert line.startswith(f"error: {tmp_path / FILE} is no whole safetensors file")
+    assert line.startswith(f"error: {tmp_path / FILE} cannot be read as a whole safetensors file")
 
 
 def test_importing_weights_leaves_the_hub_library_alone():

@@ -23,7 +23,8 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Returns float32 tensors on the CPU, whatever floating dtype is stored. Each owns its memory,
     aligned to 64 bytes and never memory-mapped, so a model may adopt it as a parameter. Peak memory
-    is the returned tensors and, where the file stores an `lm_head.weight`, one tensor more.
+    is the returned tensors and at most one tensor more: one in half precision while it is
+    converted, or an `lm_head.weight` while it is compared.
 
     Raises WeightsError: no such file, not a whole safetensors file, names, shapes, dtypes or values
     that are not a GPT-2's, or official weights that cannot be had or whose hash is wrong.

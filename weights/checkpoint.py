@@ -1,5 +1,4 @@
-"""GPT-2 weights in safetensors files: read with every name, shape, dtype and value checked; written
-atomically.
+"""GPT-2 weights in safetensors files: checked to the last value when read, whole when written.
 
 The format: 8 bytes (little-endian length of the header), the header (JSON: name -> dtype, shape,
 data_offsets), then the tensors without gaps. The safetensors library checks a header against its
@@ -7,8 +6,7 @@ file. The bytes are read here, not by the library, for three reasons: its tensor
 memory map, the official files are laid out so that those views start 2 bytes off a float's
 boundary, and touching a map of a file that is being truncated kills the process.
 
-Reading goes through one small buffer, chunk by chunk: read, convert into the tensor's own memory,
-check for NaN while the chunk is still in the processor's cache. Nothing is ever unpickled.
+Each tensor is read straight into memory of its own. Nothing is ever unpickled.
 """
 
 import json
@@ -16,9 +14,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,7 +29,6 @@ from weights.layout import MASK, Layout, Shape, WeightsError, check_layout
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "U8": 1}  # the last two: of masks only
 FILE_NAME = "model.safetensors"
-CHUNK_BYTES = 1 << 20  # fits the second-level cache; a multiple of every dtype's size
 
 
 class Entry(NamedTuple):
@@ -65,7 +64,9 @@ def read_header(path: Path) -> dict[str, Entry]:
                 begin += math.prod(entry.shape) * ITEM_BYTES[entry.dtype]
                 entries[name] = entry
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} is no whole safetensors file: {error}") from error
+        raise WeightsError(
+            f"{path} cannot be read as a whole safetensors file: {error}. Fetch or save it again"
+        ) from error
     return entries
 
 
@@ -103,12 +104,11 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     at a file that ends early, and at an `lm_head.weight` that is not equal to `wte.weight`.
     """
     entries, _ = parameter_entries(path)
-    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device="cpu")
     embedding = torch.empty(0)
     try:
         with open(path, "rb") as file:
             for name, entry in entries.items():
-                tensor = _read_tensor(file, entry, buffer, f"{path}: {name}")
+                tensor = _read_tensor(file, entry, f"{path}: {name}")
                 if name == "wte.weight":
                     embedding = tensor
                 if name != "lm_head.weight":
@@ -122,34 +122,29 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise WeightsError(f"cannot read {path}: {error}") from error
 
 
-def _read_tensor(file: BinaryIO, entry: Entry, buffer: Tensor, source: str) -> Tensor:
-    dtype = DTYPES[entry.dtype]
-    tensor = torch.empty(entry.shape, dtype=torch.float32, device="cpu")
-    flat = tensor.view(-1)
-    window = buffer.numpy().data
+def _read_tensor(file: BufferedReader, entry: Entry, source: str) -> Tensor:
+    stored = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
     file.seek(entry.begin)
-    filled = 0
-    while filled < flat.numel():
-        size = min(CHUNK_BYTES, (flat.numel() - filled) * dtype.itemsize)
-        if (got := file.readinto(window[:size])) != size:  # type: ignore[attr-defined]
-            raise WeightsError(f"{source}: the file ended: got {got} bytes, expected {size} more")
-        chunk = flat[filled : filled + size // dtype.itemsize]
-        chunk.copy_(buffer[:size].view(dtype))
-        _check_finite(chunk, source, filled)
-        filled += chunk.numel()
+    got = file.readinto(stored.view(-1).view(torch.uint8).numpy().data)
+    if got != stored.nbytes:
+        raise WeightsError(f"{source}: the file ended: got {got} bytes of {stored.nbytes}")
+    tensor = stored.float()  # float32 stays where it is
+    _check_finite(tensor, source)
     return tensor
 
 
-def _check_finite(values: Tensor, source: str, first: int = 0) -> None:
-    # A NaN or infinity always shows in the sum, which is far cheaper than isfinite on every value.
-    if values.sum().isfinite():
-        return
-    bad = values.isfinite().logical_not().flatten().nonzero()
+def _check_finite(tensor: Tensor, source: str) -> None:
+    """Raises WeightsError at the first NaN or infinity of a float32 tensor on the CPU."""
+    values = tensor.numpy().reshape(-1)
+    # One of either always shows in the sum, which costs far less than looking at every value; and
+    # NumPy's sum takes one thread, so it does not wait for a second one on a machine that is busy.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(values.sum()):
+            return
+    bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):  # else the sum alone overflowed
-        index = int(bad[0])
         raise WeightsError(
-            f"{source}: got {values.flatten()[index].item()} at flat index {first + index}, "
-            "expected finite values"
+            f"{source}: got {values[bad[0]]} at flat index {bad[0]}, expected finite values"
         )
 
 
@@ -169,8 +164,8 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
         if tensor.dtype not in DTYPES.values():
             allowed = [*DTYPES.values()]
             raise WeightsError(f"state_dict: {name}: got {tensor.dtype}, expected one of {allowed}")
-        _check_finite(tensor.detach(), f"state_dict: {name}")
         tensors[name] = tensor.detach().cpu().contiguous()
+        _check_finite(tensors[name].float(), f"state_dict: {name}")
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +173,7 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
             temporary.write_text(json.dumps(layout.config(), indent=2) + "\n")
         with replacing(folder / FILE_NAME) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # the second: tensors share memory
         raise WeightsError(f"cannot write weights to {folder}: {error}") from error
 
 
