@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from weights.checkpoint import FILE_NAME, read_tensors, save_weights
-from weights.layout import WeightsError
+from weights.checkpoint import FILE_NAME, parameter_entries, read_tensors, save_weights
+from weights.layout import Layout, WeightsError
 
-__all__ = ["WeightsError", "load_weights", "save_weights"]
+__all__ = ["Layout", "WeightsError", "layout_of", "load_weights", "save_weights"]
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -29,6 +29,22 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises WeightsError: no such file, not a whole safetensors file, names, shapes, dtypes or values
     that are not a GPT-2's, or official weights that cannot be had or whose hash is wrong.
     """
+    return dict(read_tensors(_find(name_or_path)))
+
+
+def layout_of(name_or_path: str | os.PathLike[str]) -> Layout:
+    """The sizes of a GPT-2 that `load_weights` would load, without loading or downloading it.
+
+    Raises WeightsError as `load_weights` does, so far as a file's header tells.
+    """
+    from weights.official import OFFICIAL
+
+    if name_or_path in OFFICIAL:
+        return OFFICIAL[str(name_or_path)].layout
+    return parameter_entries(_find(name_or_path))[1]
+
+
+def _find(name_or_path: str | os.PathLike[str]) -> Path:
     from weights.official import OFFICIAL, fetch  # not above: it is also run as a module
 
     name = os.fspath(name_or_path)
@@ -41,4 +57,4 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"no weights at {name!r}: got no file {path}, expected {expected}, "
             f"a .safetensors file or a folder that holds a {FILE_NAME}"
         )
-    return dict(read_tensors(path))
+    return path

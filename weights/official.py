@@ -25,7 +25,7 @@ from weights.checkpoint import (
     read_tensors,
     replacing,
 )
-from weights.layout import HEAD_WIDTH, WeightsError
+from weights.layout import HEAD_WIDTH, Layout, WeightsError
 
 HASHES_NAME = "sha256.json"
 
@@ -37,6 +37,7 @@ class Official:
     repo: str
     revision: str  # the full commit: with it, a cached file costs no network call
     sha256: str
+    layout: Layout
     size: int | None = None  # bytes; None where no source for it was found
 
     @property
@@ -49,18 +50,21 @@ OFFICIAL = {
         repo="openai-community/gpt2",
         revision="607a30d783dfa663caf39e06633721c8d4cfcd7e",
         sha256="248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+        layout=Layout(12, 768, vocab_size=50257, n_positions=1024),
         size=548_105_171,
     ),
     "gpt2-medium": Official(
         repo="openai-community/gpt2-medium",
         revision="6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
         sha256="fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
+        layout=Layout(24, 1024, vocab_size=50257, n_positions=1024),
         size=1_519_984_962,
     ),
     "gpt2-xl": Official(
         repo="openai-community/gpt2-xl",
         revision="15ea56dee5df4983c59b2538573817e1667135e2",
         sha256="0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
+        layout=Layout(48, 1600, vocab_size=50257, n_positions=1024),
     ),
 }
 
