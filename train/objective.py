@@ -45,7 +45,7 @@ def member_rate(tokens: Tensor, members: Tensor) -> float:
 
 
 @torch.no_grad()
-def mass_on_members(hidden: Tensor, weight: Tensor, members: Tensor) -> Tensor:
+def mass_on_members(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """The probability that the model gives the members together, mean over rows, a scalar.
 
     For a target that lies wholly on the members (beta = 0) it is at least exp(-KL): merging the
@@ -55,9 +55,8 @@ def mass_on_members(hidden: Tensor, weight: Tensor, members: Tensor) -> Tensor:
     Args:
         hidden: (..., C), the model's hidden states.
         weight: (V, C), the LM head.
-        members: bool (V,).
+        index: ids of the members, int64 (|S|,); to find them in a mask would wait for the device.
     """
-    index = members.nonzero().squeeze(1)
     masses = []
     for rows in hidden.flatten(0, -2).split(ROWS):
         logits = F.linear(rows, weight).float()

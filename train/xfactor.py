@@ -11,6 +11,7 @@ large one collapses it: the table at the end says which, in numbers.
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -84,14 +85,15 @@ def training_steps(
         scalars on the device, so that nobody waits for it who does not look at them.
     """
     weight = model.wte.weight  # the LM head is the embedding
-    autocast = torch.autocast(weight.device.type, dtype, enabled=dtype != torch.float32)
+    half = dtype != torch.float32
+    autocast = torch.autocast(weight.device.type, dtype) if half else nullcontext()
     while True:
         model.train()
         tokens = draw()  # 1. token ids (B, T)
         with autocast:
             hidden = model.hidden_states(tokens)  # 2. forward (B, T, C)
             loss = loss_fn(hidden, weight, target)  # 3. log-softmax and 4. KL to the target
-            mass = mass_on_members(hidden, weight, target.members)
+            mass = mass_on_members(hidden, weight, target.index)
         optimizer.zero_grad(set_to_none=False)  # fresh pages for the gradients would cost more
         loss.backward()  # 5. backward
         optimizer.step()  # 6. Adam
