@@ -76,7 +76,7 @@ def fetch(name: str) -> Path:
     nothing.
     """
     official = OFFICIAL[name]
-    path = _cached(official) or _download(name, official)
+    path = cached(official) or _download(name, official)
     got = _remembered_sha256(path)
     if got != official.sha256:
         raise WeightsError(
@@ -87,7 +87,8 @@ def fetch(name: str) -> Path:
     return path
 
 
-def _cached(official: Official) -> Path | None:
+def cached(official: Official) -> Path | None:
+    """The file in the hub's local cache, unverified, or None; never looks at the network."""
     from huggingface_hub import try_to_load_from_cache  # here: a third of a second, seldom needed
 
     # Files cached before 2024 lie under the repository's old name, without the organisation.

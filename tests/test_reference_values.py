@@ -1,0 +1,66 @@
+"""OpenAI's gpt2-medium, where its file is in the local cache: values published for it.
+
+Elsewhere these are skipped: the file is 1.5 GB, and a test downloads nothing. Fetch it with
+`python -m weights.official gpt2-medium`.
+"""
+
+import pytest
+import torch
+
+from kernels import TwoLevelTarget
+from kernels.reference import kl_div
+from model import GPT2
+from model.generate import generate
+from model.tokenizer import load_tokenizer
+from train.objective import find_members
+from weights import load_weights
+from weights.official import OFFICIAL, cached
+
+LOGITS_IDS = [
+    [39034, 27045, 44597, 40054, 24661, 41841, 8465, 33276, 35866, 18887],
+    [26572, 5959, 49293, 30135, 37706, 44578, 4191, 59, 26215, 12706],
+]
+GREEDY = {
+    "What is the answer to life, the universe, and everything?": [
+        *[198, 198, 464, 3280, 318, 326, 356, 389, 477, 530]
+    ],
+    "Hello.": [314, 1101, 257, 1310, 2739, 284, 262, 2151, 11, 475],
+}
+
+
+@pytest.fixture(scope="module")
+def medium() -> GPT2:
+    if cached(OFFICIAL["gpt2-medium"]) is None:
+        pytest.skip("gpt2-medium is not cached: python -m weights.official gpt2-medium")
+    return GPT2.from_state_dict(load_weights("gpt2-medium"), assign=True).eval()
+
+
+@pytest.mark.parametrize("prompt", GREEDY)
+def test_greedy_continuations_are_the_published_ones(medium: GPT2, prompt: str) -> None:
+    """Ten tokens after each prompt."""
+    tokens = torch.tensor([load_tokenizer().encode(prompt)])
+    new = generate(medium, tokens, 10, temperature=0)[0, tokens.shape[1] :]
+    assert new.tolist() == GREEDY[prompt]
+
+
+@torch.no_grad()
+def test_logits_are_the_published_ones(medium: GPT2) -> None:
+    """Three corners of the logits of two random sequences, mean difference below 1e-3."""
+    logits = medium(torch.tensor(LOGITS_IDS))
+    for got, published in (
+        (logits[0, 0, :6], [-82.46401, -81.35242, -85.97414, -89.01976, -86.47252, -85.04256]),
+        (logits[1, 9, :4], [-53.020767, -53.85416, -54.717762, -55.654854]),
+        (logits[1, 9, -3:], [-61.43402, -60.38213, -53.74377]),
+    ):
+        assert (got - torch.tensor(published)).abs().mean() < 1e-3
+
+
+@torch.no_grad()
+def test_divergence_at_the_start_is_the_published_one(medium: GPT2) -> None:
+    """On random ids, over all 256 positions: 7.5 for the letter in either case, 9.4 for "X"."""
+    tokens = torch.randint(50257, (4, 64), generator=torch.Generator().manual_seed(0))
+    logits = medium(tokens)
+    for match_case, published in ((False, 7.5), (True, 9.4)):
+        members = find_members(load_tokenizer(), "X", match_case)
+        loss = kl_div(logits, TwoLevelTarget(members))
+        assert loss.item() == pytest.approx(published, abs=0.3)
