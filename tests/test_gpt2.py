@@ -1,14 +1,20 @@
 """The architecture against transformers' GPT-2, and against the formulas of the paper."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import GPT2LMHeadModel
 
 from model import GPT2, GPT2Config
+from tests.official_file import SMALL as SMALL_FILE
+from tests.official_file import write_official
 from tests.oracle import official_names, oracle, shake
+from weights import layout_of, load_weights
 
 # Head counts, depths, contexts and widths that differ from each other and from gpt2-medium's, where
 # n_positions = n_embd would hide swapped dimensions.
@@ -62,6 +68,17 @@ def test_logits_and_every_gradient_equal_those_of_transformers(config: GPT2Confi
 def test_gpt2_medium_equals_transformers_at_full_size() -> None:
     """The same at the 354,823,168 parameters of gpt2-medium, over 2 x 8 tokens."""
     assert_equals_transformers(GPT2Config(), B=2, T=8)
+
+
+def test_a_file_laid_out_as_the_official_one_gives_the_same_logits_in_both(tmp_path: Path) -> None:
+    """Masks in it, no prefix, tensors 2 bytes off a float's boundary, into both from the disk."""
+    write_official(tmp_path / "model.safetensors", **SMALL_FILE)
+    layout = layout_of(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(layout.config()))
+    hf = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    model = GPT2.from_state_dict(load_weights(tmp_path))
+    tokens = random_tokens(model.config, B=2, T=layout.n_positions)
+    torch.testing.assert_close(model(tokens), hf(tokens).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_gpt2_medium_has_its_354_823_168_parameters() -> None:
