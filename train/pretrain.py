@@ -96,7 +96,7 @@ class CrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, buffer: Tensor
     ) -> Tensor:
         h, w, at = hidden.to(buffer.dtype), weight.to(buffer.dtype), target[:, None]
-        p = torch.mm(h, w.T, out=buffer).add_(bias)
+        p = torch.mm(h, w.T, out=buffer).add_(bias.to(buffer.dtype))
         torch.softmax(p, 1, out=p)
         loss = -p.gather(1, at).float().clamp_min(1e-30).log().mean()
         p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype))  # softmax - one-hot
@@ -140,7 +140,7 @@ class Pretraining:
             fused=True,
         )
         # The shared column stands for n_unused equal ones: n e^z = e^(z + log n).
-        self.bias = torch.zeros(self.vocabulary.size, dtype=torch.bfloat16)
+        self.bias = torch.zeros(self.vocabulary.size)
         self.bias[-1] = math.log(self.vocabulary.n_unused)
         rows = options.batch * options.n_positions
         self.buffer = torch.empty(rows, self.vocabulary.size, dtype=torch.bfloat16)
@@ -185,11 +185,11 @@ class Pretraining:
         """Nats a token in float32 over windows of n_positions that do not overlap, full softmax."""
         self.model.eval()
         T = self.options.n_positions
-        total, bias = 0.0, self.bias.float()
+        total = 0.0
         for start in tqdm(range(0, len(ids) - 1, T), "held-out", leave=False):
             window = ids[start : start + T + 1]
             shared = self.vocabulary.compact(window)
-            logits = self.model(shared[None, :-1])[0] + bias
+            logits = self.model(shared[None, :-1])[0] + self.bias
             total += float(F.cross_entropy(logits, shared[1:], reduction="sum"))
             unused = int((shared[1:] == self.vocabulary.size - 1).sum())
             total += unused * math.log(self.vocabulary.n_unused)  # one of n_unused equal tokens
