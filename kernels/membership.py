@@ -28,10 +28,11 @@ _TABLES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # members -> vec -
 
 
 def membership_words(members: Tensor, vec: int) -> Tensor:
-    """The table, int32 (vec, tiles, LANES), made on the first call and kept while members lives.
+    """The table, int32 (vec, tiles, 2, LANES), made on the first call, kept while members lives.
 
-    Bit r * vec + v of word [head, t, lane] is the membership of column
+    Bit r * vec + v of word [head, t, 0, lane] is the membership of column
     head + ((t * rounds + r) * LANES + lane) * vec + v; 0 beyond the last whole vector of the row.
+    [head, t, 1, lane] is the number of bits set in it, as the bits of a float32.
 
     Args:
         members: bool (V,), not to be changed afterwards.
@@ -45,7 +46,7 @@ def membership_words(members: Tensor, vec: int) -> Tensor:
 
 def _pack(members: Tensor, vec: int) -> Tensor:
     vocab, device = members.numel(), members.device
-    tiles = -(-vocab // (LANES * SLOTS))
+    tiles = vocab // (LANES * SLOTS) + 1  # a partial one, even if it is empty
     columns = tiles * LANES * SLOTS
     padded = F.pad(members, (0, columns + vec - vocab))
     shifted = padded.unfold(0, columns, 1)[:vec]  # row h starts at column h
@@ -53,5 +54,7 @@ def _pack(members: Tensor, vec: int) -> Tensor:
     in_vectors = torch.arange(columns, device=device) < (vocab - head) // vec * vec
     bits = (shifted & in_vectors).view(vec, tiles, SLOTS // vec, LANES, vec).transpose(2, 3)
     weights = 1 << torch.arange(SLOTS, device=device)
-    words = (bits.reshape(vec, tiles, LANES, SLOTS) * weights).sum(-1)
-    return words.to(torch.int32)  # bit 31 becomes the sign
+    bits = bits.reshape(vec, tiles, LANES, SLOTS)
+    words = (bits * weights).sum(-1)
+    counts = bits.sum(-1, dtype=torch.float32).view(torch.int32)
+    return torch.stack((words.to(torch.int32), counts), 2)  # bit 31 becomes the sign

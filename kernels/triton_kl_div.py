@@ -11,28 +11,29 @@ log-probabilities, probabilities or targets exists.
 
 The target. Two-level: P = alpha on the members S and beta elsewhere. With r = beta / alpha,
 
-    sum P z = alpha D,    D = sum over S of z + r (sum over the rest of z)                   (3)
+    sum P z = alpha D,    D = sum w z,    w = 1 on S and r elsewhere                         (3)
 
-so that P is one bit an element (kernels/membership.py), and if beta = 0 the rest is not even added.
-Dense: P is a tensor, (V,) for all rows or (N, V); then alpha = 1 and D = sum P (z - log P).
+so that P is one bit an element (kernels/membership.py), and if beta = 0 only members are added.
+Dense: P is a tensor, (V,) for all rows or (N, V); then alpha = 1, w = P, D = sum P (z - log P).
 
 Online log-sum-exp. The largest logit must leave the exponent before the exponential, but is known
 only at the end of the row. So each lane keeps a maximum m and the sum t of 2^(c z - m), where
-c = log2 e: the hardware has 2^x and no e^x, and c z - m is one fused multiply-add. For a tile T
+c = log2 e: the hardware has 2^x and no e^x, and y = c z - m is one fused multiply-add. For a tile
 
-    m' = max(m, max over T of c z),    t' = t 2^(m - m') + sum over T of 2^(c z - m')        (4)
+    m' = max(m, max of c z),    y = c z - m',    t' = t 2^(m - m') + sum of 2^y              (4)
 
 One exponential an element, one a tile to rescale. Lanes are joined once, at the row's end:
 
-    M = max m,    lse = (M + log2 T) / c,    T = sum over lanes of t 2^(m - M)               (5)
+    M = max m,    t = sum over lanes of t 2^(m - M),    lse = (M + log2 t) / c               (5)
 
-Last digits. GPT-2's logits lie near -80, and D and lse are then far larger than their difference.
-Centred on the largest logit, M / c, before lanes are added, nothing large is left to cancel:
+Last digits. GPT-2's logits lie near -80, where a float32 has 8e-6 between neighbours, and D and lse
+are far larger than their difference. So D is not summed over z but over the small y, which cost
+nothing more, and moved when m moves. With d such a sum and u the sum of its weights w, per lane,
 
-    KL = sum P log P + alpha (w log2(T) / c - sum over lanes of (D - w M / c))               (6)
+    d' = d + u (m - m') + sum of w y,    u' = u + sum of w                                   (6)
+    KL = sum P log P + (W log2 t - alpha sum over lanes of (d + u (m - M))) / c              (7)
 
-where alpha w = W: a dense target's w is counted lane by lane; a two-level one's is known,
-|S| + r (V - |S|), and a lane may take any share of it that adds up: w / LANES.
+u is not added up element by element: the table has the number of members of each lane and tile.
 
 Traffic, in N V elements read or written, for P of shape (V,):
 
@@ -62,8 +63,8 @@ storage offset take the same path. Nothing outside a row is read or written.
 Hazards.
 - -inf - (-inf) is NaN, in (4) for a tile of -inf: the maximum starts at FLOOR, which is finite.
 - 0 * -inf is NaN: a logit where P = 0 is left out by a select, never by a product with 0.
-- NaN and +inf reach the sum t (inf - inf), so loss and gradient of their row, and of no other.
-- -inf where P > 0 makes D -inf and the loss +inf; its gradient is finite, -P, as in PyTorch.
+- NaN and +inf reach t (inf - inf), so loss and gradient of their row, and of no other.
+- -inf where P > 0 makes d -inf and the loss +inf; its gradient is finite, -P, as in PyTorch.
 - Offsets of rows exceed 2^31 elements at N = 42,731: they are computed in int64.
 - softmax - P cancels near convergence: formed in float32 and rounded once, at the store.
 - Specialised on nothing: one compiled variant a dtype and kind of target, whatever N, V, strides.
@@ -120,59 +121,63 @@ def _load(ptr, mask, OTHER: tl.constexpr):
 
 
 @triton.jit
-def _load_target(ptr, start, offsets, bit, mask, DENSE: tl.constexpr, VEC: tl.constexpr):
-    """From round `start` on: the probabilities of a dense target, else who is a member."""
-    if DENSE:
-        return _load(ptr + start * (LANES * VEC) + offsets, mask, 0.0)
-    else:
-        tile = start * VEC // SLOTS
-        word = tl.load(ptr + tile * LANES + tl.arange(0, LANES)) >> (start * VEC - tile * SLOTS)
-        return (word[None, :, None] & bit) != 0
+def _count(word, BITS: tl.constexpr):
+    count = tl.zeros((LANES,), tl.float32)
+    for i in tl.static_range(BITS):
+        count += tl.where((word & (1 << i)) != 0, 1.0, 0.0)
+    return count
 
 
 @triton.jit
 def _target(ptr, stride, members_ptr, row, head, column, live, vocab,
             DENSE: tl.constexpr, P_ALIGN: tl.constexpr):  # fmt: skip
-    """Where the target of the row's vectors starts, and the target of the row's ends."""
+    """Where the target of the row's vectors starts (a lane's, of words), and that of its ends."""
     if DENSE:
         ptr += row * stride
         return tl.multiple_of(ptr + head, P_ALIGN), _load(ptr + column, live, 0.0)
     else:
         ends = tl.load(members_ptr + column, live, other=0) != 0
-        return ptr + head * tl.cdiv(vocab, LANES * SLOTS) * LANES, ends
+        table = head * (vocab // (LANES * SLOTS) + 1) * (2 * LANES)
+        return ptr + table + tl.arange(0, LANES), ends
 
 
 @triton.jit
-def _sum(x):
-    """(rounds, LANES, VEC) -> (LANES,): both axes lie inside a thread."""
-    return tl.sum(tl.sum(x, axis=2), axis=0)
+def _by_lane(x):
+    """(rounds, LANES, VEC) -> (LANES, rounds * VEC); the last axis lies inside a thread."""
+    return tl.reshape(tl.permute(x, (1, 0, 2)), (LANES, x.shape[0] * x.shape[2]))
 
 
 @triton.jit
-def _accumulate(state, z, target, mask, ratio, DENSE: tl.constexpr, BETA: tl.constexpr):
-    top, total, dot, mass = state
+def _accumulate(state, z, target, mask, members, slots, ratio,
+                DENSE: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
+    """(4) and (6) for one tile, in which a lane has `members` among `slots` elements."""
+    top, total, weight, dot = state
+    new_top = tl.maximum(top, tl.max(_by_lane(z), axis=1) * C)
+    y = z * C - new_top[None, :, None]
+    shift = top - new_top
+    total = total * tl.exp2(shift) + tl.sum(_by_lane(tl.exp2(y)), axis=1)  # (4)
+    dot += weight * shift  # (6)
     if DENSE:
-        log_p = tl.log2(tl.where(target == 0.0, 1.0, target)) / C
-        dot += _sum(tl.where(target == 0.0, 0.0, target * (z - log_p)))
-        mass += _sum(target)
-    elif BETA:  # (3)
-        weighted = tl.where(target, 1.0, ratio) * z
+        log_p = tl.log2(tl.where(target == 0.0, 1.0, target))
+        dot += tl.sum(_by_lane(tl.where(target == 0.0, 0.0, target * (y - log_p))), axis=1)
+        weight += tl.sum(_by_lane(target), axis=1)
+    elif BETA:
+        terms = tl.where(target, 1.0, ratio) * y
         if mask is not None:
-            weighted = tl.where(mask, weighted, 0.0)
-        dot += _sum(weighted)
+            terms = tl.where(mask, terms, 0.0)
+        dot += tl.sum(_by_lane(terms), axis=1)
+        weight += slots * ratio + members * (1.0 - ratio)
     else:
-        dot += _sum(tl.where(target, z, 0.0))
-    new_top = tl.maximum(top, tl.max(tl.max(z, axis=2), axis=0) * C)  # (4)
-    total = total * tl.exp2(top - new_top)
-    total += _sum(tl.exp2(z * C - new_top[None, :, None]))
-    return new_top, total, dot, mass
+        dot += tl.sum(_by_lane(tl.where(target, y, 0.0)), axis=1)
+        weight += members
+    return new_top, total, weight, dot
 
 
-@triton.jit(do_not_specialize=list(range(12)))
+@triton.jit(do_not_specialize=list(range(11)))
 def forward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32,
     target_ptr, target_stride: tl.int64, members_ptr, alpha: tl.float32, ratio: tl.float32,
-    size: tl.int32, sum_p_log_p: tl.float32, loss_ptr, lse_ptr,
+    sum_p_log_p: tl.float32, loss_ptr, lse_ptr,
     DENSE: tl.constexpr, BETA: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -182,9 +187,11 @@ def forward_kernel(
         target_ptr, target_stride, members_ptr, row, head, column, live, vocab, DENSE, P_ALIGN
     )
     zero = tl.zeros((LANES,), tl.float32)
-    z_ends = _load(row_ptr + column, live, -float("inf"))
     state = (zero + FLOOR, zero, zero, zero)
-    state = _accumulate(state, z_ends, target, live, ratio, DENSE, BETA)
+    z_ends = _load(row_ptr + column, live, -float("inf"))
+    members = tl.reshape(target, (LANES,)).to(tl.float32)
+    slots = tl.reshape(live, (LANES,)).to(tl.float32)
+    state = _accumulate(state, z_ends, target, live, members, slots, ratio, DENSE, BETA)
 
     ROUNDS: tl.constexpr = SLOTS // VEC
     ROUND: tl.constexpr = LANES * VEC
@@ -192,33 +199,39 @@ def forward_kernel(
     offsets, bit = _slots(ROUNDS, VEC)
     tiles = vectors // (LANES * ROUNDS)
     for tile in range(0, tiles):
-        start = tile * ROUNDS
-        z = _load(body_ptr + start * ROUND + offsets, None, 0.0)
-        p = _load_target(target_ptr, start, offsets, bit, None, DENSE, VEC)
-        state = _accumulate(state, z, p, None, ratio, DENSE, BETA)
+        z = _load(body_ptr + tile * (ROUNDS * ROUND) + offsets, None, 0.0)
+        if DENSE:
+            p = _load(target_ptr + tile * (ROUNDS * ROUND) + offsets, None, 0.0)
+        else:
+            p = (tl.load(target_ptr + tile * (2 * LANES))[None, :, None] & bit) != 0
+            members = tl.load(target_ptr + (2 * tile + 1) * LANES).to(tl.float32, bitcast=True)
+        state = _accumulate(state, z, p, None, members, SLOTS, ratio, DENSE, BETA)
     offsets, bit = _slots(1, VEC)
+    if not DENSE:
+        word = tl.load(target_ptr + tiles * (2 * LANES))
     for start in range(tiles * ROUNDS, tl.cdiv(vectors, LANES)):
-        mask = start * ROUND + offsets < vectors * VEC
+        mask = offsets + start * ROUND < vectors * VEC
         z = _load(body_ptr + start * ROUND + offsets, mask, -float("inf"))
-        p = _load_target(target_ptr, start, offsets, bit, mask, DENSE, VEC)
-        state = _accumulate(state, z, p, mask, ratio, DENSE, BETA)
+        if DENSE:
+            p = _load(target_ptr + start * ROUND + offsets, mask, 0.0)
+        else:
+            p = (word[None, :, None] & bit) != 0
+            members = _count(word, VEC)
+            slots = tl.where(tl.arange(0, LANES) + start * LANES < vectors, VEC + 0.0, 0.0)
+            word = word >> VEC
+        state = _accumulate(state, z, p, mask, members, slots, ratio, DENSE, BETA)
 
-    top, total, dot, mass = state
-    row_top = tl.max(top, axis=0)
-    peak = row_top.to(tl.float64) / C
-    log_total = tl.log2(tl.sum(total * tl.exp2(top - row_top), axis=0)) / C  # (5)
+    top, total, weight, dot = state
+    row_top = tl.max(top, axis=0)  # (5)
+    log_total = tl.log2(tl.sum(total * tl.exp2(top - row_top), axis=0))
+    dot = tl.sum(dot + weight * (top - row_top), axis=0)
     if DENSE:
-        lane_weight = mass.to(tl.float64)
+        loss = (tl.sum(weight, axis=0) * log_total - dot) / C  # (7)
     else:
-        weight = size + tl.cast(ratio, tl.float64) * (vocab - size)
-        lane_weight = weight / LANES
-    dot = tl.sum((dot.to(tl.float64) - lane_weight * peak).to(tl.float32), axis=0)
-    if DENSE:
-        loss = tl.sum(mass, axis=0) * log_total - dot  # (6)
-    else:
-        loss = sum_p_log_p + (log_total - dot / weight)
-    tl.store(loss_ptr + row, loss.to(tl.float32))
-    tl.store(lse_ptr + row, (peak + log_total).to(tl.float32))
+        loss = sum_p_log_p + (log_total - alpha * dot) / C
+    lse = (row_top.to(tl.float64) + log_total) / C
+    tl.store(loss_ptr + row, loss)
+    tl.store(lse_ptr + row, lse.to(tl.float32))
 
 
 @triton.jit
@@ -262,16 +275,24 @@ def backward_kernel(
     offsets, bit = _slots(ROUNDS, VEC)
     tiles = vectors // (LANES * ROUNDS)
     for tile in range(0, tiles):
-        start = tile * ROUNDS
-        z = _load(body_ptr + start * ROUND + offsets, None, 0.0)
-        p = _load_target(target_ptr, start, offsets, bit, None, DENSE, VEC)
+        z = _load(body_ptr + tile * (ROUNDS * ROUND) + offsets, None, 0.0)
+        if DENSE:
+            p = _load(target_ptr + tile * (ROUNDS * ROUND) + offsets, None, 0.0)
+        else:
+            p = (tl.load(target_ptr + tile * (2 * LANES))[None, :, None] & bit) != 0
         grad = _gradient(z, lse, p, grad_loss, mass, alpha, ratio, dtype, DENSE)
-        tl.store(out_body_ptr + start * ROUND + offsets, grad)
+        tl.store(out_body_ptr + tile * (ROUNDS * ROUND) + offsets, grad)
     offsets, bit = _slots(1, VEC)
+    if not DENSE:
+        word = tl.load(target_ptr + tiles * (2 * LANES))
     for start in range(tiles * ROUNDS, tl.cdiv(vectors, LANES)):
-        mask = start * ROUND + offsets < vectors * VEC
+        mask = offsets + start * ROUND < vectors * VEC
         z = _load(body_ptr + start * ROUND + offsets, mask, 0.0)
-        p = _load_target(target_ptr, start, offsets, bit, mask, DENSE, VEC)
+        if DENSE:
+            p = _load(target_ptr + start * ROUND + offsets, mask, 0.0)
+        else:
+            p = (word[None, :, None] & bit) != 0
+            word = word >> VEC
         grad = _gradient(z, lse, p, grad_loss, mass, alpha, ratio, dtype, DENSE)
         tl.store(out_body_ptr + start * ROUND + offsets, grad, mask)
 
@@ -293,12 +314,12 @@ def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         return loss, lse
     arguments, constants = _target_arguments(logits, target)
     if isinstance(target, TwoLevelTarget):
-        size, sum_p_log_p, beta = target.size, target.sum_p_log_p, target.beta > 0
+        sum_p_log_p, beta = target.sum_p_log_p, target.beta > 0
     else:
-        size, sum_p_log_p, beta = 0, 0.0, False
+        sum_p_log_p, beta = 0.0, False
     with torch.cuda.device_of(logits):
         forward_kernel[(rows,)](
-            logits, logits.stride(0), vocab, *arguments, size, sum_p_log_p, loss, lse,
+            logits, logits.stride(0), vocab, *arguments, sum_p_log_p, loss, lse,
             BETA=beta, **constants,
         )  # fmt: skip
     return loss, lse
