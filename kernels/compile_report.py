@@ -12,8 +12,8 @@ and prints a row for each; the last line is the table in JSON. Nothing runs, so 
     ld128 ld< st128 st<        main loop's global accesses of 128 bits, and narrower ones
 
 There is no column for the layout of the rows: the kernels are specialised on no argument, so one
-compiled variant serves padded, contiguous and misaligned rows. The one narrower load a tile is the
-word of membership; a dense P is shown here in step with the logits.
+compiled variant serves padded, contiguous and misaligned rows. The narrower loads, one or two a
+tile, are the membership of a two-level target; a dense P is shown in step with the logits.
 """
 
 import json
