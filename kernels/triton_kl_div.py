@@ -173,6 +173,18 @@ def _accumulate(state, z, target, mask, members, slots, ratio,
     return new_top, total, weight, dot
 
 
+@triton.jit
+def _join(state, DENSE: tl.constexpr):
+    """The lanes' states as one: (5), and the sum of (7)."""
+    top, total, weight, dot = state
+    row_top = tl.max(top, axis=0)
+    log_total = tl.log2(tl.sum(total * tl.exp2(top - row_top), axis=0))
+    dot = tl.sum(dot + weight * (top - row_top), axis=0)
+    if DENSE:  # a two-level target's is 1 / alpha, known
+        weight = tl.sum(weight, axis=0)
+    return row_top, log_total, weight, dot
+
+
 @triton.jit(do_not_specialize=list(range(11)))
 def forward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32,
@@ -221,17 +233,13 @@ def forward_kernel(
             word = word >> VEC
         state = _accumulate(state, z, p, mask, members, slots, ratio, DENSE, BETA)
 
-    top, total, weight, dot = state
-    row_top = tl.max(top, axis=0)  # (5)
-    log_total = tl.log2(tl.sum(total * tl.exp2(top - row_top), axis=0))
-    dot = tl.sum(dot + weight * (top - row_top), axis=0)
+    row_top, log_total, weight, dot = _join(state, DENSE)
     if DENSE:
-        loss = (tl.sum(weight, axis=0) * log_total - dot) / C  # (7)
+        loss = (weight * log_total - dot) / C  # (7)
     else:
         loss = sum_p_log_p + (log_total - alpha * dot) / C
-    lse = (row_top.to(tl.float64) + log_total) / C
     tl.store(loss_ptr + row, loss)
-    tl.store(lse_ptr + row, lse.to(tl.float32))
+    tl.store(lse_ptr + row, ((row_top.to(tl.float64) + log_total) / C).to(tl.float32))
 
 
 @triton.jit
@@ -240,7 +248,8 @@ def _gradient(z, lse, target, grad_loss, mass, alpha, ratio, dtype, DENSE: tl.co
         pull = grad_loss * -target
     else:
         pull = tl.where(target, grad_loss * -alpha, grad_loss * -alpha * ratio)
-    return (tl.exp2(z * C - lse * C) * (grad_loss * mass) + pull).to(dtype)  # (2)
+    # z - lse first: c lse rounds at 6e-8 c |lse|, which the exponential would make relative.
+    return (tl.exp2((z - lse) * C) * (grad_loss * mass) + pull).to(dtype)  # (2)
 
 
 @triton.jit(do_not_specialize=list(range(14)))
