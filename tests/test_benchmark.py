@@ -79,9 +79,10 @@ def test_peak_memory_is_that_of_the_largest_moment():
 
 
 def test_fused_losses_stay_within_their_memory():
-    """64 rows of 50,257, float32: one gradient for the fused loss; 1 in 10 of it in place, where
-    scratch is a fixed 2 MB; one chunk and the gradients for the linear one, 8 rows of 64."""
-    device, rows, vocab, width = torch.device(DEVICE), 64, 50257, 16
+    """128 rows of 50,257 in float32, 26 MB: the fused loss takes one such buffer, in place none,
+    the linear one a chunk of an eighth and its gradients. Allowed beside them are 8 MB: 2 MB of
+    scratch, the rounding to 2 MB pages, what BLAS packs and what malloc keeps."""
+    device, rows, vocab, width, spare = torch.device(DEVICE), 128, 50257, 16, 8
     buffer = rows * vocab * 4 / 1e6
     target = two_level(vocab)
     logits = torch.randn(rows, vocab, device=DEVICE).requires_grad_()
@@ -98,9 +99,9 @@ def test_fused_losses_stay_within_their_memory():
 
     if peak(lambda: fused_kl_div(logits, target)) is None:
         pytest.skip("neither CUDA nor Linux")
-    assert peak(lambda: fused_kl_div(logits, target)) < buffer + 6
+    assert peak(lambda: fused_kl_div(logits, target)) < buffer + spare
     gradients = vocab * width * 4 / 1e6
-    linear = peak(lambda: fused_linear_kl_div(hidden, weight, target, chunk_rows=8))
-    assert linear < buffer / 8 + 2 * gradients + 6
+    linear = peak(lambda: fused_linear_kl_div(hidden, weight, target, chunk_rows=16))
+    assert linear < buffer / 8 + 2 * gradients + spare
     in_place = peak(lambda: fused_kl_div(logits, target, inplace_backward=True))
-    assert in_place < 6
+    assert in_place < spare
