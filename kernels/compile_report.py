@@ -130,13 +130,9 @@ def _nvidia(cubin: bytes) -> tuple[tuple[int, int], int, list[list[str]]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run(
-                [tool, flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", sass))
     spill = int(numbers["STACK"]) + int(numbers["LOCAL"])
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
     place = {int(address, 16): i for i, (address, _) in enumerate(lines)}

@@ -158,8 +158,8 @@ def _accumulate(state, z, target, mask, members, slots, ratio,
     total = total * tl.exp2(shift) + tl.sum(_by_lane(tl.exp2(y)), axis=1)  # (4)
     dot += weight * shift  # (6)
     if DENSE:
-        log_p = tl.log2(tl.where(target == 0.0, 1.0, target))
-        dot += tl.sum(_by_lane(tl.where(target == 0.0, 0.0, target * (y - log_p))), axis=1)
+        terms = target * (y - tl.log2(target))
+        dot += tl.sum(_by_lane(tl.where(target == 0.0, 0.0, terms)), axis=1)
         weight += tl.sum(_by_lane(target), axis=1)
     elif BETA:
         terms = tl.where(target, 1.0, ratio) * y
