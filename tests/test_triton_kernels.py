@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kl_cases import DEVICE, INTERPRETED, dense64, make_target, random_logits, truth
 
 from kernels import fused_kl_div, membership
+from tests.kl_cases import DEVICE, INTERPRETED, dense64, make_target, random_logits, truth
 
 triton = pytest.importorskip("triton")
 
