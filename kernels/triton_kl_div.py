@@ -46,8 +46,8 @@ Traffic, in N V elements read or written, for P of shape (V,):
 Who owns what. One program of LANES threads a row. A row is [head | vectors | tail]:
 
     address    ..0            16             32                                      end of row
-    row          [ z0 z1 z2 | z3 z4 z5 z6  | ...            | z50252 .. z50255 | z50256 ]
-                   head       lane 0         lane 1 ...                          tail
+    row          [ z0 z1 z2 | z3 z4 z5 z6  | z7 ..   | z50251 .. z50254 | z50255 z50256 ]
+                   head       lane 0         lane 1    ...                tail
     head, tail   fewer than `vec` elements each; one scalar access a lane for both together
     vectors      16 bytes a lane and round: whole tiles of SLOTS elements a lane, no mask, then
                  single rounds, masked by the vector
