@@ -97,3 +97,11 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
+
+
+def test_saved_weights_may_be_read_by_whom_the_umask_lets(official, tmp_path):
+    """Both files have the mode of any new file; the safetensors library would make it 0600."""
+    save_weights(load_weights(official), tmp_path / "saved")
+    (tmp_path / "any").touch()
+    modes = {path.stat().st_mode for path in [*(tmp_path / "saved").iterdir(), tmp_path / "any"]}
+    assert len(modes) == 1

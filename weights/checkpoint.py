@@ -173,6 +173,7 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
             temporary.write_text(json.dumps(layout.config(), indent=2) + "\n")
         with replacing(folder / FILE_NAME) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
+            temporary.chmod((folder / "config.json").stat().st_mode)  # save_file's is owner-only
     except (OSError, RuntimeError, SafetensorError) as error:  # the second: tensors share memory
         raise WeightsError(f"cannot write weights to {folder}: {error}") from error
 
