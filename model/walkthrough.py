@@ -128,8 +128,8 @@ def divergences(h: Tensor, weight: Tensor, z: Tensor, target: TwoLevelTarget) ->
     return {
         "definition: sum over S of alpha (log alpha - log q)": terms.sum(-1).mean(),
         "kernels.reference: log_softmax, then kl_div": reference.kl_div(z, target),
-        "fused_kl_div: one pass over the logits": fused_kl_div(z, target),
-        "fused_linear_kl_div: from h and wte": fused_linear_kl_div(h, weight, target),
+        "fused_kl_div: one pass over z, by kernels.torch_kl_div": fused_kl_div(z, target),
+        "fused_linear_kl_div: from h and wte, likewise": fused_linear_kl_div(h, weight, target),
     }
 
 
@@ -160,7 +160,9 @@ def explain_probabilities(logits: Tensor) -> None:
     fact("lse(z), the logarithm of that", f"{lse:.6f}")
     fact("sum of exp(z - lse(z))", f"{(z - lse).exp().sum():.7f}")
     fact("sum of exp(F.log_softmax(z)), float64", f"{z.double().log_softmax(-1).exp().sum():.7f}")
-    fact("  the same in float32, as the reference takes it", f"{z.log_softmax(-1).exp().sum():.7f}")
+    fact(
+        "  in float32, which ATen adds in few accumulators", f"{z.log_softmax(-1).exp().sum():.7f}"
+    )
     fact("each position is a row", f"{[B, T, V]} -> {[*logits.flatten(0, 1).shape]}")
 
 
@@ -172,7 +174,7 @@ def explain_loss(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     fact(f"alpha = 1 / {size}, beta = 0", f"{target.alpha:.9f}")
     fact(f"sum of P = {size} alpha + {target.vocab_size - size} beta", f"{total:.7f}")
     print(
-        "\nKL(P || q) in nats, q = softmax(z), mean over the rows; and the distance from the first"
+        "\nKL(P || q) in nats, q = softmax(z), mean over rows; distance from the first; on the CPU"
     )
     kls = divergences(hidden, weight, logits, target)
     exact, *_ = kls.values()
