@@ -47,7 +47,7 @@ class Options:
     """Width; 50,257 x 128 numbers in float16 are 12.9 MB."""
     n_positions: int = 256
     """Positions, and the length of a training window."""
-    steps: int = 5000
+    steps: int = 2200
     """Optimisation steps."""
     batch: int = 16
     """Windows a step."""
