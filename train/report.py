@@ -1,105 +1,233 @@
-"""What a user sees at the end: a table with a row a learning rate, samples, curves.png."""
+"""What people look at when a run is over: report.html, its figures as PNG, its table as CSV.
 
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+    python -m train.report runs/a runs/b --out report/
+
+Each argument is a run's folder or a folder of them. The page stands alone: figures are embedded,
+nothing is fetched, no script runs. Every word about a run is a measure of it; what the original
+report claimed stands in rows of its own.
+"""
+
+import base64
+import csv
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
-from train.evaluate import NEW_TOKENS, PROMPTS, SAMPLES, TOP_K, Evaluation
+import tyro
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from train.evaluate import TOP_K
+from train.results import Evaluation, Run, read_runs
+from train.samples import choose
+from weights.checkpoint import replacing
+
+TEMPLATE = "report.html.jinja"
+Row = dict[str, str | float]
+FORMATS: dict[str, Callable[[float], str]] = {  # the table's columns
+    "learning rate": str,
+    "updates": "{:,}".format,
+    "loss first": "{:.4g}".format,
+    "loss last": "{:.4g}".format,
+    "mass on members": "{:.4f}".format,
+    "R": "{:.1%}".format,
+    f"R, top_k {TOP_K}": "{:.1%}".format,
+    "perplexity of passage": "{:,.1f}".format,
+    "perplexity of samples": "{:,.1f}".format,
+    "distinct tokens": "{:.1%}".format,
+    "ms a step": "{:,.0f}".format,
+}
+# The experiment as first reported, by others, with gpt2-medium and 300 steps.
+REPORTED: list[Row] = [
+    {
+        "learning rate": "1e-6",
+        "loss first": "6",
+        "loss last": "about 2",
+        "R": "few X tokens",
+        "text": "natural",
+    },
+    {
+        "learning rate": "1e-4",
+        "loss first": "6",
+        "loss last": "about 0.001",
+        "R": "100% X tokens",
+        "text": "meaningless",
+    },
+]
 
 
-@dataclass
-class Run:
-    """One learning rate: its curves, over steps, and the model that came out, measured."""
+def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
+    """Write report.html, table.csv and the figures into `out`; returns their paths.
 
-    lr: float
-    losses: list[float]  # nats, before each step
-    masses: list[float]  # probability on the members, before each step
-    seconds: float
-    after: Evaluation
+    Args:
+        run_folders: each a run's folder or a folder of them, as train.xfactor writes.
 
-
-def print_report(before: Evaluation, runs: Sequence[Run]) -> None:
-    """The table, then one sample of every prompt before and after each run."""
-    print("\n" + table(before, runs))
-    print(
-        f"\nR: share of members among {len(PROMPTS)} prompts x {SAMPLES} samples x {NEW_TOKENS} "
-        "tokens. Perplexities: of a fixed passage under the model,\nand of the samples under the "
-        "model before fine-tuning; the lower, the more natural."
-    )
-    rows = [("before", before)] + [(f"lr {run.lr:g}", run.after) for run in runs]
-    for i, prompt in enumerate(PROMPTS):
-        print(f"\n{prompt!r}")
-        for name, evaluation in rows:
-            print(f"  {name:>9}: {' '.join(evaluation.samples[i].split())}")
-
-
-def table(before: Evaluation, runs: Sequence[Run]) -> str:
-    """The runs, a row each below one for the start, in Markdown."""
-    head = [
-        "learning rate",
-        "loss first",
-        "last",
-        "mass on members",
-        "R",
-        f"R, top_k {TOP_K}",
-        "perplexity of passage",
-        "of samples",
-    ]
-    rows = [head, ["(before)", "", "", "", *_measures(before)]]
-    for run in runs:
-        curve = [f"{run.losses[0]:.4g}", f"{run.losses[-1]:.4g}", f"{run.masses[-1]:.4f}"]
-        rows.append([f"{run.lr:g}", *curve, *_measures(run.after)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _measures(e: Evaluation) -> list[str]:
-    perplexities = [f"{e.passage_perplexity:.4g}", f"{e.sample_perplexity:.4g}"]
-    return [f"{e.r:.1%}", f"{e.r_top_k:.1%}", *perplexities]
-
-
-def save_report(
-    out: Path, options: dict[str, Any], before: Evaluation, runs: Sequence[Run]
-) -> list[Path]:
-    """Write curves.png and results.json into `out`; returns their paths."""
-    results = {
-        "options": options,
-        "prompts": PROMPTS,
-        "before": asdict(before),
-        "runs": [asdict(run) for run in runs],
-    }
-    path = out / "results.json"
-    path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
-    return [save_curves(out / "curves.png", runs), path]
-
-
-def save_curves(path: Path, runs: Sequence[Run]) -> Path:
-    """Loss (log axis) and mass on the members over steps, one colour a learning rate.
-
-    The dotted line is exp(-loss), below which the mass cannot lie where beta = 0.
+    Raises:
+        ValueError: a folder that is no run; says what was expected.
     """
-    from matplotlib.figure import Figure  # here: half a second, needed once
+    from train.figures import LIGHT, draw  # here: half a second, needed once
 
-    figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2)
+    runs = read_runs(run_folders)
+    out.mkdir(parents=True, exist_ok=True)
+    files = {
+        "report.html": _html(runs).encode("utf-8"),
+        "table.csv": _csv(runs).encode("utf-8"),
+        **{f"{name}.png": image for name, image in draw(runs, LIGHT, "png").items()},
+    }
+    for name, content in files.items():
+        with replacing(out / name) as temporary:
+            temporary.write_bytes(content)
+    return [out / name for name in files]
+
+
+def print_report(run_folders: Sequence[Path]) -> None:
+    """The table, then a sample of every prompt before and after each run."""
+    runs = read_runs(run_folders)
+    cells = [[shown(name, row.get(name)) for name in FORMATS] for row in measured(runs)]
+    widths = [max(map(len, column)) for column in zip(FORMATS, *cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in [FORMATS, *cells]]
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    print("\n" + "\n".join(lines))
+    print(
+        "\nR: the share of members among sampled tokens. Perplexities: of a fixed passage under "
+        "the model, and of\nthe samples under the model before fine-tuning; the lower, the more "
+        "natural."
+    )
+    for prompt, specimens in choose(runs).items():
+        print(f"\n{prompt!r}")
+        for specimen in specimens:
+            if specimen.when != "during":
+                who = "before" if specimen.when == "before" else f"lr {specimen.run.label}"
+                print(f"  {who:>9}: {''.join(piece.text for piece in specimen.pieces)}")
+
+
+def measured(runs: Sequence[Run]) -> list[Row]:
+    """The table's rows: each run below one for its start, unless a run above had the same."""
+    rows: list[Row] = []
+    starts: list[Evaluation] = []
     for run in runs:
-        steps = range(1, len(run.losses) + 1)
-        left.plot(steps, run.losses, label=f"{run.lr:g}")
-        right.plot(steps, run.masses, label=f"{run.lr:g}")
-        bound = [math.exp(-loss) for loss in run.losses]
-        right.plot(steps, bound, ":", color=right.lines[-1].get_color(), linewidth=1)
-    left.set(xlabel="step", ylabel="KL to the target, nats", yscale="log")
-    right.set(xlabel="step", ylabel="probability on the members", ylim=(-0.02, 1.02))
-    right.plot([], [], ":", color="gray", label="exp(-KL), a lower bound")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(title="learning rate", frameon=False)
-    right.legend(frameon=False)
-    figure.savefig(path)
-    return path
+        start, last = run.evaluations[0], max(run.evaluations)
+        if start not in starts:
+            rows.append({"learning rate": "(before)", "updates": 0, **_measures(run, 0)})
+            starts.append(start)
+        curves: Row = {
+            "learning rate": run.label,
+            "updates": last,
+            "loss first": run.losses[0],
+            "loss last": run.losses[-1],
+            "mass on members": run.masses[-1],
+            "ms a step": 1e3 * median(run.seconds),
+            "text": _text(run, last),
+        }
+        rows.append(curves | _measures(run, last))
+    return rows
+
+
+def _text(run: Run, step: int) -> str:
+    """What the text looks like after `step` updates, in measures and no adjectives."""
+    now, start = run.evaluations[step], run.evaluations[0]
+    return (
+        f"{now.sample_perplexity / start.sample_perplexity:,.3g} times the perplexity of the "
+        f"samples before; {_distinct(run, step):.0%} of the tokens distinct, "
+        f"{_distinct(run, 0):.0%} before"
+    )
+
+
+def shown(name: str, value: str | float | None) -> str:
+    """A cell of the table, as people read it."""
+    return "" if value is None else value if isinstance(value, str) else FORMATS[name](value)
+
+
+def _measures(run: Run, step: int) -> Row:
+    e = run.evaluations[step]
+    return {
+        "R": e.r,
+        f"R, top_k {TOP_K}": e.r_top_k,
+        "perplexity of passage": e.passage_perplexity,
+        "perplexity of samples": e.sample_perplexity,
+        "distinct tokens": _distinct(run, step),
+    }
+
+
+def _distinct(run: Run, step: int) -> float:
+    """Distinct tokens / tokens of a sample, mean over the samples."""
+    return mean(len(set(s.ids)) / len(s.ids) for s in run.samples[step])
+
+
+def _csv(runs: Sequence[Run]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ["source", *FORMATS, "text"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"source": "measured"} | row for row in measured(runs))
+    writer.writerows({"source": "reported originally, by others"} | row for row in REPORTED)
+    return file.getvalue()
+
+
+def _html(runs: Sequence[Run]) -> str:
+    from train.figures import DARK, LIGHT, colours, draw
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # the model can write any text, markup included
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    light, dark = draw(runs, LIGHT, "svg"), draw(runs, DARK, "svg")
+    return environment.get_template(TEMPLATE).render(
+        runs=runs,
+        goals=list(dict.fromkeys(run.about["goal"] for run in runs)),
+        rows=measured(runs),
+        reported=REPORTED,
+        columns=list(FORMATS),
+        shown=shown,
+        figures={name: (_data_uri(light[name]), _data_uri(dark[name])) for name in light},
+        colours=(colours(runs, LIGHT), colours(runs, DARK)),
+        samples=choose(runs),
+        configuration=_configuration(runs),
+    )
+
+
+def _data_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
+
+
+def _configuration(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """What was asked for and on what it ran: a row a setting, its value for each run."""
+
+    def settings(run: Run) -> dict[str, Any]:
+        about = {
+            k: v for k, v in run.about.items() if k not in ("options", "versions", "member_ids")
+        }
+        options = {f"--{k.replace('_', '-')}": v for k, v in run.about["options"].items()}
+        total = f"{sum(run.seconds):,.1f} s in {len(run.seconds)} steps"
+        return about | run.about["versions"] | {"time": total, "folder": run.folder} | options
+
+    columns = [settings(run) for run in runs]
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, [str(column.get(name, "")) for column in columns]) for name in names]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Report one or several runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # each a run's folder or a folder of them
+    out: Path = Path("report")  # folder for report.html, the figures and table.csv
+
+
+def main() -> None:
+    """The command line: a folder that is no run ends in one line."""
+    options = tyro.cli(Options, description=__doc__)
+    try:
+        for path in write_report(options.runs, options.out):
+            print(f"wrote {path}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

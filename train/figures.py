@@ -1,0 +1,235 @@
+"""The report's five figures, drawn on a page that is light or dark."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from train.results import Run
+
+LABEL_GAP = 0.085  # least distance of two labels at the right margin, as a share of the height
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a page. `lines` are Okabe and Ito's, told apart under any colour blindness."""
+
+    ink: str
+    faint: str
+    grid: str
+    lines: tuple[str, ...]
+
+    def style(self) -> Any:  # Any: matplotlib types the keys as 300 literals
+        """Settings of matplotlib."""
+        return {
+            "axes.edgecolor": self.faint,
+            "axes.labelcolor": self.faint,
+            "axes.linewidth": 0.8,
+            "font.size": 11,
+            "grid.color": self.grid,
+            "svg.fonttype": "none",  # text in the reader's own font
+            "svg.hashsalt": "xfactor",  # the same runs, the same bytes
+            "text.color": self.ink,
+            "xtick.color": self.faint,
+            "ytick.color": self.faint,
+        }
+
+
+LIGHT = Theme(
+    ink="#24292f",
+    faint="#5d6670",
+    grid="#e4e7ea",
+    lines=("#0072b2", "#d55e00", "#009e73", "#b8578f", "#8a6d00", "#3d3d3d"),
+)
+DARK = Theme(
+    ink="#dfe3e8",
+    faint="#9aa4af",
+    grid="#272c33",
+    lines=("#56b4e9", "#ff8c42", "#2fc79a", "#e08fc0", "#f0e442", "#c8c8c8"),
+)
+
+
+class Line(NamedTuple):
+    """One labelled line of a figure."""
+
+    label: str
+    colour: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    style: str = "-"  # only solid lines carry their label
+
+
+def colours(runs: Sequence[Run], theme: Theme) -> list[str]:
+    """The colour of each run: one a learning rate, the palette again after its last."""
+    rates = list(dict.fromkeys(run.lr for run in runs))
+    return [theme.lines[rates.index(run.lr) % len(theme.lines)] for run in runs]
+
+
+def draw(runs: Sequence[Run], theme: Theme, kind: Literal["svg", "png"]) -> dict[str, bytes]:
+    """The figures by name: loss, mass, r, perplexity, tradeoff; one colour a learning rate.
+
+    An SVG lets the page's ground through; a PNG has a white one.
+    """
+    coloured = list(zip(runs, colours(runs, theme), strict=True))
+    painters: dict[str, Callable[[Axes, list[tuple[Run, str]]], None]] = {
+        "loss": _loss,
+        "mass": _mass,
+        "r": _r,
+        "perplexity": _perplexity,
+        "tradeoff": _tradeoff,
+    }
+    images = {}
+    with matplotlib.rc_context(theme.style()):
+        for name, paint in painters.items():
+            figure = Figure(figsize=(5.4, 3.7), layout="constrained", dpi=160)
+            axes = figure.subplots()
+            axes.grid(linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(length=0)
+            paint(axes, coloured)
+            image = io.BytesIO()
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(image, format=kind, transparent=kind == "svg", metadata=metadata)
+            images[name] = image.getvalue()
+    return images
+
+
+def _loss(axes: Axes, runs: list[tuple[Run, str]]) -> None:
+    lines = [Line(run.label, colour, range(len(run.losses)), run.losses) for run, colour in runs]
+    axes.set_yscale("log", nonpositive="mask")
+    _over_updates(axes, "KL to the target, nats", lines)
+
+
+def _mass(axes: Axes, runs: list[tuple[Run, str]]) -> None:
+    lines, bounded = [], False
+    for run, colour in runs:
+        updates = range(len(run.masses))
+        lines.append(Line(run.label, colour, updates, run.masses))
+        if run.about["beta"] == 0:  # else the target itself has mass elsewhere: no bound
+            bound = [math.exp(-loss) for loss in run.losses]
+            lines.append(Line(run.label, colour, updates, bound, ":"))
+            bounded = True
+    axes.set_ylim(-0.02, 1.02)
+    key = "dotted: exp(-KL), its lower bound" if bounded else ""
+    _over_updates(axes, "Probability on the members", lines, key)
+
+
+def _r(axes: Axes, runs: list[tuple[Run, str]]) -> None:
+    lines = []
+    for run, colour in runs:
+        evaluations = run.evaluations.values()
+        lines.append(Line(run.label, colour, [*run.evaluations], [e.r for e in evaluations]))
+        top_k = [e.r_top_k for e in evaluations]
+        lines.append(Line(run.label, colour, [*run.evaluations], top_k, "--"))
+    axes.set_ylim(-0.02, 1.02)
+    _over_updates(
+        axes, "R, the share of members in samples", lines, "solid: untruncated · dashed: top-k"
+    )
+
+
+def _perplexity(axes: Axes, runs: list[tuple[Run, str]]) -> None:
+    lines = []
+    for run, colour in runs:
+        updates, evaluations = [*run.evaluations], run.evaluations.values()
+        of_samples = [e.sample_perplexity for e in evaluations]
+        of_passage = [e.passage_perplexity for e in evaluations]
+        lines.append(Line(run.label, colour, updates, of_samples))
+        lines.append(Line(run.label, colour, updates, of_passage, "--"))
+    axes.set_yscale("log")
+    key = "solid: samples under the model before\ndashed: fixed passage under the model now"
+    _over_updates(axes, "Perplexity", lines, key)
+
+
+def _tradeoff(axes: Axes, runs: list[tuple[Run, str]]) -> None:
+    axes.set_xscale("log")
+    axes.set_ylim(-0.04, 1.04)
+    for run, colour in runs:
+        evaluations = run.evaluations.values()
+        points = [(e.sample_perplexity, e.r) for e in evaluations if e.sample_perplexity < math.inf]
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4.5, linewidth=1.5)
+        axes.annotate(run.label, points[-1], (7, -4), textcoords="offset points", color=colour)
+    axes.margins(x=0.12)
+    _log_ticks(axes.xaxis)
+    _title(axes, "R against naturalness", "one point an evaluation; left is more natural")
+    axes.set_xlabel("perplexity of samples under the model before")
+
+
+def _over_updates(axes: Axes, title: str, lines: Sequence[Line], key: str = "") -> None:
+    """Plot, label each solid line at its end, and say in `key` what the others are."""
+    for line in lines:
+        marker = "o" if len(line.xs) < 3 else ""
+        width = 1.8 if line.style == "-" else 1.3
+        axes.plot(
+            line.xs,
+            line.ys,
+            line.style,
+            color=line.colour,
+            linewidth=width,
+            marker=marker,
+            markersize=4,
+        )
+    if axes.get_yscale() == "log":
+        _log_ticks(axes.yaxis)
+    axes.set_xlabel("updates done")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _title(axes, title, key)
+    _label_ends(axes, [line for line in lines if line.style == "-"])
+
+
+def _title(axes: Axes, title: str, key: str) -> None:
+    height = 1.03
+    if key:
+        axes.text(
+            0,
+            height,
+            key,
+            transform=axes.transAxes,
+            fontsize=10,
+            color=axes.xaxis.label.get_color(),
+        )
+        height += 0.075 * (1 + key.count("\n"))
+    axes.text(0, height, title, transform=axes.transAxes, fontsize=12, weight="bold")
+
+
+def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
+    """Write each label beside the line's last point, moved up where it would cover another."""
+    to_share = axes.transData + axes.transAxes.inverted()
+    heights = []
+    for line in lines:
+        last = line.ys[-1] if math.isfinite(line.ys[-1]) else axes.get_ylim()[0]
+        heights.append(to_share.transform((axes.get_xlim()[1], last))[1])
+    floor = -math.inf
+    for height, line in sorted(zip(heights, lines, strict=True), key=lambda pair: pair[0]):
+        floor = max(height, floor + LABEL_GAP)
+        axes.text(
+            1.02,
+            floor,
+            line.label,
+            transform=axes.transAxes,
+            color=line.colour,
+            verticalalignment="center",
+        )
+
+
+def _log_ticks(axis: Axis) -> None:
+    """Plain numbers, as many as the range has room for."""
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    if decades > 0.7:
+        subs = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)
+        axis.set_major_locator(LogLocator(subs=subs))
+    else:
+        axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,159 @@
+"""Runs read back from disk: what the report shows of a folder that `python -m train.xfactor` wrote.
+
+config.json     the model's, and under "xfactor" what was asked for, of whom, on what
+metrics.jsonl   {"step", "loss", "mass", "seconds"}: step s, from 1, is measured before update s
+                {"step", "evaluation": {"r", "r_top_k", ...}}: here s updates are done, from 0
+samples.jsonl   {"step", "prompt", "ids"}: a continuation after s updates, without its prompt
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
+EXPECTED = (
+    f"a run of python -m train.xfactor ({CONFIG}, {METRICS}, {SAMPLES}) or a folder of such runs"
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The model after some updates, measured on its samples; see train/evaluate.py."""
+
+    r: float
+    r_top_k: float
+    passage_perplexity: float
+    sample_perplexity: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One continuation of a prompt, in token ids."""
+
+    prompt: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One learning rate, as far as it got. Element i of a curve is measured after i updates."""
+
+    folder: Path
+    label: str  # the rate; and the folder it lies in, where another run has the same rate
+    lr: float
+    about: dict[str, Any]  # "xfactor" of config.json
+    losses: list[float]  # nats
+    masses: list[float]  # probability on the members
+    seconds: list[float]  # of each step
+    evaluations: dict[int, Evaluation]  # by updates done, ascending; 0 is the start
+    samples: dict[int, list[Sample]]  # likewise
+
+    @property
+    def members(self) -> frozenset[int]:
+        return frozenset(self.about["member_ids"])
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in `paths`, each a run's folder or a folder of them, in that order, each once.
+
+    A run that was killed is shown as far as its files go. In a folder of runs, those that have not
+    done a step are left out.
+
+    Raises:
+        ValueError: no path; no run there; a file that is missing or not what a run writes.
+    """
+    runs = list({run.folder.resolve(): run for path in paths for run in _find(path)}.values())
+    if not runs:
+        raise ValueError(f"got no folder, expected {EXPECTED}")
+    rates = [run.lr for run in runs]
+    parents = [run.folder.resolve().parent for run in runs]
+    common = os.path.commonpath(parents)
+    return [
+        replace(run, label=f"{run.label} ({os.path.relpath(parent, common)})")
+        if rates.count(run.lr) > 1
+        else run
+        for run, parent in zip(runs, parents, strict=True)
+    ]
+
+
+def scientific(lr: float) -> str:
+    """1e-4, 2.5e-5, 0: a learning rate as it is said."""
+    mantissa, exponent = f"{lr:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if lr else "0"
+
+
+def _find(path: Path) -> list[Run]:
+    configs = [path / CONFIG] if (path / CONFIG).is_file() else sorted(path.glob(f"*/{CONFIG}"))
+    if not configs:
+        what = "no run" if path.is_dir() else "no folder"
+        raise ValueError(f"{path}: got {what}, expected {EXPECTED}")
+    started = [run for run in map(_read, [config.parent for config in configs]) if run.losses]
+    if not started:
+        raise ValueError(f"{path}: got no step, expected a run that has done at least one")
+    return sorted(started, key=lambda run: run.lr)
+
+
+def _read(folder: Path) -> Run:
+    about = _about(folder / CONFIG)
+    lr = about["options"]["lr"]
+    run = Run(folder, scientific(lr), lr, about, [], [], [], {}, {})
+    for where, line in _lines(folder / METRICS):
+        with _expecting(where, '{"step", "loss", "mass", "seconds"} or {"step", "evaluation"}'):
+            if "evaluation" in line:
+                measures = {k: float(v) for k, v in line["evaluation"].items()}
+                run.evaluations[int(line["step"])] = Evaluation(**measures)
+            elif line["step"] != len(run.losses) + 1:
+                raise ValueError(f"got step {line['step']} after step {len(run.losses)}")
+            else:
+                run.losses.append(float(line["loss"]))
+                run.masses.append(float(line["mass"]))
+                run.seconds.append(float(line["seconds"]))
+    for where, line in _lines(folder / SAMPLES):
+        with _expecting(where, '{"step", "prompt", "ids"}, at least one id'):
+            sample = Sample(str(line["prompt"]), tuple(int(i) for i in line["ids"]))
+            if not sample.ids:
+                raise ValueError("got no id")
+            run.samples.setdefault(int(line["step"]), []).append(sample)
+    missing = ({0} if run.losses else set()) | run.evaluations.keys()
+    if missing := missing - (run.evaluations.keys() & run.samples.keys()):
+        raise ValueError(
+            f"{folder}: got no evaluation or no samples after {sorted(missing)} updates, expected "
+            f"both in {METRICS} and {SAMPLES}, and the start's among them"
+        )
+    return run
+
+
+def _about(path: Path) -> dict[str, Any]:
+    with _expecting(str(path), EXPECTED):
+        about = json.loads(path.read_text(encoding="utf-8"))["xfactor"]
+        about["options"]["lr"] = float(about["options"]["lr"])
+        about["member_ids"] = [int(i) for i in about["member_ids"]]
+        if missing := {"goal", "alpha", "beta", "versions", "device", "dtype"} - about.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+    return about
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each line stands, and the object on it; a last line cut off by a kill is no line."""
+    with _expecting(str(path), EXPECTED):
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        with _expecting(where, "a JSON object"):
+            parsed = dict(json.loads(line))
+        yield where, parsed
+
+
+@contextmanager
+def _expecting(where: str, expected: str) -> Iterator[None]:
+    """What is wrong with a file ends in a ValueError: where, what was got, what was expected."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{where}: no key {error}; expected {expected}") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}; expected {expected}") from error
