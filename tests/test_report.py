@@ -275,6 +275,7 @@ def test_run_that_has_not_started_is_left_out_of_its_folder(tmp_path: Path) -> N
         read_runs([waiting])
 
 
+@pytest.mark.filterwarnings("error")
 def test_collapsed_and_overflowing_numbers_are_drawn(tmp_path: Path) -> None:
     """A loss of 0 on a log axis, an infinite perplexity, a single step: a page all the same."""
     run = write_run(tmp_path / "run", steps=2, eval_every=2, final_loss=1e-9)

@@ -150,14 +150,14 @@ def _perplexity(axes: Axes, runs: list[tuple[Run, str]]) -> None:
 
 def _tradeoff(axes: Axes, runs: list[tuple[Run, str]]) -> None:
     axes.set_xscale("log")
-    axes.set_ylim(-0.04, 1.04)
+    axes.set_ylim(-0.04, 1.1)
     for run, colour in runs:
         evaluations = run.evaluations.values()
         points = [(e.sample_perplexity, e.r) for e in evaluations if e.sample_perplexity < math.inf]
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4.5, linewidth=1.5)
-        axes.annotate(run.label, points[-1], (7, -4), textcoords="offset points", color=colour)
+        axes.annotate(run.label, points[-1], (7, 7), textcoords="offset points", color=colour)
     axes.margins(x=0.12)
     _log_ticks(axes.xaxis)
     _title(axes, "R against naturalness", "one point an evaluation; left is more natural")
@@ -204,10 +204,11 @@ def _title(axes: Axes, title: str, key: str) -> None:
 def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
     """Write each label beside the line's last point, moved up where it would cover another."""
     to_share = axes.transData + axes.transAxes.inverted()
+    (_, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     heights = []
     for line in lines:
-        last = line.ys[-1] if math.isfinite(line.ys[-1]) else axes.get_ylim()[0]
-        heights.append(to_share.transform((axes.get_xlim()[1], last))[1])
+        last = min(max(low, line.ys[-1]), high)  # a loss of 0, an infinite perplexity: at the edge
+        heights.append(to_share.transform((right, last))[1])
     floor = -math.inf
     for height, line in sorted(zip(heights, lines, strict=True), key=lambda pair: pair[0]):
         floor = max(height, floor + LABEL_GAP)
@@ -221,15 +222,24 @@ def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
         )
 
 
+def _plain(value: float, position: int | None = None) -> str:
+    """0.01, 2,000, 10⁶."""
+    mantissa, exponent = f"{value:e}".split("e")
+    if int(exponent) < 5:
+        return f"{value:,.6g}"
+    power = "10" + str(int(exponent)).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if float(mantissa) == 1 else f"{float(mantissa):g}·{power}"
+
+
 def _log_ticks(axis: Axis) -> None:
     """Plain numbers, as many as the range has room for."""
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
     if decades > 0.7:
         subs = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)
-        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_locator(LogLocator(subs=subs, numticks=7))
     else:
         axis.set_major_locator(MaxNLocator(5))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    axis.set_major_formatter(FuncFormatter(_plain))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())

@@ -26,17 +26,25 @@ from train.samples import choose
 from weights.checkpoint import replacing
 
 TEMPLATE = "report.html.jinja"
+
+
+def plain(value: float) -> str:
+    """Three significant digits without an exponent: 2,060,000; 58.4."""
+    return f"{float(f'{value:.3g}'):,.12g}"
+
+
 Row = dict[str, str | float]
 FORMATS: dict[str, Callable[[float], str]] = {  # the table's columns
     "learning rate": str,
     "updates": "{:,}".format,
-    "loss first": "{:.4g}".format,
-    "loss last": "{:.4g}".format,
+    "loss first": "{:#.4g}".format,
+    "loss last": "{:#.4g}".format,
     "mass on members": "{:.4f}".format,
+    "sampled tokens": "{:,}".format,
     "R": "{:.1%}".format,
     f"R, top_k {TOP_K}": "{:.1%}".format,
-    "perplexity of passage": "{:,.1f}".format,
-    "perplexity of samples": "{:,.1f}".format,
+    "perplexity of passage": plain,
+    "perplexity of samples": plain,
     "distinct tokens": "{:.1%}".format,
     "ms a step": "{:,.0f}".format,
 }
@@ -130,7 +138,7 @@ def _text(run: Run, step: int) -> str:
     """What the text looks like after `step` updates, in measures and no adjectives."""
     now, start = run.evaluations[step], run.evaluations[0]
     return (
-        f"{now.sample_perplexity / start.sample_perplexity:,.3g} times the perplexity of the "
+        f"{plain(now.sample_perplexity / start.sample_perplexity)} times the perplexity of the "
         f"samples before; {_distinct(run, step):.0%} of the tokens distinct, "
         f"{_distinct(run, 0):.0%} before"
     )
@@ -144,6 +152,7 @@ def shown(name: str, value: str | float | None) -> str:
 def _measures(run: Run, step: int) -> Row:
     e = run.evaluations[step]
     return {
+        "sampled tokens": sum(len(sample.ids) for sample in run.samples[step]),
         "R": e.r,
         f"R, top_k {TOP_K}": e.r_top_k,
         "perplexity of passage": e.passage_perplexity,
@@ -203,12 +212,17 @@ def _configuration(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
             k: v for k, v in run.about.items() if k not in ("options", "versions", "member_ids")
         }
         options = {f"--{k.replace('_', '-')}": v for k, v in run.about["options"].items()}
-        total = f"{sum(run.seconds):,.1f} s in {len(run.seconds)} steps"
+        total = f"{sum(run.seconds):,.1f} s in {len(run.seconds):,} steps"
         return about | run.about["versions"] | {"time": total, "folder": run.folder} | options
+
+    def written(value: Any) -> str:
+        if isinstance(value, list):
+            return ", ".join(map(written, value))
+        return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
     columns = [settings(run) for run in runs]
     names = dict.fromkeys(name for column in columns for name in column)
-    return [(name, [str(column.get(name, "")) for column in columns]) for name in names]
+    return [(name, [written(column.get(name)) for column in columns]) for name in names]
 
 
 @dataclass(frozen=True)
