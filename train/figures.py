@@ -150,16 +150,19 @@ def _perplexity(axes: Axes, runs: list[tuple[Run, str]]) -> None:
 
 def _tradeoff(axes: Axes, runs: list[tuple[Run, str]]) -> None:
     axes.set_xscale("log")
-    axes.set_ylim(-0.04, 1.1)
+    axes.set_ylim(-0.04, 1.04)
+    ends = []
     for run, colour in runs:
         evaluations = run.evaluations.values()
         points = [(e.sample_perplexity, e.r) for e in evaluations if e.sample_perplexity < math.inf]
         if not points:
             continue
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4.5, linewidth=1.5)
-        axes.annotate(run.label, points[-1], (7, 7), textcoords="offset points", color=colour)
+        perplexities, rs = zip(*points, strict=True)
+        axes.plot(perplexities, rs, "o-", color=colour, markersize=4.5, linewidth=1.5)
+        ends.append(Line(run.label, colour, perplexities, rs))
     axes.margins(x=0.12)
     _log_ticks(axes.xaxis)
+    _label_ends(axes, ends)
     _title(axes, "R against naturalness", "one point an evaluation; left is more natural")
     axes.set_xlabel("perplexity of samples under the model before")
 
@@ -202,22 +205,27 @@ def _title(axes: Axes, title: str, key: str) -> None:
 
 
 def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Write each label beside the line's last point, moved up where it would cover another."""
+    """Write each label beside the line's last point, moved where it would cover another."""
     to_share = axes.transData + axes.transAxes.inverted()
     (_, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    heights = []
+    wanted = []
     for line in lines:
         last = min(max(low, line.ys[-1]), high)  # a loss of 0, an infinite perplexity: at the edge
-        heights.append(to_share.transform((right, last))[1])
-    floor = -math.inf
-    for height, line in sorted(zip(heights, lines, strict=True), key=lambda pair: pair[0]):
-        floor = max(height, floor + LABEL_GAP)
+        wanted.append(to_share.transform((right, last))[1])
+    order = sorted(range(len(lines)), key=lambda i: wanted[i])
+    heights, floor = {}, -math.inf
+    for i in order:
+        heights[i] = floor = max(wanted[i], floor + LABEL_GAP)
+    ceiling = 1.0
+    for i in reversed(order):
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - LABEL_GAP
         axes.text(
             1.02,
-            floor,
-            line.label,
+            heights[i],
+            lines[i].label,
             transform=axes.transAxes,
-            color=line.colour,
+            color=lines[i].colour,
             verticalalignment="center",
         )
 

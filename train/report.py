@@ -29,7 +29,9 @@ TEMPLATE = "report.html.jinja"
 
 
 def plain(value: float) -> str:
-    """Three significant digits without an exponent: 2,060,000; 58.4."""
+    """Three significant digits without an exponent: 2,060,000; 58.4; 1.00."""
+    if abs(value) < 999.5:
+        return f"{value:#.3g}".rstrip(".")
     return f"{float(f'{value:.3g}'):,.12g}"
 
 
@@ -136,11 +138,10 @@ def measured(runs: Sequence[Run]) -> list[Row]:
 
 def _text(run: Run, step: int) -> str:
     """What the text looks like after `step` updates, in measures and no adjectives."""
-    now, start = run.evaluations[step], run.evaluations[0]
+    now, start = (run.evaluations[s].sample_perplexity for s in (step, 0))
     return (
-        f"{plain(now.sample_perplexity / start.sample_perplexity)} times the perplexity of the "
-        f"samples before; {_distinct(run, step):.0%} of the tokens distinct, "
-        f"{_distinct(run, 0):.0%} before"
+        f"perplexity of samples {plain(start)} → {plain(now)}, {plain(now / start)} times; "
+        f"distinct tokens {_distinct(run, 0):.0%} → {_distinct(run, step):.0%}"
     )
 
 
