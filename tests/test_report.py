@@ -1,85 +1,24 @@
-"""The report of runs on disk, from folders that these tests write in the format of a run."""
+"""The report of runs on disk: its page, its figures and its table."""
 
 import base64
 import csv
 import json
-import math
 import re
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from model.tokenizer import load_tokenizer
+from tests.run_folder import PROMPTS, TEXT, write_run
 from train.report import print_report, write_report
 from train.results import read_runs
 from train.samples import choose, pieces
 
-PROMPTS = ("Once upon a time", "The")
-TEXT = " there was a little fox who lived in the wood.\n\nShe said, “Next time, bring an axe!”"
 HOSTILE = "<script>alert(1)</script><b onclick='x'>&amp;</b><iframe src=//example.com>"
-
-
-def write_run(
-    folder: Path,
-    lr: float = 1e-4,
-    steps: int = 60,
-    eval_every: int = 20,
-    final_loss: float = 0.05,
-    texts: Sequence[str] = (TEXT,),
-    **about: Any,
-) -> Path:
-    """A run whose loss falls exponentially from 7 to `final_loss`; its mass keeps to the bound.
-
-    `texts` are the samples of each prompt, at each evaluation; in proportion to the mass they end
-    in repeated " X".
-    """
-    tokenizer = load_tokenizer()
-    members = [i for i in range(tokenizer.n_vocab - 1) if b"x" in tokenizer.token_bytes(i).lower()]
-    losses = [7 * (final_loss / 7) ** (s / (steps - 1)) for s in range(steps)]
-    metrics: list[dict[str, Any]] = []
-    samples: list[dict[str, Any]] = []
-    for done in range(steps + 1):
-        mass = min(1.0, math.exp(-losses[min(done, steps - 1)]) * 1.02)
-        if done % eval_every == 0 or done == steps:
-            measures = {
-                "r": mass,
-                "r_top_k": mass**2,
-                "passage_perplexity": 470 * (1 + mass),
-                "sample_perplexity": 80 * math.exp(6 * mass),
-            }
-            metrics.append({"step": done, "evaluation": measures})
-            for prompt in PROMPTS:
-                for text in texts:
-                    ids = tokenizer.encode(text)
-                    kept = round((1 - mass) * len(ids))
-                    ids[kept:] = tokenizer.encode(" X" * (len(ids) - kept))
-                    samples.append({"step": done, "prompt": prompt, "ids": ids})
-        if done < steps:
-            loss = losses[done]
-            metrics.append({"step": done + 1, "loss": loss, "mass": mass, "seconds": 0.25})
-    described = {
-        "options": {"model": "tiny", "lr": lr, "steps": steps, "seed": 0},
-        "goal": "tokens that contain 'X' in either case",
-        "members": len(members),
-        "member_ids": members,
-        "alpha": 1.0,
-        "beta": 0.0,
-        "versions": {"python": "3.11.2", "torch": "2.13.0", "triton": "3.7.1"},
-        "device": "CPU",
-        "dtype": "float32",
-    }
-    folder.mkdir(parents=True)
-    config = {"model_type": "gpt2", "xfactor": described | about}
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, lines in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +119,19 @@ def test_reported_values_are_marked_as_not_measured(report: tuple[Path, str]) ->
     assert "claims of others, not measured here" in report[1]
 
 
+def test_stopped_run_says_when_its_text_was_sampled(tmp_path: Path) -> None:
+    """Stopped 5 updates after its last evaluation: the losses go on, the text does not."""
+    run = write_run(tmp_path / "run", steps=25, eval_every=20)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = (run / name).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] < 25 or "loss" in line]
+        (run / name).write_text("".join(kept))
+    write_report([run], tmp_path)
+    (_, row, *_) = csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8"))
+    assert (row["updates"], row["evaluated after"]) == ("25", "20")
+    assert row["text"].startswith("after 20 of 25 updates: ")
+
+
 def test_figures_are_png_of_a_readable_size(report: tuple[Path, str]) -> None:
     """Width and height as the PNG header gives them, at least 800 by 500 pixels."""
     for name in ("loss", "mass", "r", "perplexity", "tradeoff"):
@@ -241,40 +193,6 @@ def test_runs_with_one_start_show_it_once(tmp_path: Path) -> None:
     assert [s.when for s in choose(two)["The"]].count("before") == 2
 
 
-def test_runs_of_one_rate_are_told_apart_by_their_folders(tmp_path: Path) -> None:
-    """Same rate in two folders; and a folder given twice counts once."""
-    first = write_run(tmp_path / "seed0" / "lr", 1e-4)
-    second = write_run(tmp_path / "seed1" / "lr", 1e-4)
-    labels = [run.label for run in read_runs([first, second, tmp_path / "seed0"])]
-    assert labels == ["1e-4 (seed0)", "1e-4 (seed1)"]
-
-
-def test_killed_run_is_reported_as_far_as_it_got(tmp_path: Path) -> None:
-    """The last line is cut off in the middle, as kill -9 leaves it, at each byte of its last 300.
-
-    A loss that is cut off must not be read as a shorter number.
-    """
-    run = write_run(tmp_path / "run", steps=4, eval_every=2)
-    whole = (run / "metrics.jsonl").read_bytes()
-    losses = read_runs([run])[0].losses
-    for length in range(len(whole) - 300, len(whole)):
-        (run / "metrics.jsonl").write_bytes(whole[:length])
-        got = read_runs([run])[0].losses
-        assert got == losses[: len(got)]
-
-
-def test_run_that_has_not_started_is_left_out_of_its_folder(tmp_path: Path) -> None:
-    """train.xfactor makes all folders first: the second rate's logs are empty while the first's
-    run is interrupted."""
-    write_run(tmp_path / "lr-1e-06", 1e-6)
-    waiting = write_run(tmp_path / "lr-0.0001", 1e-4)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        (waiting / name).write_text("")
-    assert [run.lr for run in read_runs([tmp_path])] == [1e-6]
-    with pytest.raises(ValueError, match="got no step"):
-        read_runs([waiting])
-
-
 @pytest.mark.filterwarnings("error")
 def test_collapsed_and_overflowing_numbers_are_drawn(tmp_path: Path) -> None:
     """A loss of 0 on a log axis, an infinite perplexity, a single step: a page all the same."""
@@ -286,32 +204,6 @@ def test_collapsed_and_overflowing_numbers_are_drawn(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text(re.sub(r'"loss": 1[0-9.]*e-09', '"loss": 0.0', metrics))
     assert read_runs([run])[0].losses[1] == 0
     write_report([run], tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("file", "line", "expected"),
-    [
-        ("config.json", '{"model_type": "gpt2"}', "'xfactor'"),
-        ("config.json", "not JSON", "Expecting value"),
-        ("metrics.jsonl", '{"step": 1, "mass": 0.5, "seconds": 1}\n', "line 1: no key 'loss'"),
-        ("metrics.jsonl", '{"step": 2, "loss": 1, "mass": 0, "seconds": 1}\n', "got step 2 after"),
-        ("metrics.jsonl", "[1]\n", "line 1"),
-        ("samples.jsonl", '{"step": 0, "prompt": "The", "ids": []}\n', "got no id"),
-        ("samples.jsonl", "", "no samples after"),
-        ("samples.jsonl", None, "samples.jsonl"),
-    ],
-)
-def test_spoilt_file_is_named_with_what_was_expected(
-    tmp_path: Path, file: str, line: str | None, expected: str
-) -> None:
-    """One line that names the file, what is wrong with it, and what belongs there."""
-    run = write_run(tmp_path / "run", steps=3)
-    (run / file).unlink() if line is None else (run / file).write_text(line)
-    with pytest.raises(ValueError, match=re.escape(expected)) as error:
-        read_runs([run])
-    assert str(run) in str(error.value)
-    assert "expected" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_command_line_ends_in_one_line_for_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ Row = dict[str, str | float]
 FORMATS: dict[str, Callable[[float], str]] = {  # the table's columns
     "learning rate": str,
     "updates": "{:,}".format,
+    "evaluated after": "{:,}".format,
     "loss first": "{:#.4g}".format,
     "loss last": "{:#.4g}".format,
     "mass on members": "{:.4f}".format,
@@ -121,11 +122,11 @@ def measured(runs: Sequence[Run]) -> list[Row]:
     for run in runs:
         start, last = run.evaluations[0], max(run.evaluations)
         if start not in starts:
-            rows.append({"learning rate": "(before)", "updates": 0, **_measures(run, 0)})
+            rows.append({"learning rate": "(before)", **_measures(run, 0)})
             starts.append(start)
         curves: Row = {
             "learning rate": run.label,
-            "updates": last,
+            "updates": len(run.losses),
             "loss first": run.losses[0],
             "loss last": run.losses[-1],
             "mass on members": run.masses[-1],
@@ -137,9 +138,13 @@ def measured(runs: Sequence[Run]) -> list[Row]:
 
 
 def _text(run: Run, step: int) -> str:
-    """What the text looks like after `step` updates, in measures and no adjectives."""
+    """What the text looks like after `step` updates, in measures and no adjectives.
+
+    Says when, where the run was stopped after its last evaluation.
+    """
     now, start = (run.evaluations[s].sample_perplexity for s in (step, 0))
-    return (
+    unfinished = step < len(run.losses)
+    return (f"after {step} of {len(run.losses)} updates: " if unfinished else "") + (
         f"perplexity of samples {plain(start)} → {plain(now)}, {plain(now / start)} times; "
         f"distinct tokens {_distinct(run, 0):.0%} → {_distinct(run, step):.0%}"
     )
@@ -153,6 +158,7 @@ def shown(name: str, value: str | float | None) -> str:
 def _measures(run: Run, step: int) -> Row:
     e = run.evaluations[step]
     return {
+        "evaluated after": step,
         "sampled tokens": sum(len(sample.ids) for sample in run.samples[step]),
         "R": e.r,
         f"R, top_k {TOP_K}": e.r_top_k,
