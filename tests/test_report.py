@@ -67,6 +67,7 @@ def test_report_refers_to_nothing_outside_itself(report: tuple[Path, str]) -> No
     ]
     assert len(addresses) == 1 + 5 * 2  # the icon; five figures for light and dark
     assert all(address.startswith("data:") for address in addresses)
+    assert "default-src 'none'; img-src data:" in report[1]  # and the browser holds to it
     assert not re.search(r"url\(|@import", report[1])
     for address in addresses[1:]:
         svg = base64.b64decode(address.partition(",")[2]).decode("utf-8")
