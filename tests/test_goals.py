@@ -1,0 +1,117 @@
+"""What the goal's options choose: members, their name in the report, and the target's levels."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.tokenizer import load_tokenizer
+from train.objective import choose_members, find_members, make_target
+
+TOKENIZER = load_tokenizer()
+
+
+def ids(members: torch.Tensor) -> set[int]:
+    return set(members.nonzero().flatten().tolist())
+
+
+def test_without_a_choice_the_goal_is_the_letter_x_in_either_case() -> None:
+    """984 tokens, counted in the vocabulary by others; the special token is none of them."""
+    members, goal = choose_members(TOKENIZER)
+    assert members.sum() == 984
+    assert not members[TOKENIZER.eot]
+    assert goal == "tokens that contain 'X' in either case"
+
+
+def test_several_strings_choose_the_tokens_with_any_of_them() -> None:
+    """The union of what each chooses alone, in their case if asked."""
+    members, goal = choose_members(TOKENIZER, contains=("qu", "é"), match_case=True)
+    expected = find_members(TOKENIZER, "qu", True) | find_members(TOKENIZER, "é", True)
+    assert torch.equal(members, expected)
+    assert goal == "tokens that contain 'qu' or 'é' in this case"
+
+
+def test_a_pattern_of_one_letter_is_the_letter() -> None:
+    """For a letter of ASCII and one beyond; the search on text, the other on bytes."""
+    for letter in "Xé":
+        members, goal = choose_members(TOKENIZER, regex=letter)
+        assert torch.equal(members, find_members(TOKENIZER, letter))
+        assert goal == f"tokens that match {letter!r} in either case"
+
+
+def test_a_pattern_sees_a_token_as_text() -> None:
+    """Anchors and classes, counted by hand over the bytes."""
+    members, _ = choose_members(TOKENIZER, regex=r"^ \d\d$")
+    expected = {
+        i for i in range(TOKENIZER.eot) if re.fullmatch(rb" [0-9][0-9]", TOKENIZER.token_bytes(i))
+    }
+    assert ids(members) == expected
+    assert len(expected) == 100
+
+
+def test_a_file_names_tokens_by_id_or_text(tmp_path: Path) -> None:
+    """A space at the beginning belongs to the text; an empty line names nothing."""
+    path = tmp_path / "tokens.txt"
+    path.write_text("55\n\nX\n the\nthe\n")
+    members, goal = choose_members(TOKENIZER, tokens=path)
+    assert ids(members) == {55, *TOKENIZER.encode(" the"), *TOKENIZER.encode("the")}
+    assert goal == f"the tokens that {path} names"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("55\nX marks the spot\n", "line 2: 'X marks the spot'"),
+        ("50257\n", r"line 1: '50257' is token \[50257\]"),
+        ("50256\n", "from 0 to 50255"),
+        ("<|endoftext|>\n", "exactly one token"),
+        ("\n", "no token"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_that_names_no_tokens_is_refused(text, message, tmp_path: Path) -> None:
+    """With the line and what it was read as."""
+    path = tmp_path / "tokens.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        choose_members(TOKENIZER, tokens=path)
+
+
+@pytest.mark.parametrize(
+    ("goal", "message"),
+    [
+        ({"letter": "X", "contains": ("Y",)}, "--letter and --contains"),
+        ({"regex": "X", "tokens": Path("none")}, "--regex and --tokens"),
+        ({"regex": "("}, "--regex"),
+        ({"regex": "XQZJ"}, "no token matches"),
+        ({"contains": ("X", "XQZJ")}, "no token contains 'XQZJ'"),
+    ],
+)
+def test_a_goal_that_is_none_or_two_is_refused(goal, message) -> None:
+    """The message names the options or the value."""
+    with pytest.raises(ValueError, match=message):
+        choose_members(TOKENIZER, **goal)
+
+
+@pytest.mark.parametrize("mass", [0.5, 0.999, 1.0])
+def test_the_mass_is_what_the_target_gives_the_members_together(mass: float) -> None:
+    """Summed over the dense target, in float64."""
+    members = torch.arange(503) % 29 == 0
+    p = make_target(members, mass=mass).dense(torch.float64)
+    assert p.sum().item() == pytest.approx(1, abs=1e-12)
+    assert p[members].sum().item() == pytest.approx(mass, abs=1e-12)
+
+
+@pytest.mark.parametrize("mass", [18 / 503, 0.0, -1.0, 1.1, float("nan")])
+def test_a_mass_that_prefers_no_member_is_refused(mass: float) -> None:
+    """18 of 503 tokens have 18/503 already where all are alike."""
+    with pytest.raises(ValueError, match=r"--mass .* expected more than 0\.03579"):
+        make_target(torch.arange(503) % 29 == 0, mass=mass)
+
+
+def test_mass_and_levels_together_are_refused() -> None:
+    """One of them would have to be ignored."""
+    with pytest.raises(ValueError, match="leave --alpha and --beta out"):
+        make_target(torch.arange(503) % 29 == 0, alpha=2.0, mass=0.5)
