@@ -211,7 +211,9 @@ def test_the_command_ends_with_table_samples_and_curves(checkpoint: Path, tmp_pa
     assert "984 of 50257 tokens" in done.stdout
     assert "| learning rate |" in done.stdout
     assert "'Once upon a time'" in done.stdout
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [run["lr"] for run in results["runs"]] == [1e-5, 1e-2]
-    assert all(len(run["losses"]) == 4 for run in results["runs"])
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "report.html") in done.stdout
+    for name in ("lr-1e-05", "lr-0.01"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        steps = [line["step"] for line in map(json.loads, lines) if "loss" in line]
+        assert steps == [1, 2, 3, 4]

@@ -4,7 +4,7 @@ The perplexity of a fixed passage tells what the model forgot; the perplexity of
 under the model before fine-tuning tells whether they still read as text.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,11 @@ class Evaluation:
     r_top_k: float  # the same, sampled among the 50 likeliest tokens
     passage_perplexity: float
     sample_perplexity: float  # of the untruncated samples, under the model before fine-tuning
-    samples: list[str]  # the first untruncated continuation of each prompt
+    samples: list[tuple[str, list[int]]]  # the untruncated ones: prompt, and ids without it
+
+    def measures(self) -> dict[str, float]:
+        """The four numbers by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "samples"}
 
 
 def evaluate(
@@ -56,7 +60,7 @@ def evaluate(
         )
         r.append([member_rate(t[:, T:], members) for t in (text, truncated)])
         perplexities.append(nats_per_token(start, text, given=T))
-        samples.append(tokenizer.decode(text[0, T:].tolist()))
+        samples += [(prompt, ids) for ids in text[:, T:].tolist()]
     passage = torch.tensor([tokenizer.encode(PASSAGE)], device=device)
     untruncated, top_k = torch.tensor(r, device="cpu").mean(0).tolist()
     return Evaluation(

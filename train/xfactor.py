@@ -2,36 +2,42 @@
 
     python -m train.xfactor                                 gpt2-medium, learning rate 1e-4
     python -m train.xfactor --model tiny --lr 1e-5 1e-3     two rates on the embedded checkpoint
+    python -m train.xfactor --resume runs/xfactor           go on where a run was stopped
+    torchrun --nproc-per-node 2 -m train.xfactor            each process takes half of every batch
 
 Every step draws token ids and pulls the model's prediction at every position toward the target, a
 distribution that lies on the tokens with the letter. A small learning rate nudges the model, a
 large one collapses it: the table at the end says which, in numbers.
 """
 
-import math
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
 from kernels.reference import kl_div
-from model import GPT2
+from model import GPT2, GPT2Config
+from model.gpt2 import HEAD_WIDTH
 from model.tokenizer import load_tokenizer
-from train.evaluate import evaluate
+from train.evaluate import Evaluation, evaluate
 from train.inputs import Inputs, read_text
-from train.objective import find_members, mass_on_members
-from train.report import Run, print_report, save_report
-from weights import layout_of, load_weights
+from train.objective import choose_members, make_target, mass_on_members
+from train.options import Options, check, layout_of_start, parse_options, run_configs
+from train.parallel import Processes
+from train.report import print_report, write_report
+from train.run import Run, Stopped, StopSignals, create, reopen
+from train.saves import Training
+from weights import load_weights
 
 Loss = Callable[[Tensor, Tensor, TwoLevelTarget], Tensor]
 
@@ -42,27 +48,6 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """Fine-tune GPT-2 toward tokens that contain a letter."""
-
-    model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"  # what to start from
-    weights: Path | None = None  # a safetensors file, or a folder with one, in place of --model
-    lr: tuple[float, ...] = (1e-4,)  # learning rates of Adam: a run each, same seed, same data
-    steps: int = 300  # optimisation steps of a run
-    batch: int = 4  # B, sequences in a step
-    length: int = 64  # T, tokens in a sequence
-    letter: str = "X"  # members are the tokens that contain it; any string will do
-    match_case: bool = False  # tell "X" from "x"
-    alpha: float = 1.0  # relative weight of a member in the target
-    beta: float = 0.0  # relative weight of any other token; alpha > beta >= 0
-    inputs: str = "random"  # "random" token ids, or a text file: windows of it
-    loss: Literal["linear", "fused", "unfused"] = "linear"  # fused with the LM head; alone; not
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights stay float32
-    seed: int = 0  # of the inputs and the samples
-    out: Path = Path("runs/xfactor")  # folder for curves.png and results.json
-
-
 def training_steps(
     model: GPT2,
     optimizer: torch.optim.Optimizer,
@@ -70,6 +55,7 @@ def training_steps(
     draw: Callable[[], Tensor],
     loss_fn: Loss,
     dtype: torch.dtype = torch.float32,
+    hidden_states: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The experiment: the same six things, each time the caller asks for a step.
 
@@ -79,11 +65,13 @@ def training_steps(
         draw: gives a step's token ids, int64 (B, T).
         loss_fn: (hidden (B, T, C), weight (V, C), target) -> mean KL over the B T positions.
         dtype: torch.bfloat16 runs the matrix products under autocast; weights stay float32.
+        hidden_states: the model's own by default; `Processes` gives one for several processes.
 
     Yields:
         The step's loss in nats and the model's mass on the members, both before Adam's update:
         scalars on the device, so that nobody waits for it who does not look at them.
     """
+    hidden_states = hidden_states or model.hidden_states
     weight = model.wte.weight  # the LM head is the embedding
     half = dtype != torch.float32
     autocast = torch.autocast(weight.device.type, dtype) if half else nullcontext()
@@ -91,7 +79,7 @@ def training_steps(
         model.train()
         tokens = draw()  # 1. token ids (B, T)
         with autocast:
-            hidden = model.hidden_states(tokens)  # 2. forward (B, T, C)
+            hidden = hidden_states(tokens)  # 2. forward (B, T, C)
             loss = loss_fn(hidden, weight, target)  # 3. log-softmax and 4. KL to the target
             mass = mass_on_members(hidden, weight, target.index)
         optimizer.zero_grad(set_to_none=False)  # fresh pages for the gradients would cost more
@@ -100,88 +88,137 @@ def training_steps(
         yield loss.detach(), mass
 
 
-def check(options: Options) -> None:
-    """Refuse what cannot run, before any model is loaded; raises ValueError."""
-    for name in ("steps", "batch", "length"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: expected at least 1")
-    for lr in options.lr:
-        if not (math.isfinite(lr) and lr >= 0):
-            raise ValueError(f"--lr {lr:g}: expected a finite rate, 0 or more; for instance 1e-4")
-    if len(set(options.lr)) < len(options.lr) or not options.lr:
-        raise ValueError(f"--lr {options.lr}: expected one or several rates, each once")
-    layout = layout_of(options.weights or options.model)
-    if options.length > layout.n_positions:
-        raise ValueError(
-            f"--length {options.length}: the model has {layout.n_positions} positions; "
-            f"expected 1 to {layout.n_positions}"
+class Experiment:
+    """What the runs of one command share: goal, data, the model to start from, the processes.
+
+    Raises ValueError, before any model is loaded, at options that cannot run.
+    """
+
+    def __init__(self, options: Options, processes: Processes) -> None:
+        self.options, self.processes, self.device = options, processes, processes.device
+        self.tokenizer, self.text = load_tokenizer(), None
+        members, goal = choose_members(
+            self.tokenizer,
+            options.letter,
+            options.contains,
+            options.regex,
+            options.tokens,
+            options.match_case,
         )
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / ".writable").touch()
-        (options.out / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(f"--out {options.out}: cannot write there: {error}") from error
+        self.target = make_target(members, options.alpha, options.beta, options.mass)
+        if options.inputs != "random":
+            self.text = read_text(Path(options.inputs), self.tokenizer, options.length)
+        check(options, processes.count)
+        self.configs = run_configs(options, goal, self.target, processes.device_name)
+        processes.print(describe(options, goal, self.target, processes))
+        self.target = self.target.to(self.device)
+        self.start = starting_model(options).to(self.device)
+
+    @cached_property
+    def before(self) -> Evaluation:
+        """Of the start: the same for every run, and not needed where all of them go on."""
+        return self.measure(self.start)
+
+    def measure(self, model: GPT2) -> Evaluation:
+        """R and the perplexities of a model, and its samples."""
+        seed, members = self.options.seed, self.target.members
+        return evaluate(model, self.start, self.tokenizer, members, seed)
+
+    def fine_tune(self, run: Run, config: dict[str, Any]) -> None:
+        """One run, from its newest save on: the steps, and what is kept of them.
+
+        Raises ValueError where the folder cannot be read or written or the loss is not finite, and
+        Stopped once a signal's step is saved.
+        """
+        options, processes = self.options, self.processes
+        lr = config["xfactor"]["options"]["lr"]
+        model = GPT2.from_state_dict(self.start.state_dict())
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+        shape = self.tokenizer.n_vocab, options.batch, options.length
+        inputs = Inputs(*shape, options.seed, self.device, self.text)
+        training = Training(model, optimizer, inputs.generator)
+        run.restore(training)
+        processes.wait()  # until all have read what the first now cleans up
+        run.begin(config)
+        steps = training_steps(
+            model,
+            optimizer,
+            self.target,
+            lambda: processes.rows(inputs.draw()),
+            LOSSES[options.loss],
+            getattr(torch, options.dtype),
+            processes.hidden_states(model),
+        )
+        if run.step:
+            processes.print(f"{run.folder} goes on after step {run.step}")
+        else:
+            run.evaluate(lambda: self.before)
+        with StopSignals() as signals, progress_bar(lr, run, options) as bar:
+            while run.step < options.steps:
+                run.add(*processes.mean(*next(steps)))
+                if bar.update():  # True where it was redrawn: only then wait for the device
+                    show(bar, run.flush(), options.batch * options.length)
+                stopped = processes.any(signals.received is not None)
+                if run.is_due(options.eval_every, options.steps):
+                    run.evaluate(lambda: self.measure(model))
+                if stopped or run.is_due(options.save_every, options.steps):
+                    run.save(training)
+                if stopped:
+                    raise Stopped(signals.received or signal.SIGTERM, run.step)
 
 
 def experiment(options: Options) -> None:
-    """A run for each learning rate from the same start; then table, samples and curves."""
-    tokenizer, text = load_tokenizer(), None
-    members = find_members(tokenizer, options.letter, options.match_case)
-    target = TwoLevelTarget(members, options.alpha, options.beta)
-    if options.inputs != "random":
-        text = read_text(Path(options.inputs), tokenizer, options.length)
-    check(options)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(describe(options, target, device))
-
-    target = target.to(device)
-    state_dict = load_weights(options.weights or options.model)
-    start = GPT2.from_state_dict(state_dict, assign=True).to(device)
-    before = evaluate(start, start, tokenizer, target.members, options.seed)
-    runs = []
-    for lr in options.lr:
-        model = GPT2.from_state_dict(start.state_dict())
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-        inputs = Inputs(
-            tokenizer.n_vocab, options.batch, options.length, options.seed, device, text
-        )
-        dtype = getattr(torch, options.dtype)
-        steps = training_steps(model, optimizer, target, inputs.draw, LOSSES[options.loss], dtype)
-        losses, masses, seconds = record(islice(steps, options.steps), options, lr)
-        after = evaluate(model, start, tokenizer, target.members, options.seed)
-        runs.append(Run(lr, losses, masses, seconds, after))
-    print_report(before, runs)
-    for path in save_report(options.out, asdict(options), before, runs):
-        print(f"wrote {path}")
+    """A run for each learning rate from the same start, each in its folder; then the report."""
+    with Processes() as processes:
+        shared = Experiment(options, processes)
+        processes.wait()  # until all have accepted the options
+        if processes.is_first:
+            (reopen if options.resume else create)(options.out, shared.configs)
+        processes.wait()
+        folders = [options.out / name for name in shared.configs]
+        for folder, config in zip(folders, shared.configs.values(), strict=True):
+            shared.fine_tune(Run(folder, writes=processes.is_first), config)
+        if processes.is_first:
+            print_report(folders)
+            for path in write_report(folders, options.out):
+                print(f"wrote {path}")
 
 
-def record(
-    steps: Iterator[tuple[Tensor, Tensor]], options: Options, lr: float
-) -> tuple[list[float], list[float], float]:
-    """Run the steps under a progress bar; losses, masses, and the seconds it took."""
-    tokens, results = options.batch * options.length, []
-    with tqdm(total=options.steps, desc=f"lr {lr:g}", unit="step") as bar:
-        for result in steps:
-            results.append(result)
-            if bar.update():  # True where the bar was redrawn: only then wait for the device
-                rate = bar.n / bar.format_dict["elapsed"]
-                loss, mass = (x.item() for x in result)
-                shown = f"loss {loss:.4f}, mass {mass:.4f}, {rate * tokens:,.0f} tokens/s"
-                bar.set_postfix_str(shown, refresh=False)
-        losses, masses = torch.tensor(results, device="cpu").T.tolist()
-        return losses, masses, bar.format_dict["elapsed"]
+def starting_model(options: Options) -> GPT2:
+    """The model before fine-tuning, on the CPU."""
+    if options.weights != "random":
+        state_dict = load_weights(options.weights or options.model)
+        return GPT2.from_state_dict(state_dict, assign=True)
+    sizes = layout_of_start(options)
+    torch.manual_seed(options.seed)
+    return GPT2(GPT2Config(**asdict(sizes), n_head=sizes.n_embd // HEAD_WIDTH))
 
 
-def describe(options: Options, target: TwoLevelTarget, device: torch.device) -> str:
+def progress_bar(lr: float, run: Run, options: Options) -> tqdm:
+    """Of the steps; in the first process only."""
+    total, label = options.steps, f"lr {lr:g}"
+    return tqdm(total=total, initial=run.step, desc=label, unit="step", disable=not run.writes)
+
+
+def show(bar: tqdm, latest: tuple[float, float], tokens: int) -> None:
+    """Write loss and mass beside the bar, and the speed where a step takes so many tokens."""
+    loss, mass = latest
+    rate = (bar.n - bar.initial) / bar.format_dict["elapsed"]
+    shown = f"loss {loss:.4f}, mass {mass:.4f}, {rate * tokens:,.0f} tokens/s"
+    bar.set_postfix_str(shown, refresh=False)
+
+
+def describe(options: Options, goal: str, target: TwoLevelTarget, processes: Processes) -> str:
     """What runs, and where, in the words that a user needs before waiting for it."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    device, where = processes.device, processes.device_name
+    if processes.count > 1:
+        where += f" in {processes.count} processes"
     lines = [
-        f"{options.weights or options.model} in {options.dtype} on {name}, "
+        f"{options.weights or options.model} in {options.dtype} on {where}, "
         f"loss: {options.loss} ({loss_path(options.loss, device)})",
-        f"{target.size} of {target.vocab_size} tokens contain {options.letter!r}",
+        f"{target.size} of {target.vocab_size} tokens are the goal: {goal}",
     ]
-    if device.type == "cpu" and options.model != "tiny":
+    if device.type == "cpu" and options.model != "tiny" and options.weights is None:
         lines.append(
             "No CUDA device was found. On a CPU the larger models take seconds a step, and 7 GiB "
             "of memory in gpt2-medium; --model tiny takes a minute."
@@ -197,12 +234,16 @@ def loss_path(loss: str, device: torch.device) -> str:
 
 
 def main() -> None:
-    """The command line: a bad option or weight file ends in one line."""
-    options = tyro.cli(Options, description=__doc__)
+    """The command line: a bad option or weight file ends in one line, a signal in how to go on."""
     try:
-        experiment(options)
+        experiment(options := parse_options(sys.argv[1:], __doc__ or ""))
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        print(f"{stopped}; go on with --resume {options.out}", file=sys.stderr)
+        sys.exit(128 + stopped.signal)
+    except KeyboardInterrupt:  # outside of the steps, where there is nothing to save
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
