@@ -5,7 +5,9 @@ BIN := .venv/bin
 .PHONY: demo test xfactor bench lint clean
 
 demo: .venv/installed  ## the experiment at two learning rates on the embedded checkpoint
-	$(BIN)/python -m train.xfactor --model tiny --lr 1e-5 1e-3 --steps 150 --out runs/demo
+	rm -rf runs/demo
+	$(BIN)/python -m train.xfactor --model tiny --lr 1e-5 1e-3 --steps 150 --eval-every 50 \
+		--out runs/demo
 
 test: .venv/installed  ## the whole suite; without a GPU, Triton's interpreter stands in for it
 	$(BIN)/python -m pytest
