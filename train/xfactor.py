@@ -243,6 +243,7 @@ def main() -> None:
         print(f"{stopped}; go on with --resume {options.out}", file=sys.stderr)
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:  # outside of the steps, where there is nothing to save
+        print("interrupted; go on with --resume and the folder of --out", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
