@@ -151,8 +151,8 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output projection
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = _embedding(config.vocab_size, config.n_embd)  # also the output projection
+        self.wpe = _embedding(config.n_positions, config.n_embd)
         self.embd_dropout = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
@@ -202,6 +202,8 @@ class GPT2(nn.Module):
     @torch.no_grad()
     def _init_parameters(self) -> None:
         """N(0, 0.02), biases 0; c_proj shrinks with depth, for 2 n_layer of them add up in x."""
+        if self.wte.weight.is_meta:
+            return  # nothing to draw, and drawing it would import torch's compiler: seconds
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
@@ -240,6 +242,11 @@ class GPT2(nn.Module):
             weights[name] = got.detach().to(torch.float32, copy=not assign).contiguous()
         model.load_state_dict(weights, assign=True)  # the head is wte itself: nothing to tie again
         return model
+
+
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """As nn.Embedding(count, width), without its own N(0, 1), which would only be overwritten."""
+    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
 
 
 def _config_from_shapes(state_dict: Mapping[str, Tensor]) -> GPT2Config:

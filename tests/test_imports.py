@@ -59,3 +59,17 @@ print(seconds, *{{"triton", "model.walkthrough"}} & set(sys.modules))
     seconds, *unwanted = done.stdout.split()
     assert unwanted == []
     assert float(seconds) < 1.0
+
+
+def test_a_model_is_made_from_weights_without_torchs_compiler() -> None:
+    """Drawing random weights on the meta device would import torch._dynamo: seconds of a load."""
+    code = """
+import sys
+from model import GPT2
+from weights import load_weights
+GPT2.from_state_dict(load_weights("tiny"))
+print("torch._dynamo" in sys.modules)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
