@@ -132,7 +132,8 @@ def linear_kl_div(
     buffer = hidden.new_empty((min(chunk_rows, n), padded), dtype=dtype)[:, :vocab]
     loss = hidden.new_empty(n, dtype=compute_dtype(dtype))
     grad_hidden = hidden.new_empty((n, width) if need_hidden else 0)
-    grad_weight = loss.new_zeros((vocab, width) if need_weight else 0)
+    # Unwritten until the first chunk; of no rows it is zero.
+    grad_weight = (loss.new_empty if n else loss.new_zeros)((vocab, width) if need_weight else 0)
     if grad_loss is None:
         grad_loss = loss.new_ones(1).expand(n)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -148,18 +149,26 @@ def linear_kl_div(
             if need_hidden:
                 grad_hidden[rows] = z @ w
             if need_weight:
-                _add_product(grad_weight, z, h)
+                _add_product(grad_weight, z, h, first=start == 0)
     return loss.sum() if sum_rows else loss, grad_hidden, grad_weight.to(weight.dtype)
 
 
-def _add_product(total: Tensor, dz: Tensor, h: Tensor) -> None:
-    """total += dz^T h, without a second tensor of total's size where the dtypes differ."""
+def _add_product(total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
+    """total = dz^T h, or += after the first chunk, without a second tensor of total's size.
+
+    ATen adds tensors of two dtypes element by element, so a product is converted before it is
+    added, and where it is the first one converted in place of being added.
+    """
     if total.dtype == dz.dtype:
-        total.addmm_(dz.t(), h)
+        torch.mm(dz.t(), h, out=total) if first else total.addmm_(dz.t(), h)
         return
     for start in range(0, len(total), VOCAB_BLOCK):
         block = slice(start, start + VOCAB_BLOCK)
-        total[block] += dz[:, block].t() @ h
+        product = dz[:, block].t() @ h
+        if first:
+            total[block] = product
+        else:
+            total[block] += product.to(total.dtype)
 
 
 @linear_kl_div.register_fake
