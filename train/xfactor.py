@@ -82,7 +82,7 @@ def training_steps(
             hidden = hidden_states(tokens)  # 2. forward (B, T, C)
             loss = loss_fn(hidden, weight, target)  # 3. log-softmax and 4. KL to the target
             mass = mass_on_members(hidden, weight, target.index)
-        optimizer.zero_grad(set_to_none=False)  # fresh pages for the gradients would cost more
+        optimizer.zero_grad()
         loss.backward()  # 5. backward
         optimizer.step()  # 6. Adam
         yield loss.detach(), mass
