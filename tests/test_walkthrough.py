@@ -148,7 +148,8 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        if not op.is_view:  # a tensor given as out= is written once, and is the result
+        # A tensor given as out= is written once, and is the result; a new one is not written yet.
+        if not op.is_view and "empty" not in op.name():
             moved = [t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
             self.tensors += sum(t.untyped_storage().nbytes() == self.bytes for t in moved)
         return out
