@@ -66,6 +66,9 @@ class Line(NamedTuple):
     style: str = "-"  # only solid lines carry their label
 
 
+Painter = Callable[[Axes, list[tuple[Run, str]]], None]
+
+
 def colours(runs: Sequence[Run], theme: Theme) -> list[str]:
     """The colour of each run: one a learning rate, the palette again after its last."""
     rates = list(dict.fromkeys(run.lr for run in runs))
@@ -75,26 +78,31 @@ def colours(runs: Sequence[Run], theme: Theme) -> list[str]:
 def draw(runs: Sequence[Run], theme: Theme, kind: Literal["svg", "png"]) -> dict[str, bytes]:
     """The figures by name: loss, mass, r, perplexity, tradeoff; one colour a learning rate.
 
-    An SVG lets the page's ground through; a PNG has a white one.
+    An SVG lets the page's ground through; a PNG has a white one. As PNG there is one more, curves:
+    loss and mass side by side, which the page has as two.
     """
     coloured = list(zip(runs, colours(runs, theme), strict=True))
-    painters: dict[str, Callable[[Axes, list[tuple[Run, str]]], None]] = {
-        "loss": _loss,
-        "mass": _mass,
-        "r": _r,
-        "perplexity": _perplexity,
-        "tradeoff": _tradeoff,
+    painters: dict[str, list[Painter]] = {
+        "loss": [_loss],
+        "mass": [_mass],
+        "r": [_r],
+        "perplexity": [_perplexity],
+        "tradeoff": [_tradeoff],
     }
+    if kind == "png":
+        painters["curves"] = [_loss, _mass]
     images = {}
     with matplotlib.rc_context(theme.style()):
-        for name, paint in painters.items():
-            figure = Figure(figsize=(5.4, 3.7), layout="constrained", dpi=160)
-            axes = figure.subplots()
-            axes.grid(linewidth=0.8)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(length=0)
-            paint(axes, coloured)
+        for name, panels in painters.items():
+            figure = Figure(figsize=(5.4 * len(panels), 3.7), layout="constrained", dpi=160)
+            for axes, paint in zip(
+                figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+            ):
+                axes.grid(linewidth=0.8)
+                axes.set_axisbelow(True)
+                axes.spines[["top", "right"]].set_visible(False)
+                axes.tick_params(length=0)
+                paint(axes, coloured)
             image = io.BytesIO()
             metadata = {"Date": None} if kind == "svg" else None
             figure.savefig(image, format=kind, transparent=kind == "svg", metadata=metadata)
