@@ -81,7 +81,8 @@ def test_peak_memory_is_that_of_the_largest_moment():
 def test_fused_losses_stay_within_their_memory():
     """128 rows of 50,257 in float32, 26 MB: the fused loss takes one such buffer, in place none,
     the linear one a chunk of an eighth and its gradients. Allowed beside them are 8 MB: 2 MB of
-    scratch, the rounding to 2 MB pages, what BLAS packs and what malloc keeps."""
+    scratch, the rounding to 2 MB pages, what BLAS packs and what malloc keeps. The least of five
+    counts: what else the process takes or gives back meanwhile only adds to it."""
     device, rows, vocab, width, spare = torch.device(DEVICE), 128, 50257, 16, 8
     buffer = rows * vocab * 4 / 1e6
     target = two_level(vocab)
@@ -95,7 +96,8 @@ def test_fused_losses_stay_within_their_memory():
             loss().backward()
 
         step()
-        return measure.peak_megabytes(step, device)
+        peaks = [measure.peak_megabytes(step, device) for _ in range(5)]
+        return None if None in peaks else min(peaks)
 
     if peak(lambda: fused_kl_div(logits, target)) is None:
         pytest.skip("neither CUDA nor Linux")
