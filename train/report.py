@@ -71,7 +71,7 @@ REPORTED: list[Row] = [
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write report.html, table.csv and the figures into `out`; returns their paths.
+    """Write the figures, table.csv and report.html into `out`; returns their paths.
 
     Args:
         run_folders: each a run's folder or a folder of them, as train.xfactor writes.
@@ -83,11 +83,9 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
 
     runs = read_runs(run_folders)
     out.mkdir(parents=True, exist_ok=True)
-    files = {
-        "report.html": _html(runs).encode("utf-8"),
-        "table.csv": _csv(runs).encode("utf-8"),
-        **{f"{name}.png": image for name, image in draw(runs, LIGHT, "png").items()},
-    }
+    files = {f"{name}.png": image for name, image in draw(runs, LIGHT, "png").items()}
+    files["table.csv"] = _csv(runs).encode("utf-8")
+    files["report.html"] = _html(runs).encode("utf-8")  # last, for the eye to rest on its name
     for name, content in files.items():
         with replacing(out / name) as temporary:
             temporary.write_bytes(content)
