@@ -1,7 +1,9 @@
 """The benchmark at small sizes: every path runs, gauges gauge, unmeasured cells say so."""
 
 import json
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -78,32 +80,41 @@ def test_peak_memory_is_that_of_the_largest_moment():
     assert measure.peak_megabytes(together, device) == pytest.approx(80, abs=4)
 
 
-def test_fused_losses_stay_within_their_memory():
-    """128 rows of 50,257 in float32, 26 MB: the fused loss takes one such buffer, in place none,
-    the linear one a chunk of an eighth and its gradients. Allowed beside them are 8 MB: 2 MB of
-    scratch, the rounding to 2 MB pages, what BLAS packs and what malloc keeps. The least of five
-    counts: what else the process takes or gives back meanwhile only adds to it."""
-    device, rows, vocab, width, spare = torch.device(DEVICE), 128, 50257, 16, 8
-    buffer = rows * vocab * 4 / 1e6
-    target = two_level(vocab)
+def peaks_of_the_fused_losses(rows, vocab, width):
+    """Of fused, fused in place and fused linear in chunks of 16 rows, MB; -1 where there
+    is no gauge. The least of five each: what else the process does only adds."""
+    device, target = torch.device(DEVICE), two_level(vocab)
     logits = torch.randn(rows, vocab, device=DEVICE).requires_grad_()
     hidden = torch.randn(rows, width, device=DEVICE).requires_grad_()
     weight = torch.randn(vocab, width, device=DEVICE).requires_grad_()
 
     def peak(loss):
-        def step():
+        peaks = []
+        for _ in range(6):
             logits.grad = hidden.grad = weight.grad = None
-            loss().backward()
+            peaks.append(measure.peak_megabytes(lambda: loss().backward(), device) or -1)
+        return min(peaks[1:])  # the first one warms up
 
-        step()
-        peaks = [measure.peak_megabytes(step, device) for _ in range(5)]
-        return None if None in peaks else min(peaks)
+    return (
+        peak(lambda: fused_kl_div(logits, target)),
+        peak(lambda: fused_linear_kl_div(hidden, weight, target, chunk_rows=16)),
+        peak(lambda: fused_kl_div(logits, target, inplace_backward=True)),
+    )
 
-    if peak(lambda: fused_kl_div(logits, target)) is None:
+
+def test_fused_losses_stay_within_their_memory():
+    """256 rows of 50,257 in float32, 51 MB: the fused loss takes one such buffer, in place none,
+    and the linear one, in chunks of 16 rows, less than half: the logits never are whole. Allowed
+    besides are 8 MB: 2 MB of scratch, the rounding to 2 MB pages, what malloc keeps. In a process
+    of its own, where no other test's threads take memory meanwhile."""
+    rows, vocab, width, spare = 256, 50257, 16, 8
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        fused, linear, in_place = process.submit(
+            peaks_of_the_fused_losses, rows, vocab, width
+        ).result()
+    if fused < 0:
         pytest.skip("neither CUDA nor Linux")
-    assert peak(lambda: fused_kl_div(logits, target)) < buffer + spare
-    gradients = vocab * width * 4 / 1e6
-    linear = peak(lambda: fused_linear_kl_div(hidden, weight, target, chunk_rows=16))
-    assert linear < buffer / 8 + 2 * gradients + spare
-    in_place = peak(lambda: fused_kl_div(logits, target, inplace_backward=True))
+    buffer = rows * vocab * 4 / 1e6
+    assert fused < buffer + spare
+    assert linear < buffer / 2
     assert in_place < spare
