@@ -89,7 +89,7 @@ def kill_at_every_line(arguments: list[str]) -> None:
         write_save(folder, 2, training, 0, "")
         train(run, training, inputs, 4)
     traced = {write_save.__code__.co_filename, replacing.__wrapped__.__code__.co_filename}
-    functions = {"write_save", "sweep", "replacing", "_flush"}
+    functions = {"write_save", "sweep", "replacing", "flush"}
     outcomes, copy = [], folder.with_name("copy")
     for n in range(1, 1000):
         shutil.copytree(folder, copy)

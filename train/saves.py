@@ -33,7 +33,7 @@ from torch import Tensor
 from model import GPT2
 from weights import load_weights, save_weights
 from weights.checkpoint import FILE_NAME as MODEL
-from weights.checkpoint import replacing
+from weights.checkpoint import flush, replacing
 
 METRICS, SAMPLES = LOGS = ("metrics.jsonl", "samples.jsonl")
 STAGING = ".saving"
@@ -85,7 +85,7 @@ def write_save(folder: Path, step: int, training: Training, previous: int, confi
     staging = folder / STAGING
     try:
         for log in LOGS:
-            _flush(folder / log)
+            flush(folder / log)
         save_weights(training.model.state_dict(), staging)
         with replacing(folder / optimizer_file) as temporary:
             save_file(training.tensors(), temporary)
@@ -99,7 +99,7 @@ def write_save(folder: Path, step: int, training: Training, previous: int, confi
         raise ValueError(f"cannot save step {step} in {folder}: {error}") from error
     try:
         os.replace(staging / MODEL, folder / MODEL)
-        _flush(folder)
+        flush(folder)
     except OSError as error:
         raise ValueError(f"cannot save step {step} in {folder}: {error}") from error
     sweep(folder, step)
@@ -188,11 +188,3 @@ def _digest(path: Path, size: int | None = None) -> list[Any]:
     except OSError as error:
         raise ValueError(f"{path}: {error}") from error
     return [length, digest.hexdigest()]
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
