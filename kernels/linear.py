@@ -21,7 +21,7 @@ weight's. Rows of the buffer are a multiple of 64 elements long, so that every r
 of odd size starts on an aligned address: 50,304 for 50,257.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,30 @@ CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
 VOCAB_BLOCK = 8192  # rows of dW converted to float32 at a time
 
 
+@overload
+def fused_linear_kl_div(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Target,
+    reduction: str = ...,
+    chunk_rows: int | None = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def fused_linear_kl_div(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Target,
+    reduction: str = ...,
+    chunk_rows: int | None = ...,
+    impl: str | None = ...,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
 def fused_linear_kl_div(
     hidden: Tensor,
     weight: Tensor,
@@ -43,7 +67,9 @@ def fused_linear_kl_div(
     reduction: str = "batchmean",
     chunk_rows: int | None = None,
     impl: str | None = None,
-) -> Tensor:
+    *,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """fused_kl_div(F.linear(hidden, weight), target, reduction) without the logits.
 
     Args:
@@ -54,9 +80,12 @@ def fused_linear_kl_div(
         chunk_rows: rows whose logits exist at a time; 512 if None.
         impl: "triton" (the default for CUDA tensors), "torch" (for all others) or "reference",
             which is the definition, with whole logits.
+        return_lse: give back each row's log-sum-exp too, so that e^(z - lse) is the probability
+            of any token whose logit z the caller works out. It carries no gradient.
 
     Returns:
-        The loss in float32 (float64 for float64 arguments). First derivatives only.
+        The loss in float32 (float64 for float64 arguments), first derivatives only; with
+        return_lse the pair of it and lse, (...) and of the same dtype.
 
     Raises:
         TypeError, ValueError: what was got, what was expected.
@@ -71,15 +100,20 @@ def fused_linear_kl_div(
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if impl == "reference":
-        return reference.kl_div(F.linear(hidden, weight), target, reduction)
+        logits = F.linear(hidden, weight)
+        loss = reference.kl_div(logits, target, reduction)
+        lse = logits.detach().to(loss.dtype).logsumexp(-1)
+        return (loss, lse) if return_lse else loss
     rows = hidden.reshape(-1, hidden.shape[-1])
     sum_rows = reduction != "none"
     early = sum_rows and dtype != torch.float16 and torch.is_grad_enabled()
     packed = pack(target, torch.Size((rows.shape[0], vocab)))
-    loss = _LinearKlDiv.apply(rows, weight, *packed, sum_rows, early, chunk_rows, dtype, impl)
+    loss, lse = _LinearKlDiv.apply(rows, weight, *packed, sum_rows, early, chunk_rows, dtype, impl)
     if reduction == "none":
-        return loss.view(leading)
-    return loss / rows.shape[0] if reduction == "batchmean" else loss
+        loss = loss.view(leading)
+    elif reduction == "batchmean":
+        loss = loss / rows.shape[0]
+    return (loss, lse.view(leading)) if return_lse else loss
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -120,8 +154,8 @@ def linear_kl_div(
     chunk_rows: int,
     dtype: torch.dtype,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, summed or a row (N,); (1) for hidden and for weight if needed, else empty (0,).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, summed or a row (N,); lse (N,); (1) for hidden and weight if needed, else (0,).
 
     hidden is (N, C); grad_loss (N,) is the w of (1), 1 for None; dtype that of the products.
     """
@@ -131,6 +165,7 @@ def linear_kl_div(
     padded = (vocab + 63) // 64 * 64
     buffer = hidden.new_empty((min(chunk_rows, n), padded), dtype=dtype)[:, :vocab]
     loss = hidden.new_empty(n, dtype=compute_dtype(dtype))
+    lse = torch.empty_like(loss)
     grad_hidden = hidden.new_empty((n, width) if need_hidden else 0)
     # Unwritten until the first chunk; of no rows it is zero.
     grad_weight = (loss.new_empty if n else loss.new_zeros)((vocab, width) if need_weight else 0)
@@ -143,14 +178,14 @@ def linear_kl_div(
             h = hidden[rows].to(dtype)
             p_rows = p[rows] if isinstance(p, Tensor) and p.ndim == 2 else p
             z = torch.mm(h, w.t(), out=buffer[: len(h)])
-            loss[rows], lse = kernels.forward(z, p_rows)
+            loss[rows], lse[rows] = kernels.forward(z, p_rows)
             if need_hidden or need_weight:
-                kernels.backward(z, lse, p_rows, grad_loss[rows], out=z)
+                kernels.backward(z, lse[rows], p_rows, grad_loss[rows], out=z)
             if need_hidden:
                 grad_hidden[rows] = z @ w
             if need_weight:
                 _add_product(grad_weight, z, h, first=start == 0)
-    return loss.sum() if sum_rows else loss, grad_hidden, grad_weight.to(weight.dtype)
+    return loss.sum() if sum_rows else loss, lse, grad_hidden, grad_weight.to(weight.dtype)
 
 
 def _add_product(total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
@@ -172,12 +207,13 @@ def _add_product(total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
 
 
 @linear_kl_div.register_fake
-def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, sum_rows, need_hidden, need_weight, _, dtype, _ = rest
-    loss = hidden.new_empty(() if sum_rows else hidden.shape[0], dtype=compute_dtype(dtype))
+    lse = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(dtype))
+    loss = lse.new_empty(() if sum_rows else lse.shape)
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     grad_weight = weight.new_empty(weight.shape if need_weight else 0)
-    return loss, grad_hidden, grad_weight
+    return loss, lse, grad_hidden, grad_weight
 
 
 class _LinearKlDiv(torch.autograd.Function):
@@ -186,19 +222,20 @@ class _LinearKlDiv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, index: Tensor | None, *rest: Any
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         alpha, beta, sum_rows, ctx.is_early, *ctx.options = rest
         ctx.save_for_backward(hidden, weight, target, index)
         ctx.levels = alpha, beta
         early = [ctx.is_early and need for need in ctx.needs_input_grad[:2]]
         packed = target, index, *ctx.levels
-        loss, *ctx.early = linear_kl_div(
+        loss, lse, *ctx.early = linear_kl_div(
             hidden, weight, *packed, None, sum_rows, *early, *ctx.options
         )
-        return loss
+        ctx.mark_non_differentiable(lse)
+        return loss, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fused_linear_kl_div has first derivatives only, and create_graph=True asks for "
@@ -210,7 +247,9 @@ class _LinearKlDiv(torch.autograd.Function):
             hidden, weight, target, index = ctx.saved_tensors
             upstream = None if ctx.is_early else grad_loss.expand(hidden.shape[0])
             packed = target, index, *ctx.levels
-            _, *grads = linear_kl_div(hidden, weight, *packed, upstream, True, *needs, *ctx.options)
+            _, _, *grads = linear_kl_div(
+                hidden, weight, *packed, upstream, True, *needs, *ctx.options
+            )
         if ctx.is_early:
             grads = [grad.mul_(grad_loss) for grad in grads]
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9

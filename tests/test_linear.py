@@ -76,6 +76,19 @@ def test_loss_and_gradients_are_as_exact_as_the_unfused_ones(path, reduction, dt
                 assert_as_exact(mine, its, true, eps)
 
 
+@pytest.mark.parametrize("path", [*FUSED, "reference"])
+def test_the_lse_is_that_of_the_logits_and_carries_no_gradient(path):
+    """Against float64, in the shape of the leading dimensions, over chunks that do not divide."""
+    hidden, weight = case(2, 3)
+    options = {"chunk_rows": 4, "impl": path, "return_lse": True}
+    for reduction in ("batchmean", "none"):
+        loss, lse = fused_linear_kl_div(hidden, weight, two_level(211), reduction, **options)
+        exact = F.linear(hidden.detach().double(), weight.detach().double()).logsumexp(-1)
+        torch.testing.assert_close(lse.double(), exact, rtol=2**-20, atol=0)
+        assert loss.requires_grad
+        assert not lse.requires_grad
+
+
 @pytest.mark.parametrize("path", FUSED)
 def test_the_loss_at_the_size_of_gpt2_is_that_of_the_unfused_one(path):
     """Three rows, 50,257 tokens, two chunks: loss and both gradients."""
@@ -115,7 +128,7 @@ def test_gradients_come_only_where_they_are_asked_for(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], grad_weight)
     packed = ops.pack(target, torch.Size((9, 211)))
     for needs in ((True, False), (False, True), (False, False)):
-        _, *grads = linear_kl_div(
+        _, _, *grads = linear_kl_div(
             hidden, weight, *packed, None, True, *needs, 4, hidden.dtype, "torch"
         )
         assert [g.numel() > 0 for g in grads] == list(needs)

@@ -39,12 +39,23 @@ from train.run import Run, Stopped, StopSignals, create, reopen
 from train.saves import Training
 from weights import load_weights
 
-Loss = Callable[[Tensor, Tensor, TwoLevelTarget], Tensor]
+Loss = Callable[[Tensor, Tensor, TwoLevelTarget], tuple[Tensor, Tensor]]
+
+
+def on_logits(kl: Callable[[Tensor, TwoLevelTarget], Tensor]) -> Loss:
+    """A loss on logits as one on hidden states: (loss, log-sum-exp of each row's logits)."""
+
+    def loss(hidden: Tensor, weight: Tensor, target: TwoLevelTarget) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, weight)
+        return kl(logits, target), logits.detach().float().logsumexp(-1)
+
+    return loss
+
 
 LOSSES: dict[str, Loss] = {
-    "linear": fused_linear_kl_div,
-    "fused": lambda hidden, weight, target: fused_kl_div(F.linear(hidden, weight), target),
-    "unfused": lambda hidden, weight, target: kl_div(F.linear(hidden, weight), target),
+    "linear": lambda *arguments: fused_linear_kl_div(*arguments, return_lse=True),
+    "fused": on_logits(fused_kl_div),
+    "unfused": on_logits(kl_div),
 }
 
 
@@ -63,7 +74,8 @@ def training_steps(
         model: trained in place, on whatever device it is.
         optimizer: of the model's parameters.
         draw: gives a step's token ids, int64 (B, T).
-        loss_fn: (hidden (B, T, C), weight (V, C), target) -> mean KL over the B T positions.
+        loss_fn: (hidden (B, T, C), weight (V, C), target) -> mean KL over the B T positions, and
+            the log-sum-exp of each one's logits (B, T).
         dtype: torch.bfloat16 runs the matrix products under autocast; weights stay float32.
         hidden_states: the model's own by default; `Processes` gives one for several processes.
 
@@ -80,8 +92,8 @@ def training_steps(
         tokens = draw()  # 1. token ids (B, T)
         with autocast:
             hidden = hidden_states(tokens)  # 2. forward (B, T, C)
-            loss = loss_fn(hidden, weight, target)  # 3. log-softmax and 4. KL to the target
-            mass = mass_on_members(hidden, weight, target.index)
+            loss, lse = loss_fn(hidden, weight, target)  # 3. log-softmax and 4. KL to the target
+            mass = mass_on_members(hidden, weight, target.index, lse)
         optimizer.zero_grad()
         loss.backward()  # 5. backward
         optimizer.step()  # 6. Adam
