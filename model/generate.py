@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.few_rows import shared_by_cores
 from model.gpt2 import GPT2
 
 
@@ -38,11 +39,12 @@ def generate(
     try:
         cache = model.new_cache(tokens.shape[1] + max_new_tokens)
         newest = tokens  # first the whole prompt, then one token at a time
-        for _ in range(max_new_tokens):
-            hidden = model.hidden_states(newest, cache)[:, -1]  # (B, C): only the last is needed
-            logits = F.linear(hidden, model.wte.weight)  # (B, V)
-            newest = _pick(logits, temperature, top_k, generator)  # (B, 1)
-            tokens = torch.cat((tokens, newest), dim=1)
+        with shared_by_cores(tokens.device):
+            for _ in range(max_new_tokens):
+                hidden = model.hidden_states(newest, cache)[:, -1]  # (B, C): the last is enough
+                logits = F.linear(hidden, model.wte.weight)  # (B, V)
+                newest = _pick(logits, temperature, top_k, generator)  # (B, 1)
+                tokens = torch.cat((tokens, newest), dim=1)
     finally:
         model.train(was_training)
     return tokens
