@@ -22,8 +22,8 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
     download), "tiny" (embedded), a safetensors file, or a folder that holds a model.safetensors.
 
     Returns float32 tensors on the CPU, whatever floating dtype is stored. Each owns its memory,
-    aligned to 64 bytes and never memory-mapped, so a model may adopt it as a parameter. Peak memory
-    is the returned tensors and at most one tensor more: one in half precision while it is
+    aligned to 64 bytes and never a map of the file, so a model may adopt it as a parameter. Peak
+    memory is the returned tensors and at most two more: those in half precision while they are
     converted, or an `lm_head.weight` while it is compared.
 
     Raises WeightsError: no such file, not a whole safetensors file, names, shapes, dtypes or values

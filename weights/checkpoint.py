@@ -6,15 +6,19 @@ file. The bytes are read here, not by the library, for three reasons: its tensor
 memory map, the official files are laid out so that those views start 2 bytes off a float's
 boundary, and touching a map of a file that is being truncated kills the process.
 
-Each tensor is read straight into memory of its own. Nothing is ever unpickled.
+Each tensor is read straight into memory of its own, in 2 MB pages if it is large, and two tensors
+at a time. A cached gpt2-medium took 0.75 s in 4 KB pages, for 346,000 of them had to fault in, and
+then 0.26 s and 0.16 s (two Zen 4 cores). Nothing is ever unpickled.
 """
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from io import BufferedReader
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +33,8 @@ from weights.layout import MASK, Layout, Shape, WeightsError, check_layout
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "U8": 1}  # the last two: of masks only
 FILE_NAME = "model.safetensors"
+READERS = 2  # tensors read at a time
+HUGE_PAGE = 2 << 20  # bytes
 
 
 class Entry(NamedTuple):
@@ -106,9 +112,10 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     entries, _ = parameter_entries(path)
     embedding = torch.empty(0)
     try:
-        with open(path, "rb") as file:
-            for name, entry in entries.items():
-                tensor = _read_tensor(file, entry, f"{path}: {name}")
+        with open(path, "rb") as file, ThreadPoolExecutor(READERS) as readers:
+            read = partial(_read_tensor, file.fileno(), path)
+            tensors = readers.map(read, entries, entries.values())
+            for name, tensor in zip(entries, tensors, strict=True):
                 if name == "wte.weight":
                     embedding = tensor
                 if name != "lm_head.weight":
@@ -122,15 +129,24 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise WeightsError(f"cannot read {path}: {error}") from error
 
 
-def _read_tensor(file: BufferedReader, entry: Entry, source: str) -> Tensor:
-    stored = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
-    file.seek(entry.begin)
-    got = file.readinto(stored.view(-1).view(torch.uint8).numpy().data)
+def _read_tensor(descriptor: int, path: Path, name: str, entry: Entry) -> Tensor:
+    stored = _empty(entry.shape, DTYPES[entry.dtype])
+    got = os.preadv(descriptor, [stored.view(-1).view(torch.uint8).numpy().data], entry.begin)
     if got != stored.nbytes:
-        raise WeightsError(f"{source}: the file ended: got {got} bytes of {stored.nbytes}")
+        raise WeightsError(f"{path}: {name}: the file ended: got {got} bytes of {stored.nbytes}")
     tensor = stored.float()  # float32 stays where it is
-    _check_finite(tensor, source)
+    _check_finite(tensor, f"{path}: {name}")
     return tensor
+
+
+def _empty(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the CPU; on Linux in 2 MB pages if it fills one."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _check_finite(tensor: Tensor, source: str) -> None:
