@@ -13,7 +13,6 @@ large one collapses it: the table at the end says which, in numbers.
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,7 @@ from model.gpt2 import HEAD_WIDTH
 from model.tokenizer import load_tokenizer
 from train.evaluate import Evaluation, evaluate
 from train.inputs import Inputs, read_text
+from train.machine import forward_context, prepare
 from train.objective import choose_members, make_target, mass_on_members
 from train.options import Options, check, layout_of_start, parse_options, run_configs
 from train.parallel import Processes
@@ -85,12 +85,10 @@ def training_steps(
     """
     hidden_states = hidden_states or model.hidden_states
     weight = model.wte.weight  # the LM head is the embedding
-    half = dtype != torch.float32
-    autocast = torch.autocast(weight.device.type, dtype) if half else nullcontext()
     while True:
         model.train()
         tokens = draw()  # 1. token ids (B, T)
-        with autocast:
+        with forward_context(tokens, dtype):
             hidden = hidden_states(tokens)  # 2. forward (B, T, C)
             loss, lse = loss_fn(hidden, weight, target)  # 3. log-softmax and 4. KL to the target
             mass = mass_on_members(hidden, weight, target.index, lse)
@@ -123,6 +121,7 @@ class Experiment:
         check(options, processes.count)
         self.configs = run_configs(options, goal, self.target, processes.device_name)
         processes.print(describe(options, goal, self.target, processes))
+        prepare(self.device, options.dtype)
         self.target = self.target.to(self.device)
         self.start = starting_model(options).to(self.device)
 
