@@ -28,7 +28,7 @@ def test_both_contenders_train_on_the_same_loss_and_write_the_same_text(folder: 
     text, other = (m.generate(tokens[:1]) for m in models)
     assert torch.equal(text, other)
     assert text.shape == (1, 8 + NEW_TOKENS)
-    turns = [m.steps(tokens, members, torch.float32) for m in models]
+    turns = [m.steps(tokens, members, "float32") for m in models]
     for _ in range(2):
         (loss, _), theirs = (next(t) for t in turns)
         torch.testing.assert_close(loss, theirs, atol=1e-5, rtol=1e-5)

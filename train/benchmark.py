@@ -3,23 +3,28 @@
     python -m train.benchmark
     python -m train.benchmark --model tiny --dtype float32 --repetitions 5
 
-Both models start from the same random weights, saved once in a temporary folder. Theirs trains with
-F.log_softmax, F.kl_div and torch.optim.Adam at their defaults; ours is the loop of train.xfactor,
-which also computes the mass on the members in every step. Runs are interleaved, so that both see
-the same machine; the table gives medians and the last line is JSON. "load" is from a file in the
-page cache to the logits of one token; "generate" is greedy, batch 1, with a key/value cache,
-milliseconds a token; "memory" is the peak of the first step above the loaded model: gradients,
-Adam's moments, activations, logits.
+Both models start from the same random weights, saved once in a temporary folder, and each lives in
+a process of its own with what its users would set: theirs trains with F.log_softmax, F.kl_div and
+torch.optim.Adam at their defaults; ours is the loop of train.xfactor, which also computes the mass
+on the members in every step. Runs are interleaved, so that both see the same machine; the table
+gives medians and the last line is JSON.
+
+    load        from a file in the page cache to the logits of one token
+    generate    greedy, batch 1, with a key/value cache: milliseconds a token
+    step        one of training
+    memory      peak of the first step above the loaded model: gradients, Adam's moments,
+                activations, logits
 """
 
 import json
 import math
+import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import torch
@@ -31,6 +36,7 @@ from kernels import TwoLevelTarget
 from kernels.measure import milliseconds, peak_megabytes
 from model import GPT2, GPT2Config
 from model.generate import generate
+from train.machine import prepare
 from train.xfactor import LOSSES, training_steps
 from weights import layout_of, load_weights, save_weights
 
@@ -58,12 +64,12 @@ class Ours:
     def __init__(self, folder: str, device: torch.device) -> None:
         self.model = GPT2.from_state_dict(load_weights(folder), assign=True).to(device)
 
-    def steps(self, tokens: Tensor, members: Tensor, dtype: torch.dtype) -> Iterator[object]:
+    def steps(self, tokens: Tensor, members: Tensor, dtype: str) -> Iterator[object]:
+        prepare(tokens.device, dtype)
         optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-6, fused=True)
-        target = TwoLevelTarget(members)
-        return training_steps(
-            self.model, optimizer, target, lambda: tokens, LOSSES["linear"], dtype
-        )
+        target, loss = TwoLevelTarget(members), LOSSES["linear"]
+        autocast = getattr(torch, dtype)
+        return training_steps(self.model, optimizer, target, lambda: tokens, loss, autocast)
 
     def generate(self, prompt: Tensor) -> Tensor:
         return generate(self.model, prompt, NEW_TOKENS, temperature=0)
@@ -80,12 +86,11 @@ class Transformers:
         model: Any = GPT2LMHeadModel.from_pretrained(folder)
         self.model = model.to(device)
 
-    def steps(self, tokens: Tensor, members: Tensor, dtype: torch.dtype) -> Iterator[object]:
+    def steps(self, tokens: Tensor, members: Tensor, dtype: str) -> Iterator[object]:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-6)
         p = members.float() / members.sum()
-        half = dtype != torch.float32
         while True:
-            with torch.autocast(tokens.device.type, dtype) if half else nullcontext():
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 log_q = F.log_softmax(self.model(tokens).logits.flatten(0, 1), dim=-1)
                 loss = F.kl_div(log_q, p.expand_as(log_q), reduction="batchmean")
             optimizer.zero_grad()
@@ -107,46 +112,105 @@ class Transformers:
 CONTENDERS = (Ours, Transformers)
 
 
+class Bench:
+    """One contender's measurements; made in a process of its own."""
+
+    def __init__(self, contender: type[Ours] | type[Transformers], folder: str, options: Options):
+        self.load_model = partial(contender, folder, torch.device(options.device))
+        self.device = torch.device(options.device)
+        self.tokens = torch.randint(
+            GPT2Config.vocab_size,
+            (options.batch, options.length),
+            generator=torch.Generator().manual_seed(0),
+        ).to(self.device)
+        self.members = torch.arange(GPT2Config.vocab_size, device=self.device) < MEMBERS
+
+    def load(self) -> float:
+        """Milliseconds."""
+        return milliseconds(self._load, self.device)
+
+    def _load(self) -> None:
+        # Used once, for transformers maps the file and reads it when a weight is touched.
+        with torch.no_grad():
+            self.load_model().model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+
+    def generate(self) -> float:
+        """Milliseconds a token; the first call is the one that loads the model."""
+        run = partial(self.contender.generate, self.tokens[:1, :PROMPT])
+        return milliseconds(run, self.device) / NEW_TOKENS
+
+    @cached_property
+    def contender(self) -> Ours | Transformers:
+        return self.load_model()
+
+    def first_step(self, dtype: str) -> float:
+        """MB at the peak of a first step, which makes Adam's moments."""
+        self.contender.model.zero_grad(set_to_none=True)
+        steps = self.contender.steps(self.tokens, self.members, dtype)
+        self._next = partial(next, steps)
+        return peak_megabytes(self._next, self.device) or math.nan
+
+    def step(self) -> float:
+        """Milliseconds."""
+        return milliseconds(self._next, self.device)
+
+
+class Remote:
+    """A Bench in a process of its own, which waits while it is not asked."""
+
+    def __init__(self, contender: type[Ours] | type[Transformers], *arguments: object) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would share the threads' state
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, contender, *arguments))
+        self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+
+    def ask(self, method: str, *arguments: object) -> float:
+        """The method's answer; RuntimeError if the process has ended, its traceback printed."""
+        self._pipe.send((method, *arguments))
+        try:
+            return self._pipe.recv()
+        except EOFError as error:
+            raise RuntimeError(f"the process that measures {method!r} has ended") from error
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Connection, *arguments: Any) -> None:
+    bench = Bench(*arguments)
+    while True:
+        try:
+            method, *rest = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(getattr(bench, method)(*rest))
+
+
 def measure(options: Options, folder: str) -> dict[str, dict[str, float]]:
     """Quantity -> contender -> median: load in ms, generate in ms a token, step in ms, memory."""
-    device = torch.device(options.device)
-    tokens = torch.randint(GPT2Config.vocab_size, (options.batch, options.length), device=device)
-    members = torch.zeros(GPT2Config.vocab_size, dtype=torch.bool, device=device)
-    members[:MEMBERS] = True
+    remotes = {c.name: Remote(c, folder, options) for c in CONTENDERS}
 
-    def interleaved(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(options.repetitions):
-            for name, run in runs.items():
-                times[name].append(milliseconds(run, device))
-        return {name: statistics.median(t) for name, t in times.items()}
+    def once(method: str, *arguments: object) -> dict[str, float]:
+        return {name: remote.ask(method, *arguments) for name, remote in remotes.items()}
 
-    results = {
-        "load, ms": interleaved({c.name: partial(_load, c, folder, device) for c in CONTENDERS})
-    }
-    models = [contender(folder, device) for contender in CONTENDERS]
-    prompt = tokens[:1, :PROMPT]
-    for m in models:
-        m.generate(prompt)
-    generation = interleaved({m.name: partial(m.generate, prompt) for m in models})
-    results["generate, ms a token"] = {name: ms / NEW_TOKENS for name, ms in generation.items()}
-    for dtype in options.dtype:
-        steps: dict[str, Callable[[], object]] = {}
-        peaks = {}
-        for m in models:
-            m.model.zero_grad(set_to_none=True)
-            steps[m.name] = partial(next, m.steps(tokens, members, getattr(torch, dtype)))
-            peaks[m.name] = peak_megabytes(steps[m.name], device) or math.nan
-        results[f"step in {dtype}, ms"] = interleaved(steps)
-        results[f"memory in {dtype}, MB"] = peaks
+    def interleaved(method: str) -> dict[str, float]:
+        once(method)  # the first one warms up
+        rounds = [once(method) for _ in range(options.repetitions)]
+        return {name: statistics.median(r[name] for r in rounds) for name in remotes}
+
+    try:
+        results = {"load, ms": interleaved("load")}
+        results["generate, ms a token"] = interleaved("generate")
+        for dtype in options.dtype:
+            peaks = once("first_step", dtype)
+            results[f"step in {dtype}, ms"] = interleaved("step")
+            results[f"memory in {dtype}, MB"] = peaks
+    finally:
+        for remote in remotes.values():
+            remote.close()
     return results
-
-
-def _load(contender: type[Ours] | type[Transformers], folder: str, device: torch.device) -> None:
-    # Used once, for transformers maps the file and reads it when a weight is touched; and let go
-    # of, for no two of these should be in memory beside a third.
-    with torch.no_grad():
-        contender(folder, device).model(torch.zeros(1, 1, dtype=torch.int64, device=device))
 
 
 def main(options: Options) -> None:
