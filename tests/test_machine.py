@@ -80,3 +80,9 @@ def test_autocast_is_on_in_bfloat16_alone() -> None:
         with forward_context(tokens, dtype):
             assert (a @ a).dtype == dtype
         assert (a @ a).dtype == torch.float32
+
+
+def test_tf32_is_refused_where_it_does_not_exist() -> None:
+    """On a CPU nothing would be rounded: not what was asked for."""
+    with pytest.raises(ValueError, match="got a device of type cpu, expected cuda"):
+        prepare(CPU, "tf32")

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,42 @@ def test_the_mass_on_the_members_is_at_least_exp_of_minus_the_loss(dtype: torch.
     slack = 1e-5 if dtype == torch.float32 else 1e-2
     for loss, mass in zip(losses, masses, strict=True):
         assert mass >= math.exp(-loss) - slack
+
+
+def test_the_forward_compiles_to_one_graph_and_gives_the_same_curve() -> None:
+    """Against the eager one, by a compiler that keeps ATen's operators: no break, no other value.
+    The attention of a step is chosen outside of the graph."""
+    results = []
+    for wrap in (lambda f: f, partial(torch.compile, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        model = GPT2(CONFIG)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+        target, draw = TwoLevelTarget(MEMBERS), Inputs(CONFIG.vocab_size, 2, 16, 0, CPU).draw
+        forward = wrap(model.hidden_states)
+        steps = training_steps(
+            model, optimizer, target, draw, LOSSES["linear"], hidden_states=forward
+        )
+        results.append([next(steps)[0].item() for _ in range(4)])
+    eager, compiled = results
+    assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits are CUDA's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_never_waits_for_the_device(dtype: torch.dtype) -> None:
+    """After two steps that compile and fill caches; CUDA itself raises at a wait."""
+    device = torch.device("cuda")
+    model = GPT2(CONFIG).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    target = TwoLevelTarget(MEMBERS).to(device)
+    draw = Inputs(CONFIG.vocab_size, 2, 16, 0, device).draw
+    steps = training_steps(model, optimizer, target, draw, LOSSES["linear"], dtype)
+    next(steps), next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_same_seed_gives_the_same_curve_bit_for_bit() -> None:

@@ -22,8 +22,16 @@ def prepare(device: torch.device, dtype: str) -> None:
     Args:
         device: where the steps run.
         dtype: "float32", "bfloat16", or "tf32" for float32 products that CUDA rounds to TF32.
+
+    Raises:
+        ValueError: TF32 on another device than CUDA.
     """
     if dtype == "tf32":
+        if device.type != "cuda":
+            raise ValueError(
+                f"--dtype tf32: got a device of type {device.type}, expected cuda, whose format "
+                "TF32 is; use float32 or bfloat16"
+            )
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
         _keep_freed_memory()

@@ -42,7 +42,9 @@ class Options:
     mass: float | None = None  # sets both: the members' share of the target's probability
     inputs: str = "random"  # "random" token ids, or a text file: windows of it
     loss: Literal["linear", "fused", "unfused"] = "linear"  # fused with the LM head; alone; not
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights stay float32
+    dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """of the products, weights stay float32; tf32 is CUDA's own rounding of float32 products"""
+    compile: bool = False  # the blocks by torch.compile: minutes at first, then faster steps
     seed: int = 0  # of the inputs, the samples and random weights
     eval_every: int = 0  # steps between evaluations; 0 is before the first and after the last only
     save_every: int = 100  # steps between saves; 0 is after the last only

@@ -151,14 +151,15 @@ class Experiment:
         run.restore(training)
         processes.wait()  # until all have read what the first now cleans up
         run.begin(config)
+        hidden_states = processes.hidden_states(model)
         steps = training_steps(
             model,
             optimizer,
             self.target,
             lambda: processes.rows(inputs.draw()),
             LOSSES[options.loss],
-            getattr(torch, options.dtype),
-            processes.hidden_states(model),
+            torch.bfloat16 if options.dtype == "bfloat16" else torch.float32,
+            torch.compile(hidden_states) if options.compile else hidden_states,
         )
         if run.step:
             processes.print(f"{run.folder} goes on after step {run.step}")
@@ -225,7 +226,8 @@ def describe(options: Options, goal: str, target: TwoLevelTarget, processes: Pro
     if processes.count > 1:
         where += f" in {processes.count} processes"
     lines = [
-        f"{options.weights or options.model} in {options.dtype} on {where}, "
+        f"{options.weights or options.model} in {options.dtype}"
+        f"{', compiled,' if options.compile else ''} on {where}, "
         f"loss: {options.loss} ({loss_path(options.loss, device)})",
         f"{target.size} of {target.vocab_size} tokens are the goal: {goal}",
     ]
