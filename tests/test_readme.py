@@ -17,15 +17,21 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip()
 ]
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("model", "weights", "kernels", "train")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
+]
 NEEDS_THE_OFFICIAL_FILE = ("python -m weights.official gpt2-medium", "python -m train.xfactor")
 # The defaults take minutes and print the same table for any rows, so fewer stand in for them.
 SHORTER = {
     "python -m kernels.benchmark": "python -m kernels.benchmark --rows 8",
-    "python -m train.xfactor --model tiny --lr 1e-5 1e-3": (
-        "python -m train.xfactor --model tiny --lr 1e-5 1e-3 --steps 3"
+    "python -m train.xfactor --model tiny --lr 1e-5 1e-3 --out runs/rates": (
+        "python -m train.xfactor --model tiny --lr 1e-5 1e-3 --out runs/rates --steps 3"
     ),
-    "python -m train.xfactor --model tiny --lr 3e-4 --steps 50": (
-        "python -m train.xfactor --model tiny --lr 3e-4 --steps 5"
+    "python -m train.xfactor --model tiny --lr 3e-4 --steps 50 --out runs/short": (
+        "python -m train.xfactor --model tiny --lr 3e-4 --steps 5 --out runs/short"
     ),
 }
 
@@ -44,27 +50,41 @@ def test_every_make_target_exists(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def working_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all commands: what one of them leaves there must not stop the next."""
+    return tmp_path_factory.mktemp("readme")
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """`python` with these arguments in a folder, offline, on this checkout."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
-def test_every_python_command_runs(command: str, tmp_path: Path) -> None:
-    """Offline; what needs the official file may end with the advice on how to get it."""
+def test_every_python_command_runs_after_those_above_it(command: str, working_folder: Path) -> None:
+    """What needs the official file may end with the advice on how to get it."""
     arguments = shlex.split(SHORTER.get(command, command))[1:]
-    if "train.xfactor" in command:
-        arguments += ["--out", str(tmp_path / "out")]
     if command in NEEDS_THE_OFFICIAL_FILE:
         arguments += [] if "weights" in command else ["--steps", "1"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-    )
+    done = run(arguments, working_folder)
     if command in NEEDS_THE_OFFICIAL_FILE and done.returncode == 1:
         assert "gpt2-medium is not cached" in done.stderr
         assert "tiny" in done.stderr
     else:
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_command_explains_itself(module: str, tmp_path: Path) -> None:
+    """--help prints how each module that can be run is used, and does none of its work."""
+    done = run(["-m", module, "--help"], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("usage: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_line_counts_in_the_reading_order_are_right() -> None:
