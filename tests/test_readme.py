@@ -1,5 +1,7 @@
 """The README's claims that a machine can check: its commands, its line counts, its links."""
 
+import importlib
+import operator
 import os
 import re
 import shlex
@@ -94,6 +96,20 @@ def test_line_counts_in_the_reading_order_are_right() -> None:
     for shown, path, lines in rows:
         assert shown == path
         assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) == int(lines), path
+
+
+def test_every_equation_leads_to_code_and_a_test_that_exist() -> None:
+    """`| equation | `name` in [file](file) | `test` |`, against the files and the tests."""
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| `(test_\w+)` \|$", README, re.MULTILINE)
+    assert len(rows) >= 5
+    tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
+    module = ""
+    for place, test in rows:
+        if link := re.search(r"\]\(([\w/]+)\.py\)", place):  # else the file of the row above
+            module = link[1].replace("/", ".")
+        for name in re.findall(r"`([\w.]+)`", place):
+            assert callable(operator.attrgetter(name)(importlib.import_module(module)))
+        assert f"def {test}(" in tests
 
 
 def test_links_lead_somewhere() -> None:
