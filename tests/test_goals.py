@@ -17,7 +17,7 @@ def ids(members: torch.Tensor) -> set[int]:
 
 
 def test_without_a_choice_the_goal_is_the_letter_x_in_either_case() -> None:
-    """984 tokens, counted in the vocabulary by others; the special token is none of them."""
+    """984 tokens, as recorded in test_tokenizer.py; the special token is none of them."""
     members, goal = choose_members(TOKENIZER)
     assert members.sum() == 984
     assert not members[TOKENIZER.eot]

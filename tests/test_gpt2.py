@@ -82,7 +82,7 @@ def test_a_file_laid_out_as_the_official_one_gives_the_same_logits_in_both(tmp_p
 
 
 def test_gpt2_medium_has_its_354_823_168_parameters() -> None:
-    """The published count, the head counted once; 12,596,224 of them in each block."""
+    """The count known of gpt2-medium, the head counted once; 12,596,224 of them in each block."""
     with torch.device("meta"):
         model = GPT2(GPT2Config())
     assert sum(p.numel() for p in model.parameters()) == 354_823_168
@@ -155,8 +155,8 @@ def test_without_dropout_training_mode_is_deterministic_and_with_it_is_not() -> 
         assert not torch.equal(dropped(tokens), dropped(tokens)), f"{name} does nothing"
 
 
-def test_initial_weights_have_the_published_spread() -> None:
-    """N(0, 0.02), c_proj 0.02 / sqrt(2 n_layer), biases 0, gains 1; the loss starts near ln V."""
+def test_initial_weights_have_the_spread_of_gpt2() -> None:
+    """N(0, 0.02), c_proj / sqrt(2 n_layer) as in the paper's 2.3; the loss starts near ln V."""
     config = GPT2Config(vocab_size=2000, n_positions=64, n_embd=256, n_layer=8, n_head=4)
     torch.manual_seed(0)
     model = GPT2(config)

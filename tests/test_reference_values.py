@@ -1,7 +1,8 @@
-"""OpenAI's gpt2-medium, where its file is in the local cache: values published for it.
+"""OpenAI's gpt2-medium, where its file is in the local cache: against values recorded for it.
 
-Elsewhere these are skipped: the file is 1.5 GB, and a test downloads nothing. Fetch it with
-`python -m weights.official gpt2-medium`.
+They were taken from public sources; no machine that this was written on had the file, to derive
+them again. Where it is not cached these are skipped: it is 1.5 GB, and a test downloads nothing.
+Fetch it with `python -m weights.official gpt2-medium`.
 """
 
 import pytest
@@ -36,7 +37,7 @@ def medium() -> GPT2:
 
 
 @pytest.mark.parametrize("prompt", GREEDY)
-def test_greedy_continuations_are_the_published_ones(medium: GPT2, prompt: str) -> None:
+def test_greedy_continuations_are_the_recorded_ones(medium: GPT2, prompt: str) -> None:
     """Ten tokens after each prompt."""
     tokens = torch.tensor([load_tokenizer().encode(prompt)])
     new = generate(medium, tokens, 10, temperature=0)[0, tokens.shape[1] :]
@@ -44,23 +45,23 @@ def test_greedy_continuations_are_the_published_ones(medium: GPT2, prompt: str) 
 
 
 @torch.no_grad()
-def test_logits_are_the_published_ones(medium: GPT2) -> None:
+def test_logits_are_the_recorded_ones(medium: GPT2) -> None:
     """Three corners of the logits of two random sequences, mean difference below 1e-3."""
     logits = medium(torch.tensor(LOGITS_IDS))
-    for got, published in (
+    for got, recorded in (
         (logits[0, 0, :6], [-82.46401, -81.35242, -85.97414, -89.01976, -86.47252, -85.04256]),
         (logits[1, 9, :4], [-53.020767, -53.85416, -54.717762, -55.654854]),
         (logits[1, 9, -3:], [-61.43402, -60.38213, -53.74377]),
     ):
-        assert (got - torch.tensor(published)).abs().mean() < 1e-3
+        assert (got - torch.tensor(recorded)).abs().mean() < 1e-3
 
 
 @torch.no_grad()
-def test_divergence_at_the_start_is_the_published_one(medium: GPT2) -> None:
+def test_divergence_at_the_start_is_the_recorded_one(medium: GPT2) -> None:
     """On random ids, over all 256 positions: 7.5 for the letter in either case, 9.4 for "X"."""
     tokens = torch.randint(50257, (4, 64), generator=torch.Generator().manual_seed(0))
     logits = medium(tokens)
-    for match_case, published in ((False, 7.5), (True, 9.4)):
+    for match_case, recorded in ((False, 7.5), (True, 9.4)):
         members = find_members(load_tokenizer(), "X", match_case)
         loss = kl_div(logits, TwoLevelTarget(members))
-        assert loss.item() == pytest.approx(published, abs=0.3)
+        assert loss.item() == pytest.approx(recorded, abs=0.3)

@@ -107,7 +107,7 @@ def test_reported_values_are_marked_as_not_measured(report: tuple[Path, str]) ->
     """The table has both, and no reported value stands in a row of measured ones."""
     rows = list(csv.DictReader((report[0] / "table.csv").open(encoding="utf-8")))
     sources = [(row["source"], row["learning rate"]) for row in rows]
-    reported = "reported originally, by others"
+    reported = "reported originally, not measured"
     assert sources == [
         ("measured", "(before)"),
         ("measured", "1e-6"),
@@ -117,7 +117,7 @@ def test_reported_values_are_marked_as_not_measured(report: tuple[Path, str]) ->
     ]
     assert float(rows[2]["loss last"]) == pytest.approx(0.001)
     assert rows[4]["loss last"] == "about 0.001"
-    assert "claims of others, not measured here" in report[1]
+    assert "gpt2-medium, 300 steps; not measured here" in report[1]
 
 
 def test_stopped_run_says_when_its_text_was_sampled(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The tokenizer against facts published of GPT-2's vocabulary, without any network."""
+"""The tokenizer against facts recorded of GPT-2's vocabulary, without any network.
+
+Ids and counts were taken from public sources, not derived by this code.
+"""
 
 import socket
 
@@ -16,8 +19,8 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer()
 
 
-def test_known_text_has_its_published_ids(tokenizer: Tokenizer) -> None:
-    """Ids published for gpt2-medium's reference prompts."""
+def test_known_text_has_its_recorded_ids(tokenizer: Tokenizer) -> None:
+    """Of two prompts, as OpenAI's tokenizer gives them; the special token in a text of its own."""
     assert tokenizer.encode("Why did the chicken cross the road?") == [
         *[5195, 750, 262, 9015, 3272, 262, 2975, 30]
     ]
@@ -43,7 +46,7 @@ def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(text: str) -> None:
 
 
 def test_every_id_has_bytes_and_344_are_no_text_of_their_own(tokenizer: Tokenizer) -> None:
-    """The published count of tokens that are not valid UTF-8; all byte strings differ."""
+    """The recorded count of tokens that are not valid UTF-8; all byte strings differ."""
     tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
     assert len(set(tokens)) == tokenizer.n_vocab
     assert tokens[50256] == b"<|endoftext|>"
@@ -82,7 +85,7 @@ def test_no_network_and_no_cache_is_touched(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize(
     ("letter", "match_case", "count"), [("X", True, 90), ("x", True, 896), ("x", False, 984)]
 )
-def test_members_have_their_published_counts(
+def test_members_have_their_recorded_counts(
     tokenizer: Tokenizer, letter: str, match_case: bool, count: int
 ) -> None:
     """90 for "X", 896 for "x", 984 in either case; <|endoftext|> holds an x and is no member."""
