@@ -8,8 +8,9 @@ Glossary
     S  positions attended to: past + T        D  C / H = 64: width of one head
     V  vocab_size                             "x" is always the residual stream, (B, T, C)
 
-Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), and OpenAI's gpt-2
-repository, whose parameter names and layouts are kept: a checkpoint loads by name, as it is.
+"The paper" is Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): its
+section 2.3 is the model. Parameter names and layouts are those of OpenAI's gpt-2 repository, so a
+checkpoint loads by name, as it is.
 """
 
 import math
@@ -69,7 +70,7 @@ class KeyValueCache:
 
 
 class Affine(nn.Module):
-    """x @ weight + bias. GPT-2 stores weights (in, out), the transpose of nn.Linear's."""
+    """x W + b, with W stored (in, out), the transpose of nn.Linear's: OpenAI's conv1d."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -77,11 +78,15 @@ class Affine(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         return F.linear(x, self.weight.T, self.bias)
 
 
 class Attention(nn.Module):
-    """Causal self-attention: softmax(q k^T / sqrt(D) + mask) v in each of H heads."""
+    """Causal self-attention: softmax(q k^T / sqrt(D) + mask) v in each of H heads.
+
+    Vaswani et al., "Attention Is All You Need" (2017), equation (1) and section 3.2.3 on the mask.
+    """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -93,6 +98,7 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); with a cache, x are the T positions after those in it."""
         B, T, C = x.shape
         q, k, v = (
             y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
@@ -101,7 +107,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
         past = k.shape[2] - T
-        mask = None  # query t stands at position past + t and sees keys 0 .. past + t
+        # Query t stands at position past + t and sees keys 0 .. past + t. Without a past that is
+        # is_causal; one query after a past sees every key; only several after a past need a mask.
+        mask = None
         if past and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         y = F.scaled_dot_product_attention(
@@ -117,7 +125,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """gelu(x W1 + b1) W2 + b2, four times as wide inside."""
+    """gelu(x W1 + b1) W2 + b2, four times as wide inside.
+
+    gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): Hendrycks and Gimpel, "Gaussian Error
+    Linear Units" (2016), in their approximate form, which GPT-2 was trained with. The exact one,
+    x/2 (1 + erf(x / sqrt(2))), differs from it by up to 5e-4.
+    """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -126,12 +139,15 @@ class MLP(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
-        # gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GPT-2's form; erf's is 5e-4 off
+        """(B, T, C) -> (B, T, C), each position on its own."""
         return self.resid_dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
 class Block(nn.Module):
-    """Each half reads the normalised stream and adds what it found."""
+    """Two residual halves, x + f(ln(x)): attention, then the MLP.
+
+    Pre-norm: the paper (2.3) moved LayerNorm from behind each half to its input.
+    """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -141,6 +157,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); the cache is the attention's."""
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -201,7 +218,11 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def _init_parameters(self) -> None:
-        """N(0, 0.02), biases 0; c_proj shrinks with depth, for 2 n_layer of them add up in x."""
+        """For training from scratch: N(0, 0.02), biases 0, gains 1.
+
+        c_proj is divided by sqrt(2 n_layer), for 2 n_layer of them add up in x (the paper, 2.3).
+        Like transformers, not like OpenAI's code, wpe is drawn as wide as all else: it had 0.01.
+        """
         if self.wte.weight.is_meta:
             return  # nothing to draw, and drawing it would import torch's compiler: seconds
         for name, p in self.named_parameters():
