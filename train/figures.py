@@ -12,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from train.results import Run
+from train.results import RunRecord
 
 LABEL_GAP = 0.085  # least distance of two labels at the right margin, as a share of the height
 
@@ -66,16 +66,16 @@ class Line(NamedTuple):
     style: str = "-"  # only solid lines carry their label
 
 
-Painter = Callable[[Axes, list[tuple[Run, str]]], None]
+Painter = Callable[[Axes, list[tuple[RunRecord, str]]], None]
 
 
-def colours(runs: Sequence[Run], theme: Theme) -> list[str]:
+def colours(runs: Sequence[RunRecord], theme: Theme) -> list[str]:
     """The colour of each run: one a learning rate, the palette again after its last."""
     rates = list(dict.fromkeys(run.lr for run in runs))
     return [theme.lines[rates.index(run.lr) % len(theme.lines)] for run in runs]
 
 
-def draw(runs: Sequence[Run], theme: Theme, kind: Literal["svg", "png"]) -> dict[str, bytes]:
+def draw(runs: Sequence[RunRecord], theme: Theme, kind: Literal["svg", "png"]) -> dict[str, bytes]:
     """The figures by name: loss, mass, r, perplexity, tradeoff; one colour a learning rate.
 
     An SVG lets the page's ground through; a PNG has a white one. As PNG there is one more, curves:
@@ -110,13 +110,13 @@ def draw(runs: Sequence[Run], theme: Theme, kind: Literal["svg", "png"]) -> dict
     return images
 
 
-def _loss(axes: Axes, runs: list[tuple[Run, str]]) -> None:
+def _loss(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
     lines = [Line(run.label, colour, range(len(run.losses)), run.losses) for run, colour in runs]
     axes.set_yscale("log", nonpositive="mask")
     _over_updates(axes, "KL to the target, nats", lines)
 
 
-def _mass(axes: Axes, runs: list[tuple[Run, str]]) -> None:
+def _mass(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
     lines, bounded = [], False
     for run, colour in runs:
         updates = range(len(run.masses))
@@ -130,7 +130,7 @@ def _mass(axes: Axes, runs: list[tuple[Run, str]]) -> None:
     _over_updates(axes, "Probability on the members", lines, key)
 
 
-def _r(axes: Axes, runs: list[tuple[Run, str]]) -> None:
+def _r(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
     lines = []
     for run, colour in runs:
         evaluations = run.evaluations.values()
@@ -143,7 +143,7 @@ def _r(axes: Axes, runs: list[tuple[Run, str]]) -> None:
     )
 
 
-def _perplexity(axes: Axes, runs: list[tuple[Run, str]]) -> None:
+def _perplexity(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
     lines = []
     for run, colour in runs:
         updates, evaluations = [*run.evaluations], run.evaluations.values()
@@ -156,7 +156,7 @@ def _perplexity(axes: Axes, runs: list[tuple[Run, str]]) -> None:
     _over_updates(axes, "Perplexity", lines, key)
 
 
-def _tradeoff(axes: Axes, runs: list[tuple[Run, str]]) -> None:
+def _tradeoff(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
     axes.set_xscale("log")
     axes.set_ylim(-0.04, 1.04)
     ends = []

@@ -21,7 +21,7 @@ import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from train.evaluate import TOP_K
-from train.results import Evaluation, Run, read_runs
+from train.results import Measures, RunRecord, read_runs
 from train.samples import choose
 from weights.checkpoint import replacing
 
@@ -114,10 +114,10 @@ def print_report(run_folders: Sequence[Path]) -> None:
                 print(f"  {who:>9}: {''.join(piece.text for piece in specimen.pieces)}")
 
 
-def measured(runs: Sequence[Run]) -> list[Row]:
+def measured(runs: Sequence[RunRecord]) -> list[Row]:
     """The table's rows: each run below one for its start, unless a run above had the same."""
     rows: list[Row] = []
-    starts: list[Evaluation] = []
+    starts: list[Measures] = []
     for run in runs:
         start, last = run.evaluations[0], max(run.evaluations)
         if start not in starts:
@@ -136,7 +136,7 @@ def measured(runs: Sequence[Run]) -> list[Row]:
     return rows
 
 
-def _text(run: Run, step: int) -> str:
+def _text(run: RunRecord, step: int) -> str:
     """What the text looks like after `step` updates, in measures and no adjectives.
 
     Says when, where the run was stopped after its last evaluation.
@@ -154,7 +154,7 @@ def shown(name: str, value: str | float | None) -> str:
     return "" if value is None else value if isinstance(value, str) else FORMATS[name](value)
 
 
-def _measures(run: Run, step: int) -> Row:
+def _measures(run: RunRecord, step: int) -> Row:
     e = run.evaluations[step]
     return {
         "evaluated after": step,
@@ -167,12 +167,12 @@ def _measures(run: Run, step: int) -> Row:
     }
 
 
-def _distinct(run: Run, step: int) -> float:
+def _distinct(run: RunRecord, step: int) -> float:
     """Distinct tokens / tokens of a sample, mean over the samples."""
     return mean(len(set(s.ids)) / len(s.ids) for s in run.samples[step])
 
 
-def _csv(runs: Sequence[Run]) -> str:
+def _csv(runs: Sequence[RunRecord]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, ["source", *FORMATS, "text"], lineterminator="\n")
     writer.writeheader()
@@ -181,7 +181,7 @@ def _csv(runs: Sequence[Run]) -> str:
     return file.getvalue()
 
 
-def _html(runs: Sequence[Run]) -> str:
+def _html(runs: Sequence[RunRecord]) -> str:
     from train.figures import DARK, LIGHT, colours, draw
 
     environment = Environment(
@@ -210,10 +210,10 @@ def _data_uri(svg: bytes) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
 
-def _configuration(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def _configuration(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """What was asked for and on what it ran: a row a setting, its value for each run."""
 
-    def settings(run: Run) -> dict[str, Any]:
+    def settings(run: RunRecord) -> dict[str, Any]:
         about = {
             k: v for k, v in run.about.items() if k not in ("options", "versions", "member_ids")
         }

@@ -1,9 +1,7 @@
-"""Runs read back from disk: what the report shows of a folder that `python -m train.xfactor` wrote.
+"""Runs read back from disk: what the report shows of the folders that `train.run` writes.
 
-config.json     the model's, and under "xfactor" what was asked for, of whom, on what
-metrics.jsonl   {"step", "loss", "mass", "seconds"}: step s, from 1, is measured before update s
-                {"step", "evaluation": {"r", "r_top_k", ...}}: here s updates are done, from 0
-samples.jsonl   {"step", "prompt", "ids"}: a continuation after s updates, without its prompt
+A run counts steps from 1 and measures step s before update s. So element i of a curve here, from 0,
+is of the model after i updates, as an evaluation at step i is.
 """
 
 import json
@@ -11,18 +9,21 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
+from train.run import CONFIG
+from train.saves import METRICS, SAMPLES
+
 EXPECTED = (
     f"a run of python -m train.xfactor ({CONFIG}, {METRICS}, {SAMPLES}) or a folder of such runs"
 )
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The model after some updates, measured on its samples; see train/evaluate.py."""
+class Measures:
+    """What `train.evaluate` measured of the model after some updates."""
 
     r: float
     r_top_k: float
@@ -32,15 +33,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Sample:
-    """One continuation of a prompt, in token ids."""
+    """One continuation of a prompt, in token ids, without the prompt's."""
 
     prompt: str
     ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Run:
-    """One learning rate, as far as it got. Element i of a curve is measured after i updates."""
+class RunRecord:
+    """What is on disk of one learning rate's run, as far as it got."""
 
     folder: Path
     label: str  # the rate; and the folder it lies in, where another run has the same rate
@@ -49,15 +50,16 @@ class Run:
     losses: list[float]  # nats
     masses: list[float]  # probability on the members
     seconds: list[float]  # of each step
-    evaluations: dict[int, Evaluation]  # by updates done, ascending; 0 is the start
+    evaluations: dict[int, Measures]  # by updates done, ascending; 0 is the start
     samples: dict[int, list[Sample]]  # likewise
 
-    @property
+    @cached_property
     def members(self) -> frozenset[int]:
+        """Ids of the tokens that were the goal."""
         return frozenset(self.about["member_ids"])
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
     """The runs in `paths`, each a run's folder or a folder of them, in that order, each once.
 
     A run that was killed is shown as far as its files go. In a folder of runs, those that have not
@@ -86,7 +88,7 @@ def scientific(lr: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}" if lr else "0"
 
 
-def _find(path: Path) -> list[Run]:
+def _find(path: Path) -> list[RunRecord]:
     configs = [path / CONFIG] if (path / CONFIG).is_file() else sorted(path.glob(f"*/{CONFIG}"))
     if not configs:
         what = "no run" if path.is_dir() else "no folder"
@@ -97,15 +99,15 @@ def _find(path: Path) -> list[Run]:
     return sorted(started, key=lambda run: run.lr)
 
 
-def _read(folder: Path) -> Run:
+def _read(folder: Path) -> RunRecord:
     about = _about(folder / CONFIG)
     lr = about["options"]["lr"]
-    run = Run(folder, scientific(lr), lr, about, [], [], [], {}, {})
+    run = RunRecord(folder, scientific(lr), lr, about, [], [], [], {}, {})
     for where, line in _lines(folder / METRICS):
         with _expecting(where, '{"step", "loss", "mass", "seconds"} or {"step", "evaluation"}'):
             if "evaluation" in line:
                 measures = {k: float(v) for k, v in line["evaluation"].items()}
-                run.evaluations[int(line["step"])] = Evaluation(**measures)
+                run.evaluations[int(line["step"])] = Measures(**measures)
             elif line["step"] != len(run.losses) + 1:
                 raise ValueError(f"got step {line['step']} after step {len(run.losses)}")
             else:
@@ -138,7 +140,7 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each line stands, and the object on it; a last line cut off by a kill is no line."""
+    """Each line's place and the object on it; a last line that a kill cut off is left out."""
     with _expecting(str(path), EXPECTED):
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -150,7 +152,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @contextmanager
 def _expecting(where: str, expected: str) -> Iterator[None]:
-    """What is wrong with a file ends in a ValueError: where, what was got, what was expected."""
+    """Turn an error in reading a file into a ValueError: where, what was got, what was expected."""
     try:
         yield
     except KeyError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from model.tokenizer import load_tokenizer
-from train.results import Run, Sample
+from train.results import RunRecord, Sample
 
 
 class Piece(NamedTuple):
@@ -21,7 +21,7 @@ class Piece(NamedTuple):
 class Specimen:
     """A sample on show."""
 
-    run: Run
+    run: RunRecord
     when: str  # "before", "during", "after"
     step: int
     pieces: list[Piece]
@@ -29,7 +29,7 @@ class Specimen:
     tokens: int
 
 
-def choose(runs: Sequence[Run]) -> dict[str, list[Specimen]]:
+def choose(runs: Sequence[RunRecord]) -> dict[str, list[Specimen]]:
     """By prompt: each run's first sample before, during and after.
 
     "During" is the evaluation whose R lies closest to half-way between the first and the last. A
@@ -54,7 +54,7 @@ def choose(runs: Sequence[Run]) -> dict[str, list[Specimen]]:
     return chosen
 
 
-def _moments(run: Run) -> dict[int, str]:
+def _moments(run: RunRecord) -> dict[int, str]:
     moments = {0: "before"}
     last = max(run.evaluations)
     if between := [step for step in run.evaluations if 0 < step < last]:
