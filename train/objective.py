@@ -1,7 +1,7 @@
 """Which tokens are the goal, and how much of them there is in a text or a distribution."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,12 +30,12 @@ def find_members(tokenizer: Tokenizer, contains: str, match_case: bool = False) 
     if not match_case:  # bytes.lower knows ASCII only; str knows the cases of every alphabet
         spellings = {contains.lower(), contains.upper()}
     needles = [s.encode() if match_case else s.encode().lower() for s in spellings]
-    members = torch.zeros(tokenizer.n_vocab, dtype=torch.bool, device="cpu")
-    for token_id in range(tokenizer.n_vocab):
-        if token_id != tokenizer.eot:
-            token = tokenizer.token_bytes(token_id)
-            token = token if match_case else token.lower()
-            members[token_id] = any(needle in token for needle in needles)
+
+    def contained(token: bytes) -> bool:
+        token = token if match_case else token.lower()
+        return any(needle in token for needle in needles)
+
+    members = _members(tokenizer, contained)
     if not members.any():
         raise ValueError(
             f"no token contains {contains!r}{' in this case' if match_case else ''}; "
@@ -56,14 +56,22 @@ def find_matches(tokenizer: Tokenizer, pattern: str, match_case: bool = False) -
         search = re.compile(pattern, 0 if match_case else re.IGNORECASE).search
     except re.error as error:
         raise ValueError(f"--regex {pattern!r}: {error}; expected Python's syntax") from error
-    members = torch.zeros(tokenizer.n_vocab, dtype=torch.bool, device="cpu")
-    for token_id in range(tokenizer.n_vocab):
-        if token_id != tokenizer.eot:
-            text = tokenizer.token_bytes(token_id).decode("utf-8", errors="surrogateescape")
-            members[token_id] = search(text) is not None
+    members = _members(
+        tokenizer,
+        lambda token: search(token.decode("utf-8", errors="surrogateescape")) is not None,
+    )
     if not members.any():
         raise ValueError(f"--regex {pattern!r}: no token matches; choose another pattern")
     return members
+
+
+def _members(tokenizer: Tokenizer, is_member: Callable[[bytes], bool]) -> Tensor:
+    """The tokens whose bytes `is_member` accepts, never <|endoftext|>, as bool (n_vocab,)."""
+    accepted = [
+        token_id != tokenizer.eot and is_member(tokenizer.token_bytes(token_id))
+        for token_id in range(tokenizer.n_vocab)
+    ]
+    return torch.tensor(accepted, device="cpu")
 
 
 def read_tokens(tokenizer: Tokenizer, path: Path) -> Tensor:
@@ -126,9 +134,8 @@ def choose_members(
         return members, f"tokens that match {regex!r} {case}"
     strings = list(contains) or ["X" if letter is None else letter]
     found = [find_members(tokenizer, string, match_case) for string in strings]
-    return torch.stack(found).any(
-        0
-    ), f"tokens that contain {' or '.join(map(repr, strings))} {case}"
+    goal = f"tokens that contain {' or '.join(map(repr, strings))} {case}"
+    return torch.stack(found).any(0), goal
 
 
 def make_target(
@@ -157,7 +164,7 @@ def make_target(
 
 
 def member_rate(tokens: Tensor, members: Tensor) -> float:
-    """R: the share of `tokens`, int64 of any shape, that are members."""
+    """R: how many of `tokens`, int64 of any shape, are members, bool (V,); a share, 0 to 1."""
     return members[tokens].float().mean().item()
 
 
