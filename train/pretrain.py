@@ -1,8 +1,9 @@
 """python -m train.pretrain --text FILE --held-out FILE: how the embedded checkpoint was made.
 
 A small GPT-2 with the full vocabulary, trained from scratch by next-token cross-entropy: AdamW,
-warm-up and cosine, bf16 autocast, dropout. Stop it at any time; the same command goes on from the
-last save, with the same batches: batch and dropout of a step are drawn from (seed, step) alone.
+warm-up and cosine, bf16 autocast, dropout; on the CPU, where the checkpoint was made. Stop it at any
+time; the same command goes on from the last save, with the same batches: batch and dropout of a step
+are drawn from (seed, step) alone.
 
 The vocabulary during training. A corpus of 2 million tokens uses some 19,000 of the 50,257. A row
 of wte whose token never occurs is only ever pushed away from the hidden states, like every other
@@ -31,10 +32,13 @@ from model import GPT2, GPT2Config
 from model.gpt2 import HEAD_WIDTH
 from model.tokenizer import load_tokenizer
 from weights import save_weights
+from weights.checkpoint import replacing
 
 
 @dataclass
 class Options:
+    """What to train on, and how; the defaults are the embedded checkpoint's."""
+
     text: Path
     """Training text, UTF-8; <|endoftext|> ends a document."""
     held_out: Path
@@ -95,6 +99,13 @@ class CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, buffer: Tensor
     ) -> Tensor:
+        """The loss, a scalar, in nats a row.
+
+        Args:
+            hidden, weight, bias: (N, C), (V, C) and (V,); the bias gets no gradient.
+            target: ids, int64 (N,).
+            buffer: (N, V), overwritten; its dtype is that of the products.
+        """
         h, w, at = hidden.to(buffer.dtype), weight.to(buffer.dtype), target[:, None]
         p = torch.mm(h, w.T, out=buffer).add_(bias.to(buffer.dtype))
         torch.softmax(p, 1, out=p)
@@ -105,6 +116,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what the forward pass has left; `grad` is the loss's, a scalar."""
         grad_hidden, grad_weight = ctx.saved_tensors
         grad = grad / len(grad_hidden)
         return grad * grad_hidden, grad * grad_weight, None, None, None
@@ -205,11 +217,10 @@ class Pretraining:
         return out
 
     def save(self, path: Path) -> None:
-        """Write the state beside `path`, then rename: a stop while writing loses nothing."""
-        partial = path.with_suffix(".partial")
+        """Write the state to `path`; a stop while writing leaves the one before."""
         progress = {"step": str(self.step), "best_loss": repr(self.best_loss)}
-        save_file(self.tensors(), partial, metadata=progress)
-        partial.replace(path)
+        with replacing(path) as temporary:
+            save_file(self.tensors(), temporary, metadata=progress)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
