@@ -29,7 +29,7 @@ LINE = "{:11} {:23} {:15} {:26} {}"
 
 
 class Table:
-    """Prints the stages as they are reached, and adds up the parameters that they use."""
+    """Prints each stage as the walk reaches it, and adds up the parameters used so far."""
 
     def __init__(self) -> None:
         self.parameters = 0
@@ -87,7 +87,8 @@ def walk_block(block: Block, x: Tensor, table: Table) -> Tensor:
 
 
 def walk_layer_norm(name: str, ln: nn.LayerNorm, x: Tensor, table: Table) -> Tensor:
-    bare = F.layer_norm(x, x.shape[-1:], eps=ln.eps)  # before gain and bias
+    """ln(x), (B, T, C); to check: mean 0 and variance 1 at each position before gain and bias."""
+    bare = F.layer_norm(x, x.shape[-1:], eps=ln.eps)
     mean, variance = bare.mean(-1).abs().max(), bare.var(-1, correction=0).mean()
     y = ln(x)
     table.add(name, "g (x-m)/sqrt(v+eps) + b", y, f"mean {mean:.3f}, var {variance:.3f}", ln)
@@ -118,6 +119,7 @@ def walk_attention(attn: Attention, y: Tensor, table: Table) -> Tensor:
 
 
 def norm(x: Tensor) -> str:
+    """The length of a position's vector, mean over positions, in words."""
     return f"mean norm {x.norm(dim=-1).mean():.3f}"
 
 
@@ -195,11 +197,13 @@ def explain_loss(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
 
 
 def fact(name: str, value: str) -> None:
+    """Print a line of the analysis: what it is, and its value at the right."""
     print(f"  {name:56} {value:>28}")
 
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
+    """The command line: weights that cannot be had or walked end with status 1 and why."""
     parser = argparse.ArgumentParser(
         prog="python -m model.walkthrough", description=__doc__.splitlines()[0]
     )

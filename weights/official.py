@@ -42,6 +42,7 @@ class Official:
 
     @property
     def size_text(self) -> str:
+        """The size in words."""
         return f"{self.size:,} bytes" if self.size else "size not on record"
 
 
@@ -180,6 +181,7 @@ def describe(path: Path) -> str:
 
 
 def main() -> None:
+    """The command line: a file that cannot be had or is not whole ends with status 1 and why."""
     parser = argparse.ArgumentParser(
         prog="python -m weights.official",
         description="Fetch and verify an official GPT-2, or check any GPT-2 safetensors file.",
