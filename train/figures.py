@@ -4,17 +4,14 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from train.axes import Line, label_ends, log_ticks, over_updates, write_title
 from train.results import RunRecord
-
-LABEL_GAP = 0.085  # least distance of two labels at the right margin, as a share of the height
 
 
 @dataclass(frozen=True)
@@ -54,16 +51,6 @@ DARK = Theme(
     grid="#272c33",
     lines=("#56b4e9", "#ff8c42", "#2fc79a", "#e08fc0", "#f0e442", "#c8c8c8"),
 )
-
-
-class Line(NamedTuple):
-    """One labelled line of a figure."""
-
-    label: str
-    colour: str
-    xs: Sequence[float]
-    ys: Sequence[float]
-    style: str = "-"  # only solid lines carry their label
 
 
 Painter = Callable[[Axes, list[tuple[RunRecord, str]]], None]
@@ -113,7 +100,7 @@ def draw(runs: Sequence[RunRecord], theme: Theme, kind: Literal["svg", "png"]) -
 def _loss(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
     lines = [Line(run.label, colour, range(len(run.losses)), run.losses) for run, colour in runs]
     axes.set_yscale("log", nonpositive="mask")
-    _over_updates(axes, "KL to the target, nats", lines)
+    over_updates(axes, "KL to the target, nats", lines)
 
 
 def _mass(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
@@ -127,7 +114,7 @@ def _mass(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
             bounded = True
     axes.set_ylim(-0.02, 1.02)
     key = "dotted: exp(-KL), its lower bound" if bounded else ""
-    _over_updates(axes, "Probability on the members", lines, key)
+    over_updates(axes, "Probability on the members", lines, key)
 
 
 def _r(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
@@ -138,7 +125,7 @@ def _r(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
         top_k = [e.r_top_k for e in evaluations]
         lines.append(Line(run.label, colour, [*run.evaluations], top_k, "--"))
     axes.set_ylim(-0.02, 1.02)
-    _over_updates(
+    over_updates(
         axes, "R, the share of members in samples", lines, "solid: untruncated · dashed: top-k"
     )
 
@@ -153,7 +140,7 @@ def _perplexity(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
         lines.append(Line(run.label, colour, updates, of_passage, "--"))
     axes.set_yscale("log")
     key = "solid: samples under the model before\ndashed: fixed passage under the model now"
-    _over_updates(axes, "Perplexity", lines, key)
+    over_updates(axes, "Perplexity", lines, key)
 
 
 def _tradeoff(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
@@ -169,93 +156,7 @@ def _tradeoff(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
         axes.plot(perplexities, rs, "o-", color=colour, markersize=4.5, linewidth=1.5)
         ends.append(Line(run.label, colour, perplexities, rs))
     axes.margins(x=0.12)
-    _log_ticks(axes.xaxis)
-    _label_ends(axes, ends)
-    _title(axes, "R against naturalness", "one point an evaluation; left is more natural")
+    log_ticks(axes.xaxis)
+    label_ends(axes, ends)
+    write_title(axes, "R against naturalness", "one point an evaluation; left is more natural")
     axes.set_xlabel("perplexity of samples under the model before")
-
-
-def _over_updates(axes: Axes, title: str, lines: Sequence[Line], key: str = "") -> None:
-    """Plot, label each solid line at its end, and say in `key` what the others are."""
-    for line in lines:
-        marker = "o" if len(line.xs) < 3 else ""
-        width = 1.8 if line.style == "-" else 1.3
-        axes.plot(
-            line.xs,
-            line.ys,
-            line.style,
-            color=line.colour,
-            linewidth=width,
-            marker=marker,
-            markersize=4,
-        )
-    if axes.get_yscale() == "log":
-        _log_ticks(axes.yaxis)
-    axes.set_xlabel("updates done")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _title(axes, title, key)
-    _label_ends(axes, [line for line in lines if line.style == "-"])
-
-
-def _title(axes: Axes, title: str, key: str) -> None:
-    height = 1.03
-    if key:
-        axes.text(
-            0,
-            height,
-            key,
-            transform=axes.transAxes,
-            fontsize=10,
-            color=axes.xaxis.label.get_color(),
-        )
-        height += 0.075 * (1 + key.count("\n"))
-    axes.text(0, height, title, transform=axes.transAxes, fontsize=12, weight="bold")
-
-
-def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Write each label beside the line's last point, moved where it would cover another."""
-    to_share = axes.transData + axes.transAxes.inverted()
-    (_, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    wanted = []
-    for line in lines:
-        last = min(max(low, line.ys[-1]), high)  # a loss of 0, an infinite perplexity: at the edge
-        wanted.append(to_share.transform((right, last))[1])
-    order = sorted(range(len(lines)), key=lambda i: wanted[i])
-    heights, floor = {}, -math.inf
-    for i in order:
-        heights[i] = floor = max(wanted[i], floor + LABEL_GAP)
-    ceiling = 1.0
-    for i in reversed(order):
-        heights[i] = min(heights[i], ceiling)
-        ceiling = heights[i] - LABEL_GAP
-        axes.text(
-            1.02,
-            heights[i],
-            lines[i].label,
-            transform=axes.transAxes,
-            color=lines[i].colour,
-            verticalalignment="center",
-        )
-
-
-def _plain(value: float, position: int | None = None) -> str:
-    """0.01, 2,000, 10⁶."""
-    mantissa, exponent = f"{value:e}".split("e")
-    if int(exponent) < 5:
-        return f"{value:,.6g}"
-    power = "10" + str(int(exponent)).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return power if float(mantissa) == 1 else f"{float(mantissa):g}·{power}"
-
-
-def _log_ticks(axis: Axis) -> None:
-    """Plain numbers, as many as the range has room for."""
-    low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    if decades > 0.7:
-        subs = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)
-        axis.set_major_locator(LogLocator(subs=subs, numticks=7))
-    else:
-        axis.set_major_locator(MaxNLocator(5))
-    axis.set_major_formatter(FuncFormatter(_plain))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
