@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from model import GPT2
 from model.tokenizer import load_tokenizer
-from train.pretrain import CrossEntropy, Options, Pretraining, SharedVocabulary, main
+from train.pretrain import Options, Pretraining, main
+from train.shared_vocabulary import CrossEntropy, SharedVocabulary
 from weights import load_weights
 
 STORY = "The fox said to the fox: a box of six foxes is a box of foxes. " * 12

@@ -1,24 +1,17 @@
 """python -m train.pretrain --text FILE --held-out FILE: how the embedded checkpoint was made.
 
 A small GPT-2 with the full vocabulary, trained from scratch by next-token cross-entropy: AdamW,
-warm-up and cosine, bf16 autocast, dropout; on the CPU, where the checkpoint was made. Stop it at any
-time; the same command goes on from the last save, with the same batches: batch and dropout of a step
-are drawn from (seed, step) alone.
+warm-up and cosine, bf16 autocast, dropout; on the CPU, where the checkpoint was made. Tokens that
+the corpus lacks share a row of wte meanwhile, see train/shared_vocabulary.py.
 
-The vocabulary during training. A corpus of 2 million tokens uses some 19,000 of the 50,257. A row
-of wte whose token never occurs is only ever pushed away from the hidden states, like every other
-such row, so all of them share one row here, and its column counts for all of them in the softmax:
-
-    sum over V of e^z = sum over used tokens of e^z + n_unused e^z_unused
-
-which is the full softmax, exactly, at 37 % of the work. Saving gives each its own copy of the row.
+Stop it at any time; the same command goes on from the last save, with the same batches: batch and
+dropout of a step are drawn from (seed, step) alone.
 """
 
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +24,7 @@ from tqdm import tqdm
 from model import GPT2, GPT2Config
 from model.gpt2 import HEAD_WIDTH
 from model.tokenizer import load_tokenizer
+from train.shared_vocabulary import CrossEntropy, SharedVocabulary
 from weights import save_weights
 from weights.checkpoint import replacing
 
@@ -67,59 +61,6 @@ class Options:
     """Steps between held-out losses; the state is saved there too."""
     seed: int = 0
     """Names the initial weights, the batches and the dropout."""
-
-
-class SharedVocabulary:
-    """Ids of the corpus numbered from 0; one more id stands for every token that never occurs."""
-
-    def __init__(self, corpus: Tensor, n_vocab: int) -> None:
-        self.used = corpus.unique()
-        self.n_unused = n_vocab - len(self.used)
-        self.size = len(self.used) + 1
-        self._index = torch.full((n_vocab,), self.size - 1)
-        self._index[self.used] = torch.arange(self.size - 1)
-
-    def compact(self, ids: Tensor) -> Tensor:
-        """Full ids to shared ids."""
-        return self._index[ids]
-
-    def expand(self, wte: Tensor) -> Tensor:
-        """(size, C) to (n_vocab, C): every unused token gets a copy of the shared row."""
-        return wte[self._index]
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Mean over rows of -log softmax(hidden @ weight.T + bias)[target], in one reused buffer.
-
-    The gradients are formed in the forward pass, where the logits are at hand, and the logits give
-    way to them in place (the idea of Liger Kernel's fused linear cross-entropy).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, buffer: Tensor
-    ) -> Tensor:
-        """The loss, a scalar, in nats a row.
-
-        Args:
-            hidden, weight, bias: (N, C), (V, C) and (V,); the bias gets no gradient.
-            target: ids, int64 (N,).
-            buffer: (N, V), overwritten; its dtype is that of the products.
-        """
-        h, w, at = hidden.to(buffer.dtype), weight.to(buffer.dtype), target[:, None]
-        p = torch.mm(h, w.T, out=buffer).add_(bias.to(buffer.dtype))
-        torch.softmax(p, 1, out=p)
-        loss = -p.gather(1, at).float().clamp_min(1e-30).log().mean()
-        p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype))  # softmax - one-hot
-        ctx.save_for_backward((p @ w).to(hidden.dtype), (p.T @ h).to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward pass has left; `grad` is the loss's, a scalar."""
-        grad_hidden, grad_weight = ctx.saved_tensors
-        grad = grad / len(grad_hidden)
-        return grad * grad_hidden, grad * grad_weight, None, None, None
 
 
 class Pretraining:
