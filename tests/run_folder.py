@@ -12,22 +12,16 @@ PROMPTS = ("Once upon a time", "The")
 TEXT = " there was a little fox who lived in the wood.\n\nShe said, “Next time, bring an axe!”"
 
 
-def write_run(
-    folder: Path,
-    lr: float = 1e-4,
-    steps: int = 60,
-    eval_every: int = 20,
-    final_loss: float = 0.05,
-    texts: Sequence[str] = (TEXT,),
-    **about: Any,
-) -> Path:
-    """A run whose loss falls exponentially from 7 to `final_loss`; its mass keeps to the bound.
+def collapsed(ids: list[int], mass: float) -> list[int]:
+    """The ids of a text, of which a share `mass`, at its end, is replaced by " X"."""
+    kept = round((1 - mass) * len(ids))
+    return ids[:kept] + load_tokenizer().encode(" X" * (len(ids) - kept))
 
-    `texts` are the samples of each prompt, at each evaluation; in proportion to the mass they end
-    in repeated " X".
-    """
-    tokenizer = load_tokenizer()
-    members = [i for i in range(tokenizer.n_vocab - 1) if b"x" in tokenizer.token_bytes(i).lower()]
+
+def logs(
+    steps: int, eval_every: int, final_loss: float, texts: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The lines of metrics.jsonl and of samples.jsonl, as `write_run` describes them."""
     losses = [7 * (final_loss / 7) ** (s / (steps - 1)) for s in range(steps)]
     metrics: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
@@ -43,13 +37,31 @@ def write_run(
             metrics.append({"step": done, "evaluation": measures})
             for prompt in PROMPTS:
                 for text in texts:
-                    ids = tokenizer.encode(text)
-                    kept = round((1 - mass) * len(ids))
-                    ids[kept:] = tokenizer.encode(" X" * (len(ids) - kept))
+                    ids = collapsed(load_tokenizer().encode(text), mass)
                     samples.append({"step": done, "prompt": prompt, "ids": ids})
         if done < steps:
             loss = losses[done]
             metrics.append({"step": done + 1, "loss": loss, "mass": mass, "seconds": 0.25})
+    return metrics, samples
+
+
+def write_run(
+    folder: Path,
+    lr: float = 1e-4,
+    steps: int = 60,
+    eval_every: int = 20,
+    final_loss: float = 0.05,
+    texts: Sequence[str] = (TEXT,),
+    **about: Any,
+) -> Path:
+    """A run whose loss falls exponentially from 7 to `final_loss`; its mass keeps to the bound.
+
+    `texts` are the samples of each prompt, at each evaluation, more and more of them " X"; `about`
+    replaces what config.json says.
+    """
+    tokenizer = load_tokenizer()
+    members = [i for i in range(tokenizer.n_vocab - 1) if b"x" in tokenizer.token_bytes(i).lower()]
+    metrics, samples = logs(steps, eval_every, final_loss, texts)
     described = {
         "options": {"model": "tiny", "lr": lr, "steps": steps, "seed": 0},
         "goal": "tokens that contain 'X' in either case",
