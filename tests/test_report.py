@@ -95,6 +95,14 @@ def test_prompts_and_options_are_escaped(tmp_path: Path) -> None:
     assert "script" not in {tag for tag, _ in page.tags}
 
 
+def test_options_without_a_value_are_left_out(tmp_path: Path) -> None:
+    """The one that was given stands among the settings; unset and empty ones do not."""
+    options = {"lr": 1e-4, "letter": "x", "regex": None, "contains": []}
+    write_report([write_run(tmp_path / "run", options=options)], tmp_path)
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert [f"--{name}" in text for name in options] == [True, True, False, False]
+
+
 def test_only_member_tokens_are_marked(report: tuple[Path, str]) -> None:
     """Each mark holds an x, and the words with an x that the samples begin with are marked."""
     members = [text for text in Page(report[1]).marked if text != "members"]

@@ -38,7 +38,7 @@ def over_updates(axes: Axes, title: str, lines: Sequence[Line], key: str = "") -
     if axes.get_yscale() == "log":
         log_ticks(axes.yaxis)
     axes.set_xlabel("updates done")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     write_title(axes, title, key)
     label_ends(axes, [line for line in lines if line.style == "-"])
 

@@ -147,7 +147,7 @@ def _tradeoff(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
     axes.set_xscale("log")
     axes.set_ylim(-0.04, 1.04)
     ends = []
-    for run, colour in runs:
+    for run, colour in reversed(runs):  # the smallest rate on top: it stays where all begin
         evaluations = run.evaluations.values()
         points = [(e.sample_perplexity, e.r) for e in evaluations if e.sample_perplexity < math.inf]
         if not points:

@@ -144,7 +144,7 @@ def _text(run: RunRecord, step: int) -> str:
     now, start = (run.evaluations[s].sample_perplexity for s in (step, 0))
     unfinished = step < len(run.losses)
     return (f"after {step} of {len(run.losses)} updates: " if unfinished else "") + (
-        f"perplexity of samples {plain(start)} → {plain(now)}, {plain(now / start)} times; "
+        f"perplexity of samples {plain(start)} → {plain(now)} (times {plain(now / start)}); "
         f"distinct tokens {_distinct(run, 0):.0%} → {_distinct(run, step):.0%}"
     )
 
@@ -211,7 +211,10 @@ def _data_uri(svg: bytes) -> str:
 
 
 def _configuration(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """What was asked for and on what it ran: a row a setting, its value for each run."""
+    """What was asked for and on what it ran: a row a setting, its value for each run.
+
+    An option that none of them was given has no row.
+    """
 
     def settings(run: RunRecord) -> dict[str, Any]:
         about = {
@@ -228,7 +231,8 @@ def _configuration(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
     columns = [settings(run) for run in runs]
     names = dict.fromkeys(name for column in columns for name in column)
-    return [(name, [written(column.get(name)) for column in columns]) for name in names]
+    rows = [(name, [written(column.get(name)) for column in columns]) for name in names]
+    return [(name, values) for name, values in rows if any(values)]
 
 
 @dataclass(frozen=True)
