@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test xfactor bench lint clean
+.PHONY: help demo test xfactor bench lint clean
+
+help:  ## what there is to make
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 demo: .venv/installed  ## the experiment at two learning rates on the embedded checkpoint
 	rm -rf runs/demo
@@ -18,7 +21,7 @@ xfactor: .venv/installed  ## the real thing: gpt2-medium, downloaded on first us
 bench: .venv/installed  ## fused against unfused loss
 	$(BIN)/python -m kernels.benchmark
 
-lint: .venv/installed
+lint: .venv/installed  ## ruff, its formatter, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,5 +32,5 @@ lint: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-clean:
+clean:  ## remove the environment and all runs
 	rm -rf .venv runs
