@@ -59,6 +59,7 @@ def test_the_medium_file_of_these_tests_has_the_official_header_size_and_misalig
 
 @pytest.mark.parametrize("misalignment", [0, 1, 2, 3])
 def test_every_alignment_of_the_file_loads_bit_for_bit_into_aligned_memory(official, misalignment):
+    """The header padded with 0 to 3 spaces, against the plain reader's bytes."""
     raw = official.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     spaces = (misalignment - length) % 4
@@ -74,6 +75,7 @@ def test_every_alignment_of_the_file_loads_bit_for_bit_into_aligned_memory(offic
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_loads_as_the_exact_float32(dtype, parameters, tmp_path):
+    """Against the plain reader, which widens each stored value by itself."""
     save_weights({k: torch.from_numpy(v).to(dtype) for k, v in parameters.items()}, tmp_path)
     state_dict = load_weights(tmp_path)
     assert {t.dtype for t in state_dict.values()} == {torch.float32}
@@ -90,6 +92,7 @@ def test_the_names_that_transformers_writes_load_as_the_official_ones(parameters
 
 
 def test_an_untied_or_misshapen_head_is_refused(parameters, tmp_path):
+    """One value off wte's, and one row short of it."""
     head = parameters["wte.weight"].copy()
     head[300, 127] += 1
     with pytest.raises(WeightsError, match=r"lm_head\.weight: got values that differ"):
@@ -101,6 +104,7 @@ def test_an_untied_or_misshapen_head_is_refused(parameters, tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_value_that_is_not_finite_is_refused_and_located(value, dtype, parameters, tmp_path):
+    """Row 5, column 7 of (128, 512) is flat index 5 * 512 + 7."""
     spoilt = {k: v.astype(dtype) for k, v in parameters.items()}
     spoilt["h.1.mlp.c_fc.weight"][5, 7] = value
     with pytest.raises(
@@ -110,6 +114,7 @@ def test_a_value_that_is_not_finite_is_refused_and_located(value, dtype, paramet
 
 
 def test_finite_values_whose_sum_overflows_are_accepted(parameters, tmp_path):
+    """The quick check sums a tensor: an infinite sum of finite values must not refuse it."""
     parameters["wpe.weight"][:] = np.finfo(np.float32).max
     assert_equal(load_arrays(parameters, tmp_path), parameters)
 
@@ -136,6 +141,7 @@ def test_finite_values_whose_sum_overflows_are_accepted(parameters, tmp_path):
 def test_tensors_that_are_not_those_of_a_gpt2_are_refused_by_name(
     change, message, parameters, tmp_path
 ):
+    """One tensor dropped (None) or given another shape; the message names it and the file."""
     for name, shape in change.items():
         parameters.pop(name, None)
         if shape is not None:
@@ -147,12 +153,14 @@ def test_tensors_that_are_not_those_of_a_gpt2_are_refused_by_name(
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.uint8])
 def test_other_dtypes_are_refused_by_name(dtype, parameters, tmp_path):
+    """One tensor in a dtype that no GPT-2 file holds, whether or not it loses values."""
     parameters["ln_f.bias"] = parameters["ln_f.bias"].astype(dtype)
     with pytest.raises(WeightsError, match=r"ln_f\.bias'?: got [FIU]\d+, expected one of"):
         load_arrays(parameters, tmp_path)
 
 
 def test_a_model_without_blocks_is_refused(parameters, tmp_path):
+    """Embeddings and ln_f alone agree with every shape that there is."""
     bare = {k: v for k, v in parameters.items() if not k.startswith("h.")}
     with pytest.raises(WeightsError, match=r"got no block, expected tensors named h\.0\."):
         load_arrays(bare, tmp_path)
@@ -168,6 +176,8 @@ def test_a_file_that_is_cut_short_while_it_is_read_raises_and_does_not_crash(off
 
 
 def test_a_pickle_is_refused_and_never_run(tmp_path):
+    """One that would create a file when unpickled, under either name that a folder may hold."""
+
     class Trap:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
@@ -184,11 +194,13 @@ def test_a_pickle_is_refused_and_never_run(tmp_path):
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
+    """A slip of the pen is no path either: the message lists what could have been meant."""
     with pytest.raises(WeightsError, match=r"'gpt2-medum': .* gpt2, gpt2-medium, gpt2-xl, tiny"):
         load_weights("gpt2-medum")
 
 
 def test_weights_are_on_the_cpu_whatever_the_default_device(official):
+    """Under a default device of meta, on which a tensor would have no values."""
     with torch.device("meta"):
         state_dict = load_weights(official)
     assert {t.device.type for t in state_dict.values()} == {"cpu"}

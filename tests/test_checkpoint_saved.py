@@ -38,6 +38,7 @@ def test_transformers_computes_the_same_logits_from_what_is_saved(official, tmp_
 
 
 def test_what_is_saved_loads_back_equal_with_its_strides_and_views_undone(official, tmp_path):
+    """Transposed, strided, a Parameter: against the values before; names and metadata likewise."""
     state_dict = load_weights(official)
     awkward = {k: v.t().contiguous().t() if v.dim() == 2 else v for k, v in state_dict.items()}
     awkward["ln_f.bias"] = torch.nn.Parameter(torch.stack([awkward["ln_f.bias"]] * 2, 1)[:, 1])
@@ -61,6 +62,7 @@ def test_what_is_saved_loads_back_equal_with_its_strides_and_views_undone(offici
     ],
 )
 def test_what_could_not_be_loaded_is_not_saved(name, tensor, message, official, tmp_path):
+    """What load_weights would refuse, in the same words; not even the folder is made."""
     state_dict = load_weights(official) | {name: tensor}
     with pytest.raises(WeightsError, match=message):
         save_weights(state_dict, tmp_path / "saved")
@@ -68,6 +70,7 @@ def test_what_could_not_be_loaded_is_not_saved(name, tensor, message, official, 
 
 
 def test_two_names_of_one_tensor_are_refused(official, tmp_path):
+    """The format has no views: loaded back, a tied pair would be two."""
     state_dict = load_weights(official)
     state_dict["h.1.ln_1.bias"] = state_dict["h.0.ln_1.bias"]
     with pytest.raises(WeightsError, match=r"share memory.*ln_1\.bias"):
@@ -75,12 +78,14 @@ def test_two_names_of_one_tensor_are_refused(official, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_named(official, tmp_path):
+    """A file lies where the folder should be."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WeightsError, match=f"cannot write weights to {tmp_path}/file"):
         save_weights(load_weights(official), tmp_path / "file")
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    """Ctrl-C in the middle, then a whole write: the old content until it is complete."""
     path = tmp_path / "kept"
     path.write_text("old")
 

@@ -72,6 +72,7 @@ def fetched_path(done):
 
 
 def test_a_download_is_verified_kept_and_hashed_once(hub, content, tmp_path):
+    """What loads is what the server sent; a second fetch asks nobody and hashes nothing."""
     first = fetch(tmp_path, content, hub.url, TQDM_POSITION="-1")  # a bar without a terminal
     path = fetched_path(first)
     assert hub.requests == ["HEAD 0", "GET 0"]
@@ -97,11 +98,13 @@ def test_a_connection_that_breaks_is_resumed_at_the_last_whole_part(hub, tmp_pat
 
 @pytest.mark.parametrize("repo", ["gpt2-medium", "openai-community/gpt2-medium"])
 def test_a_file_cached_under_either_name_is_used_without_network(repo, content, tmp_path):
+    """The path it is found at, with an endpoint at which nothing listens."""
     path = put_in_cache(tmp_path, content, repo)
     assert fetched_path(fetch(tmp_path, content)) == str(path)
 
 
 def test_a_wrong_hash_is_refused_with_both_and_the_file_is_left(content, tmp_path):
+    """Against hashlib's digest of each; one byte differs, so the size gives nothing away."""
     wrong = content[:-1] + b"?"
     path = put_in_cache(tmp_path, wrong)
     got, expected = (hashlib.sha256(c).hexdigest() for c in (wrong, content))
@@ -114,6 +117,7 @@ def test_a_wrong_hash_is_refused_with_both_and_the_file_is_left(content, tmp_pat
 
 
 def test_a_cache_that_cannot_be_written_is_used_and_said_to_be_hashed_every_time(content, tmp_path):
+    """A read-only cache costs time, not the model."""
     path = put_in_cache(tmp_path, content)
     (path.parents[2] / "sha256.json").mkdir()  # in the way of the record, also for root
     done = fetch(tmp_path, content)
@@ -140,6 +144,7 @@ def test_offline_and_not_cached_says_what_to_fetch_where_to_put_it_and_what_else
 
 
 def test_a_file_that_the_hub_lacks_is_an_error_with_the_same_advice(hub, content, tmp_path):
+    """A server that answers 404, in place of none that answers."""
     hub.path = "/elsewhere"
     done = fetch(tmp_path, content, hub.url)
     assert done.returncode == 1
@@ -165,6 +170,7 @@ def test_the_registry_agrees_with_the_known_sizes():
 def test_check_lists_every_tensor_and_says_which_official_file_it_is(
     content, tmp_path, monkeypatch
 ):
+    """Against the sizes it was written with; then entered in the registry, then cut short."""
     path = tmp_path / FILE
     path.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
@@ -182,6 +188,7 @@ def test_check_lists_every_tensor_and_says_which_official_file_it_is(
 
 
 def test_check_as_a_command_ends_in_one_line_on_a_bad_file(tmp_path):
+    """No traceback, nothing on stdout, status 1."""
     (tmp_path / FILE).write_bytes(b"no weights")
     command = [sys.executable, "-m", "weights.official", "--check", tmp_path / FILE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -192,5 +199,6 @@ def test_check_as_a_command_ends_in_one_line_on_a_bad_file(tmp_path):
 
 
 def test_importing_weights_leaves_the_hub_library_alone():
+    """It takes a third of a second, and only official names need it: a fresh process's modules."""
     script = "import sys, weights; assert 'huggingface_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
