@@ -136,12 +136,12 @@ def divergences(h: Tensor, weight: Tensor, z: Tensor, target: TwoLevelTarget) ->
 
 
 def traffic(rows: int) -> dict[str, tuple[int, int]]:
-    """Tensors of N V and of V C elements that loss and gradients read or write.
+    """How often loss and gradients read or write a tensor of N V elements, and one of V C.
 
-    The loss alone as kernels/triton_kl_div.py counts it. The LM head adds: N V written, and their
-    gradient read twice; V C read twice, and their gradient written. fused_linear_kl_div reads V C
-    twice a chunk; their gradient is written by the first, added to by the others and scaled at
-    the end.
+    The loss alone as kernels/triton_kl_div.py counts it. The LM head adds a write of the logits and
+    two reads of their gradient; two reads of its weight and a write of that one's gradient.
+    fused_linear_kl_div reads the weight twice a chunk; the weight's gradient is written by the
+    first chunk, read and written by every other, and once more to scale it at the end.
     """
     chunks = math.ceil(rows / CHUNK_ROWS)
     return {

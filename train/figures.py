@@ -65,8 +65,8 @@ def colours(runs: Sequence[RunRecord], theme: Theme) -> list[str]:
 def draw(runs: Sequence[RunRecord], theme: Theme, kind: Literal["svg", "png"]) -> dict[str, bytes]:
     """The figures by name: loss, mass, r, perplexity, tradeoff; one colour a learning rate.
 
-    An SVG lets the page's ground through; a PNG has a white one. As PNG there is one more, curves:
-    loss and mass side by side, which the page has as two.
+    An SVG is transparent, so the page's background shows; a PNG's is white. There is one more PNG,
+    curves: loss and mass side by side.
     """
     coloured = list(zip(runs, colours(runs, theme), strict=True))
     painters: dict[str, list[Painter]] = {

@@ -86,7 +86,7 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     files = {f"{name}.png": image for name, image in draw(runs, LIGHT, "png").items()}
     files["table.csv"] = _csv(runs).encode("utf-8")
-    files["report.html"] = _html(runs).encode("utf-8")  # last, for the eye to rest on its name
+    files["report.html"] = _html(runs).encode("utf-8")  # last: its path is printed last
     for name, content in files.items():
         with replacing(out / name) as temporary:
             temporary.write_bytes(content)
@@ -115,7 +115,7 @@ def print_report(run_folders: Sequence[Path]) -> None:
 
 
 def measured(runs: Sequence[RunRecord]) -> list[Row]:
-    """The table's rows: each run below one for its start, unless a run above had the same."""
+    """The table's rows: one a run, and above it one for its start, once for each start."""
     rows: list[Row] = []
     starts: list[Measures] = []
     for run in runs:
@@ -139,7 +139,7 @@ def measured(runs: Sequence[RunRecord]) -> list[Row]:
 def _text(run: RunRecord, step: int) -> str:
     """What the text looks like after `step` updates, in measures and no adjectives.
 
-    Says when, where the run was stopped after its last evaluation.
+    Where the run went on after its last evaluation, the text's step is said too.
     """
     now, start = (run.evaluations[s].sample_perplexity for s in (step, 0))
     unfinished = step < len(run.losses)

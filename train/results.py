@@ -83,7 +83,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def scientific(lr: float) -> str:
-    """1e-4, 2.5e-5, 0: a learning rate as it is said."""
+    """A learning rate as people write it: 1e-4, 2.5e-5, 0."""
     mantissa, exponent = f"{lr:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}" if lr else "0"
 

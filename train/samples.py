@@ -10,30 +10,30 @@ from train.results import RunRecord, Sample
 
 
 class Piece(NamedTuple):
-    """A token's text, or the part of it that is alike."""
+    """A token's text, or a part of it where only a part is a member's or a sign."""
 
     text: str
     member: bool
-    sign: bool  # stands for something that cannot be seen
+    sign: bool  # stands for a character that cannot be seen
 
 
 @dataclass(frozen=True)
 class Specimen:
-    """A sample on show."""
+    """A sample as the page shows it."""
 
     run: RunRecord
     when: str  # "before", "during", "after"
     step: int
     pieces: list[Piece]
-    members: int  # how many of its tokens are
-    tokens: int
+    members: int  # how many of its tokens are members
+    tokens: int  # how many it has
 
 
 def choose(runs: Sequence[RunRecord]) -> dict[str, list[Specimen]]:
     """By prompt: each run's first sample before, during and after.
 
-    "During" is the evaluation whose R lies closest to half-way between the first and the last. A
-    start that a run above had too is left out.
+    "During" is the evaluation whose R lies closest to half-way between the first and the last.
+    Where several runs start with the same sample, only the first of them shows it.
     """
     chosen: dict[str, list[Specimen]] = {}
     starts: set[Sample] = set()
@@ -66,8 +66,8 @@ def _moments(run: RunRecord) -> dict[int, str]:
 def pieces(ids: Sequence[int], members: frozenset[int]) -> list[Piece]:
     """The text of `ids`, token by token, with the members marked.
 
-    A character may be spread over several tokens: it goes to the first of them, and counts as a
-    member's if any of its bytes is one's. Bytes that are no UTF-8 become U+FFFD.
+    A character may be spread over several tokens: it is shown with the first of them, and marked if
+    any of them is a member. Bytes that are no UTF-8 become U+FFFD.
     """
     tokens = [load_tokenizer().token_bytes(i) for i in ids]
     owners = [i for i, token in enumerate(tokens) for _ in token]

@@ -6,7 +6,8 @@
 
 A file is looked for in the local cache of huggingface_hub under both of its names, and else
 downloaded at the pinned revision. The hub's library checks a download's size only, so the file is
-hashed here: once, remembered in the cache's folder of that model until its size or time changes.
+hashed here, once: its hash is kept in the model's folder of the cache, and holds until the file's
+size or time changes.
 """
 
 import argparse
@@ -73,8 +74,8 @@ OFFICIAL = {
 def fetch(name: str) -> Path:
     """The verified local file of an official model, downloaded with a progress bar if need be.
 
-    Raises WeightsError if the file is neither cached nor to be had, or its hash is wrong. Deletes
-    nothing.
+    Raises WeightsError if the file is not cached and cannot be downloaded, or if its hash is wrong;
+    the file then stays where it is.
     """
     official = OFFICIAL[name]
     path = cached(official) or _download(name, official)
