@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import membership, triton_kl_div
+from kernels import membership, triton_kl_div, triton_launch
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),
@@ -62,7 +62,7 @@ class Row:
 def compile_kernel(gpu: GPUTarget, kernel: str, dtype: str, target: str) -> Any:
     """The kernel as the launcher would have it compiled: same types, constants and warps."""
     dense = target == "dense"
-    constants: dict[str, Any] = triton_kl_div.meta(
+    constants: dict[str, Any] = triton_launch.meta(
         DTYPES[dtype], dense=dense, warp_size=gpu.warp_size
     )
     num_warps = constants.pop("num_warps")

@@ -119,7 +119,7 @@ def launchers(impl: str, device: torch.device) -> ModuleType:
     try:
         import triton  # here and not above: the package works without it
 
-        from kernels import triton_kl_div
+        from kernels import triton_launch
     except ImportError as error:
         raise RuntimeError(
             'impl="triton" needs Triton, which is not installed; install it or pass impl="torch"'
@@ -129,7 +129,7 @@ def launchers(impl: str, device: torch.device) -> ModuleType:
             f'impl="triton" needs CUDA tensors, got {device}; pass impl="torch", or set '
             "TRITON_INTERPRET=1 before Triton is imported to interpret the kernels"
         )
-    return triton_kl_div
+    return triton_launch
 
 
 @torch.library.custom_op("kernels::kl_div_forward", mutates_args=())

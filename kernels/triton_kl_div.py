@@ -78,17 +78,14 @@ Rows are not split over programs: fewer rows than multiprocessors leave some idl
 # ruff: noqa: RET505, SIM108
 # mypy: disable-error-code="no-untyped-def"
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kernels import membership
-from kernels.target import Target, TwoLevelTarget
 
 LANES = tl.constexpr(membership.LANES)
 SLOTS = tl.constexpr(membership.SLOTS)
-C = tl.constexpr(1.44269502162933349609375)  # log2(e), rounded to float32
+LOG2E = tl.constexpr(1.44269502162933349609375)  # rounded to float32
 FLOOR = tl.constexpr(-1e38)
 
 
@@ -152,8 +149,8 @@ def _accumulate(state, z, target, mask, members, slots, ratio,
                 DENSE: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
     """(4) and (6) for one tile, in which a lane has `members` among `slots` elements."""
     top, total, weight, dot = state
-    new_top = tl.maximum(top, tl.max(_by_lane(z), axis=1) * C)
-    y = z * C - new_top[None, :, None]
+    new_top = tl.maximum(top, tl.max(_by_lane(z), axis=1) * LOG2E)
+    y = z * LOG2E - new_top[None, :, None]
     shift = top - new_top
     total = total * tl.exp2(shift) + tl.sum(_by_lane(tl.exp2(y)), axis=1)  # (4)
     dot += weight * shift  # (6)
@@ -235,28 +232,28 @@ def forward_kernel(
 
     row_top, log_total, weight, dot = _join(state, DENSE)
     if DENSE:
-        loss = (weight * log_total - dot) / C  # (7)
+        loss = (weight * log_total - dot) / LOG2E  # (7)
     else:
-        loss = sum_p_log_p + (log_total - alpha * dot) / C
+        loss = sum_p_log_p + (log_total - alpha * dot) / LOG2E
     tl.store(loss_ptr + row, loss)
-    tl.store(lse_ptr + row, ((row_top.to(tl.float64) + log_total) / C).to(tl.float32))
+    tl.store(lse_ptr + row, ((row_top.to(tl.float64) + log_total) / LOG2E).to(tl.float32))
 
 
 @triton.jit
-def _gradient(z, lse, target, grad_loss, mass, alpha, ratio, dtype, DENSE: tl.constexpr):
+def _gradient(z, lse, target, grad_loss, sum_p, alpha, ratio, dtype, DENSE: tl.constexpr):
     if DENSE:
         pull = grad_loss * -target
     else:
         pull = tl.where(target, grad_loss * -alpha, grad_loss * -alpha * ratio)
     # z - lse first: c lse rounds at 6e-8 c |lse|, which the exponential would make relative.
-    return (tl.exp2((z - lse) * C) * (grad_loss * mass) + pull).to(dtype)  # (2)
+    return (tl.exp2((z - lse) * LOG2E) * (grad_loss * sum_p) + pull).to(dtype)  # (2)
 
 
 @triton.jit(do_not_specialize=list(range(14)))
 def backward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32,
     target_ptr, target_stride: tl.int64, members_ptr, alpha: tl.float32, ratio: tl.float32,
-    mass_ptr, lse_ptr, grad_loss_ptr, grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
+    sum_p_ptr, lse_ptr, grad_loss_ptr, grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
     DENSE: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -269,12 +266,12 @@ def backward_kernel(
     lse = tl.load(lse_ptr + row)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
     if DENSE:
-        mass = tl.load(mass_ptr + row)
+        sum_p = tl.load(sum_p_ptr + row)
     else:
-        mass = 1.0
+        sum_p = 1.0
     dtype = out_ptr.dtype.element_ty
     z_ends = _load(row_ptr + column, live, 0.0)
-    grad_ends = _gradient(z_ends, lse, target, grad_loss, mass, alpha, ratio, dtype, DENSE)
+    grad_ends = _gradient(z_ends, lse, target, grad_loss, sum_p, alpha, ratio, dtype, DENSE)
     tl.store(out_row_ptr + column, grad_ends, live)
 
     ROUNDS: tl.constexpr = SLOTS // VEC
@@ -289,7 +286,7 @@ def backward_kernel(
             p = _load(target_ptr + tile * (ROUNDS * ROUND) + offsets, None, 0.0)
         else:
             p = (tl.load(target_ptr + tile * (2 * LANES))[None, :, None] & bit) != 0
-        grad = _gradient(z, lse, p, grad_loss, mass, alpha, ratio, dtype, DENSE)
+        grad = _gradient(z, lse, p, grad_loss, sum_p, alpha, ratio, dtype, DENSE)
         tl.store(out_body_ptr + tile * (ROUNDS * ROUND) + offsets, grad)
     offsets, bit = _slots(1, VEC)
     if not DENSE:
@@ -302,98 +299,5 @@ def backward_kernel(
         else:
             p = (word[None, :, None] & bit) != 0
             word = word >> VEC
-        grad = _gradient(z, lse, p, grad_loss, mass, alpha, ratio, dtype, DENSE)
+        grad = _gradient(z, lse, p, grad_loss, sum_p, alpha, ratio, dtype, DENSE)
         tl.store(out_body_ptr + start * ROUND + offsets, grad, mask)
-
-
-def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """The divergence and log-sum-exp of each row, in nats.
-
-    Args:
-        logits: (N, V), float32, bfloat16 or float16; last dimension contiguous, any row stride.
-        target: a TwoLevelTarget, or probabilities (V,) or (N, V), on the device of the logits.
-
-    Returns:
-        loss, lse: float32 (N,).
-    """
-    rows, vocab = logits.shape
-    loss = logits.new_empty(rows, dtype=torch.float32)
-    lse = torch.empty_like(loss)
-    if rows == 0:
-        return loss, lse
-    arguments, constants = _target_arguments(logits, target)
-    if isinstance(target, TwoLevelTarget):
-        sum_p_log_p, beta = target.sum_p_log_p, target.beta > 0
-    else:
-        sum_p_log_p, beta = 0.0, False
-    with torch.cuda.device_of(logits):
-        forward_kernel[(rows,)](
-            logits, logits.stride(0), vocab, *arguments, sum_p_log_p, loss, lse,
-            BETA=beta, **constants,
-        )  # fmt: skip
-    return loss, lse
-
-
-def backward(logits: Tensor, lse: Tensor, target: Target, grad_loss: Tensor, out: Tensor) -> None:
-    """Write grad_loss * dKL/d logits into out.
-
-    Args:
-        logits, target: as in forward. lse: float32 (N,), from forward.
-        grad_loss: float32 (N,), any stride.
-        out: (N, V), dtype of the logits, any row stride; may be the logits themselves.
-    """
-    rows, vocab = logits.shape
-    assert out.dtype == logits.dtype, (out.dtype, logits.dtype)
-    if rows == 0:
-        return
-    vec = 16 // logits.element_size()
-    if _phase(out, vec) != _phase(logits, vec):  # one of the two would cross its boundaries
-        buffer = logits.new_empty((rows - 1) * logits.stride(0) + vocab + vec)
-        in_phase = buffer.as_strided(logits.shape, logits.stride(), _phase(logits, vec)[0])
-        backward(logits, lse, target, grad_loss, in_phase)
-        out.copy_(in_phase)
-        return
-    arguments, constants = _target_arguments(logits, target)
-    mass = lse  # of a two-level target it is 1, and not read
-    if isinstance(target, Tensor):
-        mass = target.sum(-1, dtype=torch.float32).expand(rows).contiguous()
-    with torch.cuda.device_of(logits):
-        backward_kernel[(rows,)](
-            logits, logits.stride(0), vocab, *arguments, mass, lse,
-            grad_loss, grad_loss.stride(0), out, out.stride(0), **constants,
-        )  # fmt: skip
-
-
-def _phase(x: Tensor, step: int) -> tuple[int, int]:
-    """How far past a multiple of `step` elements the first row starts, and each next row."""
-    stride = x.stride(0) if x.ndim == 2 and x.shape[0] > 1 else 0
-    return x.data_ptr() // x.element_size() % step, stride % step
-
-
-def meta(dtype: torch.dtype, dense: bool, p_align: int = 16, warp_size: int = 32) -> dict[str, int]:
-    """Both kernels' constants and warps, for the launch and for kernels/compile_report.py."""
-    return {
-        "DENSE": dense,
-        "P_ALIGN": p_align,
-        "VEC": 16 // dtype.itemsize,
-        "num_warps": membership.LANES // warp_size,
-    }
-
-
-def _target_arguments(logits: Tensor, target: Target) -> tuple[tuple, dict[str, int]]:
-    """Both kernels' arguments from target_ptr to ratio, and their constants."""
-    vec = 16 // logits.element_size()
-    warp_size = 64 if torch.version.hip else 32
-    if isinstance(target, TwoLevelTarget):
-        words = membership.membership_words(target.members, vec)
-        members = target.members.view(torch.uint8)
-        arguments = (words, 0, members, target.alpha, target.beta / target.alpha)
-        return arguments, meta(logits.dtype, dense=False, warp_size=warp_size)
-    if target.dtype == torch.float64 or target.stride(-1) != 1:
-        target = target.to(torch.float32).contiguous()
-    p_align = min(16, vec * target.element_size())
-    step = p_align // target.element_size()
-    if _phase(target, step) != _phase(logits, step):
-        p_align = target.element_size()
-    stride = target.stride(0) if target.ndim == 2 else 0
-    return (target, stride, target, 1.0, 0.0), meta(logits.dtype, True, p_align, warp_size)

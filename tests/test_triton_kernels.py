@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
-from kernels import triton_kl_div  # noqa: E402
+from kernels import triton_kl_div, triton_launch  # noqa: E402
 
 
 def at_offset(values, stride, offset):
@@ -33,8 +33,8 @@ def test_every_head_and_tail_is_exact_and_nothing_else_is_touched(dtype, kind):
         for offset in range(8):
             logits, _ = at_offset(values, vocab + 1, offset)
             out, storage = at_offset(torch.full_like(values, torch.nan), vocab + 1, offset)
-            loss, lse = triton_kl_div.forward(logits, target)
-            triton_kl_div.backward(logits, lse, target, torch.ones_like(loss), out)
+            loss, lse = triton_launch.forward(logits, target)
+            triton_launch.backward(logits, lse, target, torch.ones_like(loss), out)
             assert torch.allclose(loss.double(), expected_loss, rtol=1e-6, atol=1e-6)
             epsilon = torch.finfo(dtype).eps
             assert torch.allclose(out.double(), expected_gradient, rtol=epsilon, atol=1e-6)
@@ -45,12 +45,12 @@ def test_every_head_and_tail_is_exact_and_nothing_else_is_touched(dtype, kind):
 def test_a_gradient_out_of_step_with_the_logits_is_the_same():
     """Another storage offset and stride than the logits': bitwise the gradient in step."""
     logits, target = random_logits(3, 1001), make_target("members", (3, 1001))
-    loss, lse = triton_kl_div.forward(logits, target)
+    loss, lse = triton_launch.forward(logits, target)
     expected = torch.full_like(logits, torch.nan)
-    triton_kl_div.backward(logits, lse, target, torch.ones_like(loss), expected)
+    triton_launch.backward(logits, lse, target, torch.ones_like(loss), expected)
     for stride, offset in ((1001, 1), (1002, 0), (1024, 3)):
         out, storage = at_offset(torch.full_like(logits, torch.nan), stride, offset)
-        triton_kl_div.backward(logits, lse, target, torch.ones_like(loss), out)
+        triton_launch.backward(logits, lse, target, torch.ones_like(loss), out)
         assert torch.equal(out, expected)
         out.fill_(torch.nan)
         assert storage.isnan().all()
@@ -95,7 +95,7 @@ def test_rows_more_than_2_31_elements_apart_are_found():
     logits = torch.empty(stride + vocab, dtype=torch.bfloat16).as_strided((2, vocab), (stride, 1))
     logits.copy_(random_logits(2, vocab, dtype=torch.bfloat16))
     target = make_target("members", (2, vocab))
-    loss, _ = triton_kl_div.forward(logits, target)
+    loss, _ = triton_launch.forward(logits, target)
     assert torch.allclose(loss.double(), truth(logits, target)[0], rtol=1e-6)
 
 
@@ -123,8 +123,8 @@ def test_one_variant_serves_every_number_of_rows_stride_and_vocabulary(monkeypat
         for vocab, stride, offset in ((16, 16, 0), (17, 17, 0), (17, 64, 0), (17, 18, 1)):
             logits, _ = at_offset(torch.zeros(rows, vocab, device=DEVICE), stride, offset)
             target = make_target("members", (rows, vocab))
-            loss, lse = triton_kl_div.forward(logits, target)
-            triton_kl_div.backward(logits, lse, target, loss[:1].expand(rows), logits)
+            loss, lse = triton_launch.forward(logits, target)
+            triton_launch.backward(logits, lse, target, loss[:1].expand(rows), logits)
     assert [len(recorder.keys) for recorder in recorders] == [1, 1]
 
 
@@ -132,6 +132,6 @@ def test_a_dense_target_sums_to_what_it_sums_to():
     """The loss of an unnormalised P near logits of -80: W lse - sum P z, against float64."""
     logits = random_logits(2, 5000) - 80
     target = 3 * make_target("shared row", (2, 5000))
-    loss, _ = triton_kl_div.forward(logits, target)
+    loss, _ = triton_launch.forward(logits, target)
     assert dense64(target).sum() > 2.9
     assert torch.allclose(loss.double(), truth(logits, target)[0], rtol=1e-6)
