@@ -12,7 +12,11 @@ takes tensors and numbers only: a target travels as `target` (bool members, or p
 `index` (positions of the members), alpha and beta. `impl` names the path: "triton" or "torch".
 
 The second derivative is the first derivative of kl_div_backward, written below in ordinary PyTorch
-operations: right to any order, and not fused.
+operations: right to any order, and not fused. With q = softmax(z) and g the upstream gradient of a
+row's loss, that operator gives G = g (|P| q - P). For an upstream gradient v of G, (N, V),
+
+    d<G, v>/dz = g |P| q (v - <q, v>),    |P| = sum P,    <a, b> = sum of a b over the row   (1)
+    d<G, v>/dg = |P| <q, v> - <P, v>                                                         (2)
 """
 
 from types import ModuleType
@@ -35,7 +39,7 @@ def fused_kl_div(
     inplace_backward: bool = False,
     impl: str | None = None,
 ) -> Tensor:
-    """KL divergence from softmax(logits) to the target, in nats; log-softmax and KL in one pass.
+    """KL(P || softmax(logits)) in nats, P the target; log-softmax and KL in one pass.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or (not with Triton) float64. Read where they
@@ -218,16 +222,16 @@ def _save_for_second_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _second_derivative(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    """Of G = g (m q - P), contracted with v: m g q (v - <q, v>) for z and <m q - P, v> for g."""
+    """(1) for the logits and (2) for grad_loss."""
     logits, target, index, grad_loss = ctx.saved_tensors
     p = unpack(target, index, ctx.alpha, ctx.beta)
     dtype = compute_dtype(logits.dtype)
     p = p.dense(dtype) if isinstance(p, TwoLevelTarget) else p.to(dtype)
-    m = p.sum(-1, keepdim=True)
+    sum_p = p.sum(-1, keepdim=True)
     q, v = torch.softmax(logits, -1, dtype=dtype), v.to(dtype)
     qv = (q * v).sum(-1, keepdim=True)
-    grad_logits = grad_loss.unsqueeze(-1) * m * q * (v - qv)
-    grad_grad = (m * qv).squeeze(-1) - (p * v).sum(-1)
+    grad_logits = grad_loss.unsqueeze(-1) * sum_p * q * (v - qv)  # (1)
+    grad_grad = (sum_p * qv).squeeze(-1) - (p * v).sum(-1)  # (2)
     return grad_logits.to(logits.dtype), *(None,) * 5, grad_grad, None
 
 

@@ -2,9 +2,9 @@
 
     KL = sum over the vocabulary of P (log P - log_softmax(z))                        in nats
 
-Every other path in this folder is compared with this one (in float64), and the benchmark calls it
-"unfused". One difference is left as PyTorch has it: a logit of -inf where P = 0 gives
-0 * -inf = NaN here, while the fused paths count the term 0.
+The tests hold every other path to the error that this one makes in the same dtype, and the
+benchmark calls it "unfused". One difference is left as PyTorch has it: where P = 0 and a logit is
+-inf, the term is 0 * -inf = NaN here, and 0 in the fused paths.
 
 Two traps, both avoided by summing over the last dimension and then averaging over rows:
 F.kl_div's own "batchmean" divides by the first dimension only, its "mean" by rows times vocabulary.
@@ -20,7 +20,7 @@ REDUCTIONS = ("batchmean", "sum", "none")
 
 
 def kl_div(logits: Tensor, target: Target, reduction: str = "batchmean") -> Tensor:
-    """KL divergence from softmax(logits) to the target, in nats.
+    """KL(P || softmax(logits)) in nats, P the target.
 
     Args:
         logits: (..., V), any floating dtype; computed in float32, float64 stays float64.

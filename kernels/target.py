@@ -5,8 +5,9 @@
     P     target probabilities: alpha on S, beta elsewhere, |S| alpha + (V - |S|) beta = 1
 
 A two-level target is a membership vector and two numbers, so no N x V matrix of probabilities is
-ever built: the kernels read V bytes that all rows share. A dense target is a tensor of
-probabilities, one row (V,) for all rows of the logits or a row for each.
+ever built: the Triton kernels read one bit a token, in a table that all rows share
+(kernels/membership.py). A dense target is a tensor of probabilities, one row (V,) for all rows of
+the logits or a row for each.
 """
 
 import math

@@ -1,14 +1,15 @@
 """The fused loss in plain PyTorch: the path on the CPU, and on any device without Triton.
 
-    KL     = sum P (log P - log q),   q = softmax(z)                               (1)
-    dKL/dz = m q - P,                 m = sum P, 1 unless a dense P says otherwise (2)
+    KL     = sum P (log P - log q),   q = softmax(z)                                 (1)
+    dKL/dz = |P| q - P,               |P| = sum P, 1 unless a dense P says otherwise (2)
 
 Eager log_softmax + kl_div walks over four to six N x V tensors, each of them fresh memory. Here a
 tile of rows, small enough to stay in the cores' caches, goes through every step before the next
 one is touched: the logits are read once, the gradient is written once, and the only other buffer
-is one tile of scratch in the dtype of the arithmetic (float32; float64 for float64 logits), whose
-place a gradient of that dtype takes in the backward. ATen's softmax may write over its input: it
-has read an element, for the row's maximum and again for its exponential, before it writes it.
+is one tile of scratch in the dtype of the arithmetic (float32; float64 for float64 logits). A
+gradient of that dtype is its own scratch, even where it overwrites the logits: ATen's softmax reads
+a row for its maximum, then puts each element's exponential where the result goes, so that no
+element is written before it has been read for the last time.
 
 Three choices that measurement made, on two Zen 5 cores with float32 tiles at V = 50,257. Both
 directions take ATen's softmax of the cached tile, one vectorised kernel, faster than a subtraction
@@ -60,7 +61,7 @@ def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
             p = _rows_of(target, rows, loss.dtype)
             log_q = torch.sub(z, top, out=scratch).sub_(total.log())
             # 0 log 0 = 0, and -inf costs nothing where P = 0: both are NaN before the fill.
-            terms = torch.sub(p.log(), log_q, out=scratch).mul_(p).masked_fill_(p == 0, 0.0)
+            terms = torch.sub(p.log(), log_q, out=scratch).mul_(p).masked_fill_(p == 0, 0.0)  # (1)
             loss[rows] = terms.sum(-1)
     return loss, lse
 
@@ -80,7 +81,7 @@ def backward(logits: Tensor, lse: Tensor, target: Target, grad_loss: Tensor, out
         p = _rows_of(dense, rows, dtype)
         if not two_level:
             q.mul_(p.sum(-1, keepdim=True))
-        torch.mul(q.sub_(p), grad_loss[rows, None].to(dtype), out=out[rows])
+        torch.mul(q.sub_(p), grad_loss[rows, None].to(dtype), out=out[rows])  # (2)
 
 
 def _tiles(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -121,7 +121,7 @@ def test_logits_that_give_the_target_have_no_loss_and_no_gradient(path, kind, of
 @pytest.mark.parametrize("shape", [(1001,), (3, 1001)], ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_the_gradient_of_an_unnormalised_target_uses_its_sum(path, shape):
-    """d/dz of sum P (log P - log q) is sum(P) q - P: against float64."""
+    """d/dz of sum P (log P - log q) is |P| q - P, |P| = sum P: against float64."""
     target = torch.rand(shape, generator=torch.Generator().manual_seed(3)).to(DEVICE) / 400
     assert_exact(path, random_logits(3, 1001), target)
 

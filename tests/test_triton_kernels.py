@@ -129,7 +129,7 @@ def test_one_variant_serves_every_number_of_rows_stride_and_vocabulary(monkeypat
 
 
 def test_a_dense_target_sums_to_what_it_sums_to():
-    """The loss of an unnormalised P near logits of -80: W lse - sum P z, against float64."""
+    """The loss of an unnormalised P near logits of -80: |P| lse - sum P z, against float64."""
     logits = random_logits(2, 5000) - 80
     target = 3 * make_target("shared row", (2, 5000))
     loss, _ = triton_launch.forward(logits, target)
