@@ -21,6 +21,15 @@ def random_logits(*shape, dtype=torch.float32, seed=0, scale=3.0):
     return (scale * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
 
 
+def in_buffer(values, row_stride, offset=0):
+    """The same rows at this row stride and storage offset, and the buffer that they lie in: NaN
+    before, between and after them."""
+    rows, vocab = values.shape
+    buffer = values.new_full((offset + rows * row_stride + 8,), float("nan"))
+    view = buffer.as_strided((rows, vocab), (row_stride, 1), offset)
+    return view.copy_(values), buffer
+
+
 def two_level(vocab, alpha=1.0, beta=0.0):
     """Every third token is a member; the first is, the last may be."""
     return TwoLevelTarget(torch.arange(vocab, device=DEVICE) % 3 == 0, alpha, beta)
