@@ -77,13 +77,21 @@ def test_a_whole_tile_of_minus_infinity_is_exact(path):
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("path", ["reference", *FUSED])
 def test_minus_infinity_where_the_target_is_positive_gives_infinity(path, kind):
-    """As in the reference; the rows beside it stay finite."""
+    """The loss of that row; its gradient is finite, -P there, as in the rows beside it: float64."""
     logits = random_logits(3, 1001)
     logits[1, 300] = -INF  # a member, and positive in the dense targets
-    loss, gradient = rows_and_gradient(path, logits, make_target(kind, logits.shape))
-    assert loss.isposinf().tolist() == [False, True, False]
-    assert loss[[0, 2]].isfinite().all()
-    assert gradient[[0, 2]].isfinite().all()
+    target = make_target(kind, logits.shape)
+    _, gradient = assert_exact(path, logits, target)
+    assert truth(logits, target)[0].isposinf().tolist() == [False, True, False]
+    assert gradient[1, 300] == -dense64(target).expand(logits.shape)[1, 300].float()
+
+
+def test_minus_infinity_where_the_target_is_zero_is_nan_in_the_reference():
+    """0 * -inf, as PyTorch's kl_div has it: in this case the reference is not the truth."""
+    logits = random_logits(2, 30)
+    logits[1, 1] = -INF  # column 1 is no member
+    loss, _ = rows_and_gradient("reference", logits, two_level(30))
+    assert loss.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), INF])
@@ -116,6 +124,24 @@ def test_logits_that_give_the_target_have_no_loss_and_no_gradient(path, kind, of
     loss, gradient = rows_and_gradient(path, logits, target)
     assert loss.abs().max() <= 1e-6
     assert gradient.abs().max() <= 1e-5 * p.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("path", FUSED)
+def test_the_gradient_near_convergence_is_rounded_once(path, dtype):
+    """P is within 1e-4 of softmax, a 20th of their rounding in bfloat16: the difference has the
+    rounding of its own size, against float64. An upstream of 2^12 keeps it in float16's range."""
+    logits = random_logits(3, 1001, dtype=dtype)
+    q = logits.double().softmax(-1)
+    target = (q * (1 + 1e-4 * random_logits(3, 1001, seed=1, scale=1.0))).float()
+    upstream = torch.full((3,), 4096.0, device=DEVICE)
+    _, gradient = rows_and_gradient(path, logits, target, upstream)
+    exact = truth(logits, target)[1]
+    error = (gradient.double() / 4096 - exact).abs()
+    # The interpreter truncates, so one ulp, or the least subnormal; and float32's rounding of lse.
+    info = torch.finfo(dtype)
+    ulp = info.eps * exact.abs() + info.eps * info.smallest_normal / 4096
+    assert (error <= ulp + 2e-6 * q).all()
 
 
 @pytest.mark.parametrize("shape", [(1001,), (3, 1001)], ids=str)

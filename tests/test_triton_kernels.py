@@ -1,26 +1,30 @@
 """What only the Triton kernels have: alignment, membership words, 64-bit rows, one variant."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
 from kernels import fused_kl_div, membership
-from tests.kl_cases import DEVICE, INTERPRETED, dense64, make_target, random_logits, truth
+from tests.kl_cases import (
+    DEVICE,
+    INTERPRETED,
+    dense64,
+    in_buffer,
+    make_target,
+    random_logits,
+    truth,
+)
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
+from triton.runtime.interpreter import TensorHandle  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from kernels import triton_kl_div, triton_launch  # noqa: E402
-
-
-def at_offset(values, stride, offset):
-    """The same rows at a storage offset and a row stride, NaN around and between them."""
-    rows, vocab = values.shape
-    storage = values.new_full((offset + rows * stride + 8,), torch.nan)
-    view = storage.as_strided((rows, vocab), (stride, 1), offset)
-    return view.copy_(values), storage
 
 
 @pytest.mark.parametrize("kind", ["members and beta", "row by row"])
@@ -31,8 +35,8 @@ def test_every_head_and_tail_is_exact_and_nothing_else_is_touched(dtype, kind):
         values, target = random_logits(2, vocab, dtype=dtype), make_target(kind, (2, vocab))
         expected_loss, expected_gradient = truth(values, target)
         for offset in range(8):
-            logits, _ = at_offset(values, vocab + 1, offset)
-            out, storage = at_offset(torch.full_like(values, torch.nan), vocab + 1, offset)
+            logits, _ = in_buffer(values, vocab + 1, offset)
+            out, storage = in_buffer(torch.full_like(values, torch.nan), vocab + 1, offset)
             loss, lse = triton_launch.forward(logits, target)
             triton_launch.backward(logits, lse, target, torch.ones_like(loss), out)
             assert torch.allclose(loss.double(), expected_loss, rtol=1e-6, atol=1e-6)
@@ -49,7 +53,7 @@ def test_a_gradient_out_of_step_with_the_logits_is_the_same():
     expected = torch.full_like(logits, torch.nan)
     triton_launch.backward(logits, lse, target, torch.ones_like(loss), expected)
     for stride, offset in ((1001, 1), (1002, 0), (1024, 3)):
-        out, storage = at_offset(torch.full_like(logits, torch.nan), stride, offset)
+        out, storage = in_buffer(torch.full_like(logits, torch.nan), stride, offset)
         triton_launch.backward(logits, lse, target, torch.ones_like(loss), out)
         assert torch.equal(out, expected)
         out.fill_(torch.nan)
@@ -99,6 +103,52 @@ def test_rows_more_than_2_31_elements_apart_are_found():
     assert torch.allclose(loss.double(), truth(logits, target)[0], rtol=1e-6)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="compiled code holds the promise, not the address")
+def test_every_promised_alignment_is_kept(monkeypatch):
+    """The interpreter ignores tl.multiple_of, and a GPU would fault: here the addresses are
+    divided. Logits, gradients and dense P in step with each other and out of step."""
+    promises = set()
+
+    def keep(pointer, name, widths):
+        assert name == "tt.divisibility"
+        assert (pointer.data % widths[0] == 0).all()
+        promises.add(widths[0])
+
+    monkeypatch.setattr(TensorHandle, "set_attr", keep)
+    for dtype, vocab in itertools.product((torch.float32, torch.bfloat16), (40, 41)):
+        values, p = random_logits(3, vocab, dtype=dtype), make_target("row by row", (3, vocab))
+        for offset, out_offset in ((0, 0), (1, 1), (1, 0)):
+            logits, _ = in_buffer(values, vocab, offset)
+            out, _ = in_buffer(values, vocab, out_offset)
+            in_step = [in_buffer(x, vocab, offset)[0] for x in (p, p.bfloat16())]
+            for target in (make_target("members", (3, vocab)), p, p[0], p.bfloat16(), *in_step):
+                loss, lse = triton_launch.forward(logits, target)
+                triton_launch.backward(logits, lse, target, torch.ones_like(loss), out)
+    assert promises == {2, 4, 8, 16}
+
+
+def test_the_lse_is_rounded_once():
+    """Level rows near -80, picked by hand: the float32 nearest to z + log V, in float64. A sum
+    M + log2 t in float32 is rounded at 115 and puts each of these one float32 beside it."""
+    steps = torch.tensor([5.0, 39.0, 9549.0], device=DEVICE)
+    logits = (-80 - steps * 2**-17)[:, None].expand(3, 7)
+    _, lse = triton_launch.forward(logits.contiguous(), make_target("members", (3, 7)))
+    assert torch.equal(lse, logits[:, 0].double().add(math.log(7)).float())
+
+
+def test_the_gradient_adds_no_error_of_the_size_of_lse():
+    """Near -80 against float64, from the same lse: z - lse first, which is exact, so what is left
+    is its own rounding in the exponent. In the other order c lse, near 115, is rounded by 4e-6."""
+    logits = random_logits(8, 1001) - 80
+    target = make_target("members", (8, 1001))
+    loss, lse = triton_launch.forward(logits, target)
+    out = torch.empty_like(logits)
+    triton_launch.backward(logits, lse, target, torch.ones_like(loss), out)
+    log_q = logits.double() - lse.double()[:, None]
+    error = (out.double() - (log_q.exp() - dense64(target))).abs()
+    assert (error <= 2**-22 * (1 - log_q) * log_q.exp() + 2**-23 * dense64(target)).all()
+
+
 class Recorder:
     """Stands where a kernel stands: keeps what Triton would key its compiled variants on."""
 
@@ -121,7 +171,7 @@ def test_one_variant_serves_every_number_of_rows_stride_and_vocabulary(monkeypat
         monkeypatch.setattr(triton_kl_div, name, recorders[-1])
     for rows in (1, 2, 16, 17, 1000):
         for vocab, stride, offset in ((16, 16, 0), (17, 17, 0), (17, 64, 0), (17, 18, 1)):
-            logits, _ = at_offset(torch.zeros(rows, vocab, device=DEVICE), stride, offset)
+            logits, _ = in_buffer(torch.zeros(rows, vocab, device=DEVICE), stride, offset)
             target = make_target("members", (rows, vocab))
             loss, lse = triton_launch.forward(logits, target)
             triton_launch.backward(logits, lse, target, loss[:1].expand(rows), logits)
