@@ -9,13 +9,16 @@ and prints a row for each; the last line is the table in JSON. Nothing runs, so 
     code                       machine instructions of the whole kernel
     loop/elem                  machine instructions of the main loop, an element of logits
     special                    of these, operations of the special-function unit (2^x, log2)
+    cross                      of these, shuffles between lanes and barriers
     ld128 ld< st128 st<        main loop's global accesses of 128 bits, and narrower ones
 
 There is no column for the layout of the rows: the kernels are specialised on no argument, so one
 compiled variant serves padded, contiguous and misaligned rows. The narrower loads, one or two a
-tile, are the membership of a two-level target; a dense P is shown in step with the logits.
+tile, are the membership of a two-level target. A dense P is shown in float32 and in step with the
+logits; another dtype, or one out of step, is another variant.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -52,6 +55,7 @@ class Row:
     code: int
     loop_per_element: float
     special: float
+    cross_lane: int
     ld128: int
     ld_narrow: int
     st128: int
@@ -89,10 +93,12 @@ def report(gpu: GPUTarget, kernel: str, dtype: str, target: str) -> Row:
         usage, code, loops = _nvidia(compiled.asm["cubin"])
         wide, special = r"\.128", r"MUFU"
         load, store = r"LDG", r"STG"
+        cross_lane = r"SHFL|BAR|REDUX|WARPSYNC"
     else:
         usage, code, loops = _amd(compiled.asm["amdgcn"])
         wide, special = r"dwordx4", r"v_(exp|log)_"
         load, store = r"(global|buffer|flat)_load", r"(global|buffer|flat)_store"
+        cross_lane = r"ds_|_dpp|s_barrier"
 
     def count(*patterns: str) -> int:
         return sum(all(re.search(p, line) for p in patterns) for line in loop)
@@ -110,6 +116,7 @@ def report(gpu: GPUTarget, kernel: str, dtype: str, target: str) -> Row:
         code=code,
         loop_per_element=round(len(loop) / elements, 2),
         special=round(count(special) / elements, 2),
+        cross_lane=count(cross_lane),
         ld128=count(load, wide),
         ld_narrow=count(load) - count(load, wide),
         st128=count(store, wide),
@@ -172,7 +179,12 @@ def _row_offset_bits(ptx: str) -> int:
     return 32
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        prog="python -m kernels.compile_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     rows = [
@@ -184,13 +196,13 @@ def main() -> None:
     ]
     print(
         "gpu     kernel   dtype target    registers spill shared code loop/elem special"
-        "  ld128 ld<  st128 st<"
+        " cross  ld128 ld<  st128 st<"
     )
     for r in rows:
         print(
             f"{r.gpu:7} {r.kernel:8} {r.dtype:5} {r.target:9} {r.registers:9} {r.spill:5} "
-            f"{r.shared:6} {r.code:4} {r.loop_per_element:9.2f} {r.special:7.2f}  "
-            f"{r.ld128:5} {r.ld_narrow:3}  {r.st128:5} {r.st_narrow:3}"
+            f"{r.shared:6} {r.code:4} {r.loop_per_element:9.2f} {r.special:7.2f} "
+            f"{r.cross_lane:5}  {r.ld128:5} {r.ld_narrow:3}  {r.st128:5} {r.st_narrow:3}"
         )
     print(json.dumps([asdict(r) for r in rows]))
 
