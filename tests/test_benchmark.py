@@ -63,8 +63,27 @@ def test_the_triton_paths_run_in_the_benchmark():
         assert row.error < 1e-5
 
 
-def test_peak_memory_is_that_of_the_largest_moment():
-    """Two tensors of 40 MB, one after the other: 40, and 80 at the same time."""
+def test_a_rival_that_is_missing_says_what_is_missing(monkeypatch):
+    """No liger-kernel; then one of its releases that has one of the two losses."""
+    setting = benchmark.Setting(torch.device("cuda"), torch.float32, vocab=7, width=8)
+    found = set()
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: name if name in found else None)
+    for name in benchmark.LIGER:
+        assert benchmark.why_not(name, setting) == "liger-kernel is not installed"
+    found |= {"liger_kernel", "liger_kernel.transformers.kl_div"}
+    assert benchmark.why_not("Liger log_softmax + KL", setting) == ""
+    assert "has no liger_kernel" in benchmark.why_not("Liger fused linear KL", setting)
+
+
+def in_a_process_of_its_own(function, *arguments):
+    """Where no other test's threads take memory meanwhile."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def peaks_of_two_tensors():
+    """Two tensors of 40 MB, at the same time and one after the other, MB; -1 where there is no
+    gauge. The larger peak first: it must not stand for the other."""
 
     def one_by_one():
         for _ in range(2):
@@ -74,10 +93,16 @@ def test_peak_memory_is_that_of_the_largest_moment():
         return [torch.ones(10_000_000, device=DEVICE) for _ in range(2)]
 
     device = torch.device(DEVICE)
-    if measure.peak_megabytes(lambda: None, device) is None:
+    return [measure.peak_megabytes(step, device) or -1 for step in (together, one_by_one)]
+
+
+def test_peak_memory_is_that_of_the_largest_moment():
+    """Two tensors of 40 MB: 40 one after the other, 80 at the same time."""
+    together, one_by_one = in_a_process_of_its_own(peaks_of_two_tensors)
+    if one_by_one < 0:
         pytest.skip("neither CUDA nor Linux")
-    assert measure.peak_megabytes(one_by_one, device) == pytest.approx(40, abs=4)
-    assert measure.peak_megabytes(together, device) == pytest.approx(80, abs=4)
+    assert one_by_one == pytest.approx(40, abs=4)
+    assert together == pytest.approx(80, abs=4)
 
 
 def peaks_of_the_fused_losses(rows, vocab, width):
@@ -105,13 +130,10 @@ def peaks_of_the_fused_losses(rows, vocab, width):
 def test_fused_losses_stay_within_their_memory():
     """256 rows of 50,257 in float32, 51 MB: the fused loss takes one such buffer, in place none,
     and the linear one, in chunks of 16 rows, less than half: the logits never are whole. Allowed
-    besides are 8 MB: 2 MB of scratch, the rounding to 2 MB pages, what malloc keeps. In a process
-    of its own, where no other test's threads take memory meanwhile."""
+    besides are 8 MB: 2 MB of scratch, the rounding to 2 MB pages, what malloc keeps."""
     rows, vocab, width, spare = 256, 50257, 16, 8
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        fused, linear, in_place = process.submit(
-            peaks_of_the_fused_losses, rows, vocab, width
-        ).result()
+    sizes = rows, vocab, width
+    fused, linear, in_place = in_a_process_of_its_own(peaks_of_the_fused_losses, *sizes)
     if fused < 0:
         pytest.skip("neither CUDA nor Linux")
     buffer = rows * vocab * 4 / 1e6
