@@ -3,15 +3,18 @@
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+from kernels.reference import kl_div
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 FUSED = ["torch", "triton"]
 PATHS = ["reference", *FUSED, "linear"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HEAD_WIDTH = 16  # of hidden states and head
 TARGETS = ["members", "members and beta", "shared row", "row by row"]
 
 
@@ -105,3 +108,21 @@ def gradient_eps(logits, target, gradient, path="torch"):
     if path == "triton" and INTERPRETED and logits.dtype == torch.bfloat16:
         eps += gradient.norm(dim=-1).max().item() * 2**-7
     return eps
+
+
+def hidden_and_head(*leading, vocab=211, dtype=torch.float32):
+    """Hidden states and a head whose logits spread by about 1.2; both ask for gradients."""
+    hidden = random_logits(*leading, HEAD_WIDTH, dtype=dtype, scale=1.0)
+    weight = random_logits(vocab, HEAD_WIDTH, dtype=dtype, seed=1, scale=0.3)
+    return hidden.requires_grad_(), weight.requires_grad_()
+
+
+def unfused_linear(hidden, weight, target, reduction="batchmean", **_):
+    """What fused_linear_kl_div stands for; the options that it has besides change nothing."""
+    return kl_div(F.linear(hidden, weight), target, reduction)
+
+
+def loss_and_gradients(loss, hidden, weight, *arguments, upstream=None, **options):
+    """The value of a loss with an LM head, and its gradients of hidden states and head."""
+    value = loss(hidden, weight, *arguments, **options)
+    return value.detach(), *torch.autograd.grad(value, (hidden, weight), upstream)
