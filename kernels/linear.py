@@ -1,24 +1,45 @@
 """The LM head and the loss in one: the N x V logits never exist.
 
-    z = h W^T,   L = sum over rows of w KL(P || softmax(z))          h (N, C), W (V, C)
-    dz = w (softmax(z) - P),   dh = dz W,   dW = dz^T h                                (1)
+For hidden states h (N, C), the head's weight W (V, C), a target P, (V,) or (N, V), with |P| = sum P
+a row, and an upstream gradient g of each row's loss,
+
+    z = h W^T,    L = sum over rows of g KL(P || softmax(z))                           (1)
+    dz = g (|P| softmax(z) - P)                                                        (2)
+    dh = dz W,    dW = dz^T h                                                          (3)
 
 Rows are taken in chunks. A chunk's logits lie in one buffer that all chunks reuse; the loss's
 backward writes dz over them, and two matrix products make dh and add to dW. What stays beside the
 results is one chunk, whatever N. (The idea is that of Liger's fused linear cross-entropy; Cut
 Cross-Entropy, Wijmans et al. 2024, goes further and keeps no chunk.)
 
-When (1) runs. For "batchmean" and "sum" every row has the same w, known before the backward, so the
-forward computes (1) while the chunk's logits are at hand and the first backward scales the results
-in place by the upstream gradient. Three cases compute the logits once more in the backward
-instead, at the price of one more product: "none", where each row has an upstream gradient of its
-own, which no scaling of dW can bring in afterwards; float16, whose range would lose dz before the
-gradient scaler's factor reaches it; and a second backward over a retained graph.
+When the gradients are formed. For "batchmean" and "sum" every row has the same g, so the forward
+computes (2) and (3) with g = 1 while the chunk's logits are at hand, and the first backward scales
+the results in place by the upstream gradient. Three cases compute the logits once more in the
+backward instead, at the price of one more product: "none", where each row has an upstream gradient
+of its own, which no scaling of dW can bring in afterwards; float16, whose range would lose dz
+before the gradient scaler's factor reaches it; and a second backward over a retained graph.
 
 Precision. Products run in the dtype of the arguments, or autocast's; the loss in float32; dW is
 accumulated over chunks in float32 (float64 for float64) whatever the dtype, and returned in the
 weight's. Rows of the buffer are a multiple of 64 elements long, so that every row of a vocabulary
 of odd size starts on an aligned address: 50,304 for 50,257.
+
+Traffic of loss and gradients in float32, N C left out. With n = N / chunk_rows chunks, rounded up:
+
+    N V elements   z written, read by the loss, read and overwritten by dz, read twice       6
+    V C elements   W read twice a chunk                                                    2 n
+                   dW written by the first chunk, read and written by the others       2 n - 1
+                   dW read and written when it is scaled                                     2
+
+F.linear and the unfused loss take 16 and 3 (kernels/triton_kl_div.py has the 13 of the loss): what
+chunks save is memory, and what they cost is V C.
+
+Guarded. The test in tests/ that fails when the line is wrong:
+
+    (1) (3)  test_linear.py::test_loss_and_gradients_are_as_exact_as_the_unfused_ones
+    (2) |P|  test_kl_div_values.py::test_the_gradient_of_an_unnormalised_target_uses_its_sum
+    chunks   test_kl_div_values.py::test_the_size_of_a_chunk_changes_nothing_beyond_rounding
+    traffic  test_walkthrough.py::test_traffic_of_the_fused_head_grows_by_the_chunk
 """
 
 from typing import Any, Literal, overload
@@ -155,9 +176,9 @@ def linear_kl_div(
     dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, summed or a row (N,); lse (N,); (1) for hidden and weight if needed, else (0,).
+    """The loss, summed or a row (N,); lse (N,); dh and dW of (3) if needed, else (0,).
 
-    hidden is (N, C); grad_loss (N,) is the w of (1), 1 for None; dtype that of the products.
+    hidden is (N, C); grad_loss (N,) is the g of (2), 1 for None; dtype that of the products.
     """
     p = unpack(target, index, alpha, beta)
     kernels = launchers(impl, hidden.device)
@@ -177,14 +198,14 @@ def linear_kl_div(
             rows = slice(start, min(start + chunk_rows, n))
             h = hidden[rows].to(dtype)
             p_rows = p[rows] if isinstance(p, Tensor) and p.ndim == 2 else p
-            z = torch.mm(h, w.t(), out=buffer[: len(h)])
+            z = torch.mm(h, w.t(), out=buffer[: len(h)])  # (1)
             loss[rows], lse[rows] = kernels.forward(z, p_rows)
             if need_hidden or need_weight:
-                kernels.backward(z, lse[rows], p_rows, grad_loss[rows], out=z)
+                kernels.backward(z, lse[rows], p_rows, grad_loss[rows], out=z)  # (2), over z
             if need_hidden:
-                grad_hidden[rows] = z @ w
+                grad_hidden[rows] = z @ w  # (3)
             if need_weight:
-                _add_product(grad_weight, z, h, first=start == 0)
+                _add_product(grad_weight, z, h, first=start == 0)  # (3)
     return loss.sum() if sum_rows else loss, lse, grad_hidden, grad_weight.to(weight.dtype)
 
 

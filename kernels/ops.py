@@ -17,6 +17,10 @@ row's loss, that operator gives G = g (|P| q - P). For an upstream gradient v of
 
     d<G, v>/dz = g |P| q (v - <q, v>),    |P| = sum P,    <a, b> = sum of a b over the row   (1)
     d<G, v>/dg = |P| <q, v> - <P, v>                                                         (2)
+
+Guarded. The test in tests/ that fails when the line is wrong:
+
+    (1) (2)  test_autograd.py::test_first_and_second_derivatives_pass_gradcheck
 """
 
 from types import ModuleType

@@ -20,6 +20,12 @@ asks for 2 MB pages, because a fresh 51 MB tensor costs 12,566 page faults of 4 
 longer than the arithmetic: 13 ms, against 3 ms. (In a virtual machine that hands idle pages back to
 its host, 2 MB pages freed more than two seconds ago took 60 to 80 ms.)
 
+Guarded. (1) and (2), as everything here, by tests/ that hold both fused paths to float64:
+
+    (1)  test_kl_div_values.py::test_saturated_and_level_logits_are_exact
+    (2)  test_kl_div.py::test_loss_and_gradient_are_as_exact_as_the_reference
+    |P|  test_kl_div_values.py::test_the_gradient_of_an_unnormalised_target_uses_its_sum
+
 What this does not do: give whole tiles to threads. Each step is parallel inside, so on many cores a
 tile is too small to keep all of them busy, and on a machine that shares its cores with other work
 every step waits for the slowest thread: seven waits a tile, which made this path slower than the

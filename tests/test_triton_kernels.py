@@ -163,7 +163,7 @@ class Recorder:
         return lambda *args, **kwargs: self.keys.add(str(self.bind(*args, **kwargs)[1:]))
 
 
-def test_one_variant_serves_every_number_of_rows_stride_and_vocabulary(monkeypatch):
+def test_one_variant_serves_all_rows_strides_and_vocabularies(monkeypatch):
     """Five N, among them 1 and 16, on which Triton specialises by default; four layouts."""
     recorders = []
     for name in ("forward_kernel", "backward_kernel"):
