@@ -41,9 +41,9 @@ One exponential an element, and one a tile to rescale. Lanes are joined once, at
     M = max m,    t = sum over lanes of t 2^(m - M),    lse = (M + log2 t) / c               (5)
 
 Last digits. GPT-2's logits lie near -80, where neighbouring float32 values are 8e-6 apart. lse and
-D are as large as that, and the loss is their difference, which is small. So a lane sums not w z
-but w y: y is at hand, and as small as the logit is close to the largest one. That sum, d, must
-follow m when m moves, which takes the sum u of the weights w:
+alpha D are as large as that, and the loss is their difference, which is small. So a lane sums not
+w z but w y: y is at hand, and the smaller the closer the logit is to the largest one. That sum, d,
+must follow m when m moves, which takes the sum u of the weights w:
 
     d' = d + u (m - m') + sum of w y,    u' = u + sum of w                                   (6)
 
@@ -52,7 +52,8 @@ holds the number of members of each lane and tile. In (1), M appears in lse and 
 
     KL = sum P log P + (|P| log2 t - alpha sum over lanes of (d + u (m - M))) / c            (7)
 
-d and u (m - M) count in powers of 2, hence 1 / c. Dense: sum P log P is in d already.
+d and u (m - M) are in logarithms to base 2, which 1 / c turns into nats. Dense: sum P log P is in
+d already.
 
 In the code. Of a lane: m top, t total, u weight, d dot. Of a row: M row_top, log2 t log_total,
 |P| sum_p. c is LOG2E, r ratio; g, the upstream gradient of a row's loss, is grad_loss, -g P pull.
@@ -61,7 +62,7 @@ Traffic of loss and gradient, in N V elements, for P of shape (V,):
 
     unfused, by operators   log_softmax      reads z, writes log q                     2
                             P log q          reads log q, writes the product           2
-                            P log P - it     reads it, writes the terms                2
+                            P log P - that   reads it, writes the terms                2
                             sum over the row reads the terms                           1
                             backwards        of the difference: writes -g              1
                                              of the product: reads -g, writes -g P     2
