@@ -225,6 +225,14 @@ def test_command_line_ends_in_one_line_for_a_folder_that_is_no_run(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_report_that_cannot_be_written_says_how_to_write_it_elsewhere(tmp_path: Path) -> None:
+    """The runs are whole: nothing has to be trained again."""
+    run = write_run(tmp_path / "run", steps=4, eval_every=4)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"python -m train.report {run} --out"):
+        write_report([run], tmp_path / "file" / "report")
+
+
 def test_terminal_report_has_a_row_a_run_and_a_sample_a_prompt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,18 +78,25 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
         run_folders: each a run's folder or a folder of them, as train.xfactor writes.
 
     Raises:
-        ValueError: a folder that is no run; says what was expected.
+        ValueError: a folder that is no run; `out` cannot be written. The runs stay as they are.
     """
     from train.figures import LIGHT, draw  # here: half a second, needed once
 
     runs = read_runs(run_folders)
-    out.mkdir(parents=True, exist_ok=True)
     files = {f"{name}.png": image for name, image in draw(runs, LIGHT, "png").items()}
     files["table.csv"] = _csv(runs).encode("utf-8")
     files["report.html"] = _html(runs).encode("utf-8")  # last: its path is printed last
-    for name, content in files.items():
-        with replacing(out / name) as temporary:
-            temporary.write_bytes(content)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            with replacing(out / name) as temporary:
+                temporary.write_bytes(content)
+    except OSError as error:
+        folders = " ".join(map(str, run_folders))
+        raise ValueError(
+            f"cannot write the report to {out}: {error}. The runs are whole; report them elsewhere "
+            f"with python -m train.report {folders} --out FOLDER"
+        ) from error
     return [out / name for name in files]
 
 
@@ -249,7 +256,7 @@ def main() -> None:
     try:
         for path in write_report(options.runs, options.out):
             print(f"wrote {path}")
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
 
 
