@@ -71,15 +71,15 @@ def parse_options(arguments: Sequence[str], description: str) -> Options:
     options = tyro.cli(Options, args=[*saved_arguments, *arguments])
     for field in dataclasses.fields(Options):
         was, given = getattr(saved, field.name), getattr(options, field.name)
-        if field.name == "contains":
-            given = tuple(dict.fromkeys(given))  # appended to what it was
+        if field.name in ("contains", "lr"):  # in any order; strings were appended to what was
+            was, given = sorted(set(was)), sorted(set(given))
         if given != was and field.name not in MAY_CHANGE:
             name = field.name.replace("_", "-")
             raise ValueError(
                 f"--{name}: got {given}, but the run in {folder} has {was}; leave it out, "
                 "or start anew with another --out"
             )
-    return dataclasses.replace(options, contains=saved.contains, out=folder)
+    return dataclasses.replace(options, contains=saved.contains, lr=saved.lr, out=folder)
 
 
 def _read_arguments(out: Path) -> list[str]:
