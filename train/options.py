@@ -6,14 +6,16 @@ import math
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from kernels import TwoLevelTarget
 from train.run import MAY_CHANGE, read_configs
@@ -148,12 +150,16 @@ def _check_out(out: Path) -> None:
 
 
 def run_configs(
-    options: Options, goal: str, target: TwoLevelTarget, device: str
+    options: Options, goal: str, target: TwoLevelTarget, text: Tensor | None, device: str
 ) -> dict[str, dict[str, Any]]:
-    """config.json of each learning rate's run, by the name of its folder."""
+    """config.json of each learning rate's run, by the name of its folder.
+
+    Args:
+        text: ids of the text of --inputs, if it names one: their digest is kept.
+    """
     layout = layout_of_start(options).config()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if find_spec("triton"):
+    with suppress(PackageNotFoundError):
         versions["triton"] = version("triton")
     about = {
         "goal": goal,
@@ -170,3 +176,4 @@ def run_configs(
         f"lr-{lr}": layout | {"xfactor": {"options": given | {"lr": lr}} | about}
         for lr in options.lr
     }
+        "inputs_sha256": None if text is None else sha256(text.numpy().tobytes()).hexdigest(),

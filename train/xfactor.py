@@ -119,7 +119,7 @@ class Experiment:
         if options.inputs != "random":
             self.text = read_text(Path(options.inputs), self.tokenizer, options.length)
         check(options, processes.count)
-        self.configs = run_configs(options, goal, self.target, processes.device_name)
+        self.configs = run_configs(options, goal, self.target, self.text, processes.device_name)
         processes.print(describe(options, goal, self.target, processes))
         prepare(self.device, options.dtype)
         self.target = self.target.to(self.device)
