@@ -11,7 +11,16 @@ from model import GPT2, GPT2Config
 from model.generate import generate
 from model.tokenizer import load_tokenizer
 from tests.oracle import shake
-from train.evaluate import PASSAGE, PROMPTS, SAMPLES, TOP_K, Evaluation, evaluate, nats_per_token
+from train.evaluate import (
+    PASSAGE,
+    PROMPTS,
+    SAMPLES,
+    TOP_K,
+    Evaluation,
+    NotFiniteError,
+    evaluate,
+    nats_per_token,
+)
 
 TOKENIZER = load_tokenizer()
 CONFIG = GPT2Config(n_positions=128, n_embd=64, n_layer=1, n_head=1)
@@ -101,3 +110,11 @@ def test_samples_are_judged_by_the_start_and_the_passage_by_the_model(
         given = TOKENIZER.encode(prompt)
         samples += nats(START, given + ids, given=len(given))
     assert evaluation.sample_perplexity == pytest.approx(math.exp(mean(samples)), rel=1e-4)
+
+
+def test_a_model_whose_logits_are_not_numbers_is_refused() -> None:
+    """Before anything is sampled: on CUDA that would end the process."""
+    broken = copy.deepcopy(MODEL)
+    broken.ln_f.weight.data[3] = math.inf
+    with pytest.raises(NotFiniteError):
+        evaluate(broken, START, TOKENIZER, MEMBERS, seed=0)

@@ -1,12 +1,15 @@
 """Reading runs back from disk, from folders that these tests write, whole and spoilt."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.run_folder import write_run
+from train.evaluate import Evaluation
 from train.results import read_runs
+from train.run import Run, create
 
 
 def test_runs_of_one_rate_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -29,6 +32,20 @@ def test_killed_run_is_reported_as_far_as_it_got(tmp_path: Path) -> None:
         (run / "metrics.jsonl").write_bytes(whole[:length])
         got = read_runs([run])[0].losses
         assert got == losses[: len(got)]
+
+
+def test_an_infinite_perplexity_is_null_on_disk_and_infinite_again(tmp_path: Path) -> None:
+    """JSON has no infinity, and other readers of metrics.jsonl would stop at Python's."""
+    create(tmp_path / "runs", {"a": {"xfactor": {"options": {"lr": 1.0}}}})
+    Run(tmp_path / "runs" / "a").evaluate(
+        lambda: Evaluation(0.0, 0.5, math.inf, 2.0, [("The", [1])])
+    )
+    line = (tmp_path / "runs" / "a" / "metrics.jsonl").read_text()
+    assert '"passage_perplexity": null' in line
+    run = write_run(tmp_path / "run", steps=4, eval_every=4)
+    metrics = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([line, *metrics[1:]]))
+    assert read_runs([run])[0].evaluations[0].passage_perplexity == math.inf
 
 
 def test_run_that_has_not_started_is_left_out_of_its_folder(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ The perplexity of a fixed passage tells what the model forgot; the perplexity of
 under the model before fine-tuning tells whether they still read as text.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -40,18 +41,36 @@ class Evaluation:
     sample_perplexity: float  # of the untruncated samples, under the model before fine-tuning
     samples: list[tuple[str, list[int]]]  # the untruncated ones: prompt, and ids without it
 
-    def measures(self) -> dict[str, float]:
-        """The four numbers by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "samples"}
+    def measures(self) -> dict[str, float | None]:
+        """The four numbers by name; one that is too large for a float is None, as JSON has it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "samples"}
+        return {name: None if math.isinf(value) else value for name, value in values.items()}
+
+
+def positions_needed(tokenizer: Tokenizer) -> int:
+    """How long a context an evaluation reads: a prompt with its continuation, or the passage."""
+    longest = max(len(tokenizer.encode(prompt)) for prompt in PROMPTS)
+    return max(longest + NEW_TOKENS, len(tokenizer.encode(PASSAGE)))
+
+
+class NotFiniteError(ValueError):
+    """A model whose logits are NaN or infinite."""
 
 
 def evaluate(
     model: GPT2, start: GPT2, tokenizer: Tokenizer, members: Tensor, seed: int
 ) -> Evaluation:
-    """Sample from `model` and measure the samples, `start` being the model before fine-tuning."""
+    """Sample from `model` and measure the samples, `start` being the model before fine-tuning.
+
+    Raises NotFiniteError where logits are NaN or infinite: there is nothing to sample from.
+    """
     device = members.device
+    passage = torch.tensor([tokenizer.encode(PASSAGE)], device=device)
+    passage_nats = nats_per_token(model, passage)
+    if not passage_nats.isfinite():
+        raise NotFiniteError("the logits became NaN or infinite")
     generator = torch.Generator(device).manual_seed(seed)
-    r, perplexities, samples = [], [], []
+    r, nats, samples = [], [], []
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt)] * SAMPLES, device=device)
         T = ids.shape[1]
@@ -59,15 +78,14 @@ def evaluate(
             generate(model, ids, NEW_TOKENS, top_k=k, generator=generator) for k in (None, TOP_K)
         )
         r.append([member_rate(t[:, T:], members) for t in (text, truncated)])
-        perplexities.append(nats_per_token(start, text, given=T))
+        nats.append(nats_per_token(start, text, given=T))
         samples += [(prompt, ids) for ids in text[:, T:].tolist()]
-    passage = torch.tensor([tokenizer.encode(PASSAGE)], device=device)
     untruncated, top_k = torch.tensor(r, device="cpu").mean(0).tolist()
     return Evaluation(
         r=untruncated,
         r_top_k=top_k,
-        passage_perplexity=nats_per_token(model, passage).exp().item(),
-        sample_perplexity=torch.stack(perplexities).mean().exp().item(),
+        passage_perplexity=passage_nats.double().exp().item(),
+        sample_perplexity=torch.stack(nats).mean().double().exp().item(),
         samples=samples,
     )
 

@@ -18,6 +18,8 @@ import tyro
 from torch import Tensor
 
 from kernels import TwoLevelTarget
+from model.tokenizer import load_tokenizer
+from train.evaluate import positions_needed
 from train.run import MAY_CHANGE, read_configs
 from weights import Layout, layout_of
 
@@ -130,6 +132,17 @@ def check(options: Options, processes: int = 1) -> None:
         raise ValueError(
             f"--length {options.length}: the model has {layout.n_positions} positions; "
             f"expected 1 to {layout.n_positions}"
+        )
+    tokenizer = load_tokenizer()
+    if layout.vocab_size != tokenizer.n_vocab:
+        raise ValueError(
+            f"the model to start from has a vocabulary of {layout.vocab_size} tokens, expected "
+            f"GPT-2's {tokenizer.n_vocab}, in which the goal and the samples are"
+        )
+    if layout.n_positions < (needed := positions_needed(tokenizer)):
+        raise ValueError(
+            f"the model to start from has {layout.n_positions} positions, expected at least "
+            f"{needed}, which an evaluation reads"
         )
     if options.resume is None:
         _check_out(options.out)

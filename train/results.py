@@ -5,6 +5,7 @@ is of the model after i updates, as an evaluation at step i is.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,8 @@ def _read(folder: Path) -> RunRecord:
     for where, line in _lines(folder / METRICS):
         with _expecting(where, '{"step", "loss", "mass", "seconds"} or {"step", "evaluation"}'):
             if "evaluation" in line:
-                measures = {k: float(v) for k, v in line["evaluation"].items()}
+                found = line["evaluation"].items()
+                measures = {k: math.inf if v is None else float(v) for k, v in found}
                 run.evaluations[int(line["step"])] = Measures(**measures)
             elif line["step"] != len(run.losses) + 1:
                 raise ValueError(f"got step {line['step']} after step {len(run.losses)}")
