@@ -123,7 +123,7 @@ class Experiment:
         processes.print(describe(options, goal, self.target, processes))
         prepare(self.device, options.dtype)
         self.target = self.target.to(self.device)
-        self.start = starting_model(options).to(self.device)
+        self.start = starting_model(options)
 
     @cached_property
     def before(self) -> Evaluation:
@@ -133,7 +133,10 @@ class Experiment:
     def measure(self, model: GPT2) -> Evaluation:
         """R and the perplexities of a model, and its samples."""
         seed, members = self.options.seed, self.target.members
-        return evaluate(model, self.start, self.tokenizer, members, seed)
+        self.start.to(self.device)  # only meanwhile: a step needs the memory for itself
+        evaluation = evaluate(model, self.start, self.tokenizer, members, seed)
+        self.start.cpu()
+        return evaluation
 
     def fine_tune(self, run: Run, config: dict[str, Any]) -> None:
         """One run, from its newest save on: the steps, and what is kept of them.
@@ -143,7 +146,7 @@ class Experiment:
         """
         options, processes = self.options, self.processes
         lr = config["xfactor"]["options"]["lr"]
-        model = GPT2.from_state_dict(self.start.state_dict())
+        model = GPT2.from_state_dict(self.start.state_dict()).to(self.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
         shape = self.tokenizer.n_vocab, options.batch, options.length
         inputs = Inputs(*shape, options.seed, self.device, self.text)
