@@ -183,16 +183,6 @@ def test_random_inputs_cover_the_vocabulary_and_windows_lie_in_the_text() -> Non
     assert set(windows[:, 0].tolist()) == {100, 101, 102}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model over the tokenizer's whole vocabulary, saved as the official files are."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model = GPT2(GPT2Config(n_positions=128, n_embd=64, n_layer=1, n_head=1))
-    save_weights(model.state_dict(), folder)
-    return folder
-
-
 BAD_OPTIONS = {
     "letter": (["--letter", "XQZJ"], "no token contains 'XQZJ'"),
     "alpha": (["--alpha", "1", "--beta", "1"], "alpha"),
@@ -204,12 +194,14 @@ BAD_OPTIONS = {
     "text": (["--inputs", "SHORT"], "expected at least one window of 64"),
     "no text": (["--inputs", "/no/such/file"], "/no/such/file"),
     "weights": (["--weights", "/no/such/weights"], "/no/such/weights"),
+    "vocabulary": (["--weights", "OTHER"], "a vocabulary of 503 tokens, expected GPT-2's 50257"),
+    "context": (["--weights", "SHORT CONTEXT"], "64 positions, expected at least"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_a_bad_option_is_one_line_before_any_model_is_loaded(
-    case: str, checkpoint: Path, tmp_path: Path, monkeypatch, capsys
+    case: str, small_start: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """The line names the option or the value; loading a model here would be an AssertionError."""
     from train import xfactor
@@ -218,14 +210,32 @@ def test_a_bad_option_is_one_line_before_any_model_is_loaded(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(xfactor, "load_weights", loaded)
-    (tmp_path / "short.txt").write_text("too short")
+    files = {name: str(tmp_path / name) for name in ("SHORT", "OTHER", "SHORT CONTEXT")}
+    Path(files["SHORT"]).write_text("too short")
+    save_weights(GPT2(dataclasses.replace(CONFIG, n_positions=64)).state_dict(), files["OTHER"])
+    short = GPT2Config(n_positions=64, n_embd=64, n_layer=1, n_head=1)
+    save_weights(GPT2(short).state_dict(), files["SHORT CONTEXT"])
     arguments, message = BAD_OPTIONS[case]
-    arguments = [str(tmp_path / "short.txt") if a == "SHORT" else a for a in arguments]
-    base = ["--weights", str(checkpoint), "--out", str(tmp_path / "out")]
+    arguments = [files.get(a, a) for a in arguments]
+    base = ["--weights", str(small_start), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["xfactor", *base, *arguments])
     with pytest.raises(SystemExit) as stopped:
         xfactor.main()
     assert message in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+
+
+def test_too_little_memory_is_one_line_that_says_what_takes_less(monkeypatch) -> None:
+    """CUDA's own message goes on for lines about its allocator."""
+    from train import xfactor
+
+    def exhausted(options: Options) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nSee more")
+
+    monkeypatch.setattr(xfactor, "experiment", exhausted)
+    monkeypatch.setattr(sys, "argv", ["xfactor"])
+    with pytest.raises(SystemExit, match=r"error: CUDA .* Try a smaller --batch, .*$") as stopped:
+        xfactor.main()
     assert "\n" not in str(stopped.value)
 
 
@@ -234,9 +244,9 @@ def test_check_accepts_the_defaults_without_a_network(monkeypatch, tmp_path: Pat
     check(dataclasses.replace(Options(), out=tmp_path))
 
 
-def test_the_command_ends_with_table_samples_and_curves(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_command_ends_with_table_samples_and_curves(small_start: Path, tmp_path: Path) -> None:
     """Two rates in a subprocess, as a user runs them: what is printed, and what is on disk."""
-    arguments = ["--weights", checkpoint, "--lr", "1e-5", "1e-2", "--steps", "4", "--batch", "2"]
+    arguments = ["--weights", small_start, "--lr", "1e-5", "1e-2", "--steps", "4", "--batch", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "train.xfactor", *arguments, "--length", "8", "--out", tmp_path],
         cwd=ROOT,

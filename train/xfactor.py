@@ -240,6 +240,9 @@ def describe(options: Options, goal: str, target: TwoLevelTarget, processes: Pro
             "of memory in gpt2-medium; --model tiny takes a minute."
         )
     return "\n".join(lines)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: {reason} Try a smaller --batch, --dtype bfloat16 or --model gpt2")
 
 
 def loss_path(loss: str, device: torch.device) -> str:
