@@ -8,13 +8,17 @@ import json
 import multiprocessing
 import os
 import sys
+import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 import train.evaluate
 from train.xfactor import main
+from weights import load_weights
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train.xfactor", "torch._dynamo"])  # seconds; from the root
@@ -41,9 +45,48 @@ def run(arguments: list[str], log: Path, function=None) -> tuple[int, str]:
 
 def command(arguments: list[str]) -> None:
     """`python -m train.xfactor` with these arguments, but for the length of evaluations."""
-    train.evaluate.NEW_TOKENS, train.evaluate.SAMPLES = 2, 1
-    sys.argv = ["train.xfactor", *arguments]
-    main()
+    with (
+        patch.multiple(train.evaluate, NEW_TOKENS=2, SAMPLES=1),
+        patch.object(sys, "argv", ["train.xfactor", *arguments]),
+    ):
+        main()
+
+
+def wait_until(condition: Callable[[], bool], is_alive: Callable[[], bool]) -> None:
+    """Return once the condition holds; it must come to hold while the process lives."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert is_alive(), "the process has ended before"
+        assert time.monotonic() < deadline, f"not within {LIMIT} s"
+        time.sleep(0.01)
+
+
+def has_step(folder: Path) -> bool:
+    """Whether a run has written a step down."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.exists() and b'"loss"' in metrics.read_bytes()
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Losses, samples and weights, bit for bit, and no file that the other has not."""
+    assert logged(folder) == logged(whole)
+    assert (folder / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    expected = load_weights(whole)
+    for name, p in load_weights(folder).items():
+        assert torch.equal(p, expected[name]), name
+    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+def cut(path: Path) -> None:
+    """Leave the first half of a file."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    """Turn one bit of a file around."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

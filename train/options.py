@@ -178,6 +178,7 @@ def run_configs(
         "goal": goal,
         "members": target.size,
         "member_ids": target.index.tolist(),
+        "inputs_sha256": None if text is None else sha256(text.numpy().tobytes()).hexdigest(),
         "alpha": target.alpha,
         "beta": target.beta,
         "versions": versions,
@@ -189,4 +190,3 @@ def run_configs(
         f"lr-{lr}": layout | {"xfactor": {"options": given | {"lr": lr}} | about}
         for lr in options.lr
     }
-        "inputs_sha256": None if text is None else sha256(text.numpy().tobytes()).hexdigest(),

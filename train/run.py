@@ -1,4 +1,4 @@
-"""A run on disk: one folder a learning rate, what is written there, and how it is stopped.
+"""A run on disk: one folder a learning rate, what is written there, and when it has diverged.
 
     config.json       the model's configuration, as transformers reads it; under "xfactor" the
                       options, the goal and its members, versions and device
@@ -11,21 +11,20 @@ when the run is resumed, and written anew.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from train.evaluate import Evaluation
+from train.evaluate import Evaluation, NotFiniteError
 from train.saves import LOGS, METRICS, SAMPLES, Training, read_save, sweep, write_save
 from weights.checkpoint import replacing
 
@@ -121,6 +120,7 @@ class Run:
         self.step = self.saved = 0  # updates done; those in the newest save
         self._pending: list[Tensor] = []  # (loss, mass) of steps not in metrics.jsonl yet
         self._latest = (math.nan, math.nan)
+        self.diverged: DivergedError | None = None  # set at the first value that is not finite
         self._log_sizes = dict.fromkeys(LOGS, 0)
         self._since = time.perf_counter()
 
@@ -155,22 +155,25 @@ class Run:
 
         The seconds of each are their mean, for in between nobody waited for the device.
 
-        Raises ValueError at a loss that is not finite; the steps before it are kept.
+        At a loss that is not finite, `diverged` is set; the steps before it are kept.
         """
         if self._pending:
             results = torch.stack(self._pending).tolist()
             self._pending.clear()
             seconds = (time.perf_counter() - self._since) / len(results)
-            lines: list[dict[str, float]] = []
-            for step, (loss, mass) in enumerate(results, self.step - len(results) + 1):
-                if not math.isfinite(loss):
-                    self._append(METRICS, lines)
-                    raise ValueError(
-                        f"the loss became {loss} at step {step}; {self._kept()}. "
-                        "Try a smaller --lr, with another --out"
-                    )
-                lines.append({"step": step, "loss": loss, "mass": mass, "seconds": seconds})
-            self._append(METRICS, lines)
+            first = self.step - len(results) + 1
+            finite = list(itertools.takewhile(lambda result: math.isfinite(result[0]), results))
+            self._append(
+                METRICS,
+                [
+                    {"step": step, "loss": loss, "mass": mass, "seconds": seconds}
+                    for step, (loss, mass) in enumerate(finite, first)
+                ],
+            )
+            if len(finite) < len(results):
+                step, (loss, _) = first + len(finite), results[len(finite)]
+                self._diverge(f"the loss became {loss} at step {step}", step - 1)
+            loss, mass = results[-1]
             self._latest = (loss, mass)
         self._since = time.perf_counter()
         return self._latest
@@ -180,10 +183,17 @@ class Run:
         return self.step == last or (every > 0 and self.step % every == 0)
 
     def evaluate(self, measure: Callable[[], Evaluation]) -> None:
-        """Measure the model after `step` updates; in the first process, which writes it down."""
+        """Measure the model after `step` updates; in the first process, which writes it down.
+
+        At logits that are not finite, `diverged` is set.
+        """
         self.flush()
-        if self.writes:
-            evaluation = measure()
+        if self.writes and self.diverged is None:
+            try:
+                evaluation = measure()
+            except NotFiniteError as error:
+                self._diverge(f"{error} after step {self.step}", self.step)
+                return
             samples = evaluation.samples
             lines = [{"step": self.step, "prompt": prompt, "ids": ids} for prompt, ids in samples]
             self._append(SAMPLES, lines)
@@ -191,9 +201,12 @@ class Run:
         self._since = time.perf_counter()
 
     def save(self, training: Training) -> None:
-        """Make this step the one to go on from; see `write_save`. Nothing if it is already."""
+        """Make this step the one to go on from; see `write_save`.
+
+        Nothing if it is already, or if the run has diverged.
+        """
         self.flush()
-        if self.writes and self.step > self.saved:
+        if self.writes and self.step > self.saved and self.diverged is None:
             try:
                 write_save(self.folder, self.step, training, self.saved, self._config)
             except ValueError as error:
@@ -211,31 +224,17 @@ class Run:
                 f"cannot write {self.folder / log}: {error}; {self._kept()}"
             ) from error
 
+    def _diverge(self, what: str, finite_steps: int) -> None:
+        advice = "Try a smaller --lr, with another --out"
+        self.diverged = DivergedError(f"{what}; {self._kept()}. {advice}", finite_steps)
+
     def _kept(self) -> str:
         return f"step {self.saved} is the last one saved" if self.saved else "no step was saved yet"
 
 
-class Stopped(Exception):  # noqa: N818 - an end, not an error
-    """A signal was obeyed: the step was finished and saved."""
+class DivergedError(ValueError):
+    """The loss or the logits are no longer finite; so many steps were."""
 
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, saved")
-        self.signal = number
-
-
-class StopSignals:
-    """Within this context, SIGINT and SIGTERM ask for a stop; the second one stops at once."""
-
-    received: int | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, self._before[signal.Signals(number)])
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __init__(self, message: str, finite_steps: int) -> None:
+        super().__init__(message)
+        self.finite_steps = finite_steps

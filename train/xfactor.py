@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
 from kernels.reference import kl_div
 from model import GPT2, GPT2Config
 from model.gpt2 import HEAD_WIDTH
 from model.tokenizer import load_tokenizer
+from train.console import advance, describe, progress_bar
 from train.evaluate import Evaluation, evaluate
 from train.inputs import Inputs, read_text
 from train.machine import forward_context, prepare
@@ -35,8 +35,9 @@ from train.objective import choose_members, make_target, mass_on_members
 from train.options import Options, check, layout_of_start, parse_options, run_configs
 from train.parallel import Processes
 from train.report import print_report, write_report
-from train.run import Run, Stopped, StopSignals, create, reopen
+from train.run import DivergedError, Run, create, reopen
 from train.saves import Training
+from train.signals import Stopped, StopSignals
 from weights import load_weights
 
 Loss = Callable[[Tensor, Tensor, TwoLevelTarget], tuple[Tensor, Tensor]]
@@ -141,8 +142,10 @@ class Experiment:
     def fine_tune(self, run: Run, config: dict[str, Any]) -> None:
         """One run, from its newest save on: the steps, and what is kept of them.
 
-        Raises ValueError where the folder cannot be read or written or the loss is not finite, and
-        Stopped once a signal's step is saved.
+        Raises:
+            ValueError: the folder cannot be read or written.
+            DivergedError: the loss or the logits are not finite.
+            Stopped: a signal came; its step is saved.
         """
         options, processes = self.options, self.processes
         lr = config["xfactor"]["options"]["lr"]
@@ -168,35 +171,52 @@ class Experiment:
             processes.print(f"{run.folder} goes on after step {run.step}")
         else:
             run.evaluate(lambda: self.before)
-        with StopSignals() as signals, progress_bar(lr, run, options) as bar:
+        with StopSignals() as signals, progress_bar(run, lr, options) as bar:
             while run.step < options.steps:
                 run.add(*processes.mean(*next(steps)))
-                if bar.update():  # True where it was redrawn: only then wait for the device
-                    show(bar, run.flush(), options.batch * options.length)
-                stopped = processes.any(signals.received is not None)
+                advance(bar, run, options.batch * options.length)
                 if run.is_due(options.eval_every, options.steps):
                     run.evaluate(lambda: self.measure(model))
+                stopped = processes.any(signals.received is not None)
                 if stopped or run.is_due(options.save_every, options.steps):
                     run.save(training)
+                # All learn it only now, once the save is whole: the end of one process is the end
+                # of all under torchrun.
+                if processes.any(run.diverged is not None):
+                    raise run.diverged or DivergedError("in the first process", run.step)
                 if stopped:
                     raise Stopped(signals.received or signal.SIGTERM, run.step)
 
 
 def experiment(options: Options) -> None:
-    """A run for each learning rate from the same start, each in its folder; then the report."""
+    """A run for each learning rate from the same start, each in its folder; then the report.
+
+    A rate that diverges ends its own run only; the command then ends, after the report, in a
+    ValueError that names it.
+    """
     with Processes() as processes:
         shared = Experiment(options, processes)
         processes.wait()  # until all have accepted the options
         if processes.is_first:
             (reopen if options.resume else create)(options.out, shared.configs)
         processes.wait()
-        folders = [options.out / name for name in shared.configs]
-        for folder, config in zip(folders, shared.configs.values(), strict=True):
-            shared.fine_tune(Run(folder, writes=processes.is_first), config)
+        diverged = {}
+        for name, config in shared.configs.items():
+            try:
+                shared.fine_tune(Run(options.out / name, writes=processes.is_first), config)
+            except DivergedError as error:
+                if not error.finite_steps:  # nor would any other rate do one
+                    raise
+                diverged[name] = error
+                processes.print(f"{name} ends here: {error}")
         if processes.is_first:
+            folders = [options.out / name for name in shared.configs]
             print_report(folders)
             for path in write_report(folders, options.out):
                 print(f"wrote {path}")
+        processes.wait()
+        if diverged:
+            raise ValueError("; ".join(f"{name}: {error}" for name, error in diverged.items()))
 
 
 def starting_model(options: Options) -> GPT2:
@@ -209,49 +229,6 @@ def starting_model(options: Options) -> GPT2:
     return GPT2(GPT2Config(**asdict(sizes), n_head=sizes.n_embd // HEAD_WIDTH))
 
 
-def progress_bar(lr: float, run: Run, options: Options) -> tqdm:
-    """Of the steps; in the first process only."""
-    total, label = options.steps, f"lr {lr:g}"
-    return tqdm(total=total, initial=run.step, desc=label, unit="step", disable=not run.writes)
-
-
-def show(bar: tqdm, latest: tuple[float, float], tokens: int) -> None:
-    """Write loss and mass beside the bar, and the speed where a step takes so many tokens."""
-    loss, mass = latest
-    rate = (bar.n - bar.initial) / bar.format_dict["elapsed"]
-    shown = f"loss {loss:.4f}, mass {mass:.4f}, {rate * tokens:,.0f} tokens/s"
-    bar.set_postfix_str(shown, refresh=False)
-
-
-def describe(options: Options, goal: str, target: TwoLevelTarget, processes: Processes) -> str:
-    """What runs, and where, in the words that a user needs before waiting for it."""
-    device, where = processes.device, processes.device_name
-    if processes.count > 1:
-        where += f" in {processes.count} processes"
-    lines = [
-        f"{options.weights or options.model} in {options.dtype}"
-        f"{', compiled,' if options.compile else ''} on {where}, "
-        f"loss: {options.loss} ({loss_path(options.loss, device)})",
-        f"{target.size} of {target.vocab_size} tokens are the goal: {goal}",
-    ]
-    if device.type == "cpu" and options.model != "tiny" and options.weights is None:
-        lines.append(
-            "No CUDA device was found. On a CPU the larger models take seconds a step, and 7 GiB "
-            "of memory in gpt2-medium; --model tiny takes a minute."
-        )
-    return "\n".join(lines)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        sys.exit(f"error: {reason} Try a smaller --batch, --dtype bfloat16 or --model gpt2")
-
-
-def loss_path(loss: str, device: torch.device) -> str:
-    """Which implementation a choice of --loss runs on a device."""
-    if loss == "unfused":
-        return "F.log_softmax, F.kl_div"
-    return "Triton kernels" if device.type == "cuda" else "PyTorch path"
-
-
 def main() -> None:
     """The command line: a bad option or weight file ends in one line, a signal in how to go on."""
     try:
@@ -261,6 +238,9 @@ def main() -> None:
     except Stopped as stopped:
         print(f"{stopped}; go on with --resume {options.out}", file=sys.stderr)
         sys.exit(128 + stopped.signal)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: {reason} Try a smaller --batch, --dtype bfloat16 or --model gpt2")
     except KeyboardInterrupt:  # outside of the steps, where there is nothing to save
         print("interrupted; go on with --resume and the folder of --out", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
