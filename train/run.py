@@ -10,6 +10,7 @@ and the files of the newest save, which `train.saves` describes. What the logs h
 when the run is resumed, and written anew.
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -17,7 +18,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,22 @@ def reopen(out: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
                 "from what its options give today. Nothing has been changed: put back what it was "
                 "begun with, or start anew with another --out"
             )
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Keep a folder of runs from a second command; ValueError while another one has it.
+
+    The lock is the operating system's and ends with the process, however that ends.
+    """
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"{out}: another command is at work there; wait until it ends") from error
+    finally:
+        os.close(folder)
 
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:

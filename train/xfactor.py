@@ -13,6 +13,7 @@ large one collapses it: the table at the end says which, in numbers.
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ from train.objective import choose_members, make_target, mass_on_members
 from train.options import Options, check, layout_of_start, parse_options, run_configs
 from train.parallel import Processes
 from train.report import print_report, write_report
-from train.run import DivergedError, Run, create, reopen
+from train.run import DivergedError, Run, create, lock, reopen
 from train.saves import Training
 from train.signals import Stopped, StopSignals
 from weights import load_weights
@@ -194,11 +195,12 @@ def experiment(options: Options) -> None:
     A rate that diverges ends its own run only; the command then ends, after the report, in a
     ValueError that names it.
     """
-    with Processes() as processes:
+    with Processes() as processes, ExitStack() as stack:
         shared = Experiment(options, processes)
         processes.wait()  # until all have accepted the options
         if processes.is_first:
             (reopen if options.resume else create)(options.out, shared.configs)
+            stack.enter_context(lock(options.out))
         processes.wait()
         diverged = {}
         for name, config in shared.configs.items():
