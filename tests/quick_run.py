@@ -106,6 +106,7 @@ def _run(function, arguments: list[str], log: Path) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit is the CPU's
     torch.set_num_threads(1)
     function(arguments)
 

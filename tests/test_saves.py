@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train.saves as train_saves
 from kernels import TwoLevelTarget
 from model import GPT2, GPT2Config
 from tests import quick_run
@@ -21,7 +22,7 @@ from tests.quick_run import contents, cut, flip, logged
 from train.evaluate import Evaluation
 from train.inputs import Inputs
 from train.run import Run, create, digest
-from train.saves import LOGS, Training, read_save, write_save
+from train.saves import LOGS, Training, read_save, sweep, write_save
 from train.xfactor import LOSSES, training_steps
 from weights.checkpoint import replacing
 
@@ -79,6 +80,18 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path) -> None
     assert logged(resumed.folder) == logged(whole.folder)
     for name, p in training.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], p), name
+
+
+def rename_all_but(path: Path):
+    """os.replace, which fails onto one path."""
+    replace = os.replace
+
+    def rename(source, target) -> None:
+        if target == path:
+            raise OSError("no such luck")
+        replace(source, target)
+
+    return rename
 
 
 def kill_at_every_line(arguments: list[str]) -> None:
@@ -139,6 +152,34 @@ def test_a_kill_at_any_line_of_a_save_leaves_the_save_before_or_this_one(
     assert len(outcomes) > 40
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {until - 2, until}
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_kill_while_the_rest_of_a_first_save_is_removed(at: int, tmp_path, monkeypatch) -> None:
+    """The save ended before its last rename; at each removal, the folder goes on from its start."""
+    create(tmp_path / "runs", {"a": CONFIG})
+    run, (training, inputs) = Run(tmp_path / "runs" / "a"), new_training()
+    train(run, training, inputs, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_saves.os, "replace", rename_all_but(run.folder / train_saves.MODEL))
+        with pytest.raises(ValueError, match="cannot save step 2"):
+            run.save(training)
+    left = iter(range(100))
+
+    def dying(remove):
+        def removed(*args, **options):
+            if next(left) == at:
+                raise KeyboardInterrupt
+            remove(*args, **options)
+
+        return removed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying(Path.unlink))
+        patch.setattr(train_saves.shutil, "rmtree", dying(shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            sweep(run.folder, 0)
+    assert read_save(run.folder, new_training()[0], digest(CONFIG))[0] == 0
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])

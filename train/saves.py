@@ -132,12 +132,15 @@ def read_save(folder: Path, training: Training, config: str) -> tuple[int, dict[
 
 
 def sweep(folder: Path, step: int) -> None:
-    """Remove what a kill left behind, and the files of every save but that of `step`."""
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
-    for pattern in ("optimizer-*.safetensors", "state-*.json", ".*.tmp", ".tmp*"):
+    """Remove what a kill left behind, and the files of every save but that of `step`.
+
+    The states go first: one without the weights that it names reads as a folder that was spoilt.
+    """
+    for pattern in ("state-*.json", "optimizer-*.safetensors", ".*.tmp", ".tmp*"):
         for path in folder.glob(pattern):
             if path.name not in _names(step):
                 path.unlink(missing_ok=True)
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
 def _newest_state(folder: Path) -> dict[str, Any] | None:
