@@ -136,9 +136,10 @@ class Experiment:
         """R and the perplexities of a model, and its samples."""
         seed, members = self.options.seed, self.target.members
         self.start.to(self.device)  # only meanwhile: a step needs the memory for itself
-        evaluation = evaluate(model, self.start, self.tokenizer, members, seed)
-        self.start.cpu()
-        return evaluation
+        try:
+            return evaluate(model, self.start, self.tokenizer, members, seed)
+        finally:
+            self.start.cpu()
 
     def fine_tune(self, run: Run, config: dict[str, Any]) -> None:
         """One run, from its newest save on: the steps, and what is kept of them.
