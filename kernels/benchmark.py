@@ -182,6 +182,7 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line: the table of each number of rows, then files and JSON where asked for."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.benchmark",
         description=__doc__,

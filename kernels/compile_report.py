@@ -45,6 +45,8 @@ KINDS = {"forward": ("beta=0", "beta>0", "dense"), "backward": ("two-level", "de
 
 @dataclass
 class Row:
+    """One compiled kernel: bytes of spills, shared memory and code, counts of its main loop."""
+
     gpu: str
     kernel: str
     dtype: str
@@ -180,6 +182,7 @@ def _row_offset_bits(ptx: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line: compile every kernel for every GPU and print the table."""
     argparse.ArgumentParser(
         prog="python -m kernels.compile_report",
         description=__doc__,

@@ -34,10 +34,12 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
+        """Whether this one prints, evaluates and writes."""
         return self.rank == 0
 
     @property
     def device_name(self) -> str:
+        """The GPU's name, or "CPU"."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def __enter__(self) -> "Processes":
