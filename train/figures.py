@@ -100,7 +100,7 @@ def draw(runs: Sequence[RunRecord], theme: Theme, kind: Literal["svg", "png"]) -
 def _loss(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
     lines = [Line(run.label, colour, range(len(run.losses)), run.losses) for run, colour in runs]
     axes.set_yscale("log", nonpositive="mask")
-    over_updates(axes, "KL to the target, nats", lines)
+    over_updates(axes, "KL to the target, nats", lines, "of each step, before its update")
 
 
 def _mass(axes: Axes, runs: list[tuple[RunRecord, str]]) -> None:
