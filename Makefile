@@ -9,7 +9,7 @@ help:  ## what there is to make
 
 demo: .venv/installed  ## the experiment at two learning rates on the embedded checkpoint
 	rm -rf runs/demo
-	$(BIN)/python -m train.xfactor --model tiny --lr 1e-5 1e-3 --steps 150 --eval-every 10 \
+	$(BIN)/python -m train.xfactor --model tiny --lr 1e-5 1e-3 --steps 150 --eval-every 15 \
 		--out runs/demo
 
 test: .venv/installed  ## the whole suite; without a GPU, Triton's interpreter stands in for it

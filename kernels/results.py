@@ -30,6 +30,7 @@ def timing(times: list[float]) -> str:
 
 def format_table(table: list[Row]) -> str:
     """The rows in aligned columns under a head."""
+
     def cell(value: float | None, form: str) -> str:
         return "not measured" if value is None else format(value, form)
 

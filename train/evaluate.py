@@ -16,8 +16,9 @@ from model.generate import generate
 from model.tokenizer import Tokenizer
 from train.objective import member_rate
 
-PROMPTS = ("Once upon a time", "In the morning the children", '"What is that?" said', "The")
-SAMPLES = 4  # continuations of each prompt, in one batch; the seed is the run's
+# Four tokens each, so that one batch continues them all: a step of it reads every weight once.
+PROMPTS = ("Once upon a time", "In the morning the", '"What is that', "The old woman said")
+SAMPLES = 4  # continuations of each prompt; the seed is the run's
 NEW_TOKENS = 64
 TOP_K = 50
 # Kenneth Grahame, The Wind in the Willows (1908), chapter 1: public domain, and in no corpus here.
@@ -69,24 +70,18 @@ def evaluate(
     passage_nats = nats_per_token(model, passage)
     if not passage_nats.isfinite():
         raise NotFiniteError("the logits became NaN or infinite")
-    generator = torch.Generator(device).manual_seed(seed)
-    r, nats, samples = [], [], []
-    for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt)] * SAMPLES, device=device)
-        T = ids.shape[1]
-        text, truncated = (
-            generate(model, ids, NEW_TOKENS, top_k=k, generator=generator) for k in (None, TOP_K)
-        )
-        r.append([member_rate(t[:, T:], members) for t in (text, truncated)])
-        nats.append(nats_per_token(start, text, given=T))
-        samples += [(prompt, ids) for ids in text[:, T:].tolist()]
-    untruncated, top_k = torch.tensor(r, device="cpu").mean(0).tolist()
+    prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
+    ids = torch.tensor([tokenizer.encode(prompt) for prompt in prompts], device=device)
+    T, generator = ids.shape[1], torch.Generator(device).manual_seed(seed)
+    text, truncated = (
+        generate(model, ids, NEW_TOKENS, top_k=k, generator=generator) for k in (None, TOP_K)
+    )
     return Evaluation(
-        r=untruncated,
-        r_top_k=top_k,
+        r=member_rate(text[:, T:], members),
+        r_top_k=member_rate(truncated[:, T:], members),
         passage_perplexity=passage_nats.double().exp().item(),
-        sample_perplexity=torch.stack(nats).mean().double().exp().item(),
-        samples=samples,
+        sample_perplexity=nats_per_token(start, text, given=T).double().exp().item(),
+        samples=list(zip(prompts, text[:, T:].tolist(), strict=True)),
     )
 
 
