@@ -108,10 +108,13 @@ def lock(out: Path) -> Iterator[None]:
     """
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{out}: another command is at work there; wait until it ends"
+            ) from error
         yield
-    except BlockingIOError as error:
-        raise ValueError(f"{out}: another command is at work there; wait until it ends") from error
     finally:
         os.close(folder)
 
