@@ -82,21 +82,27 @@ def test_a_signal_ends_the_run_after_a_saved_step(number, code, small_command, t
     assert_resumes_to_the_whole(out, command, tmp_path)
 
 
-def signalled(error: BaseException | None = None) -> None:
-    """Leave the context after SIGINT, by an error or none."""
-    with StopSignals() as signals:
-        signal.raise_signal(signal.SIGINT)
-        assert signals.received == signal.SIGINT
-        if error:
-            raise error
-
-
 def test_a_signal_that_no_step_obeyed_is_passed_on() -> None:
-    """One that comes after the last step's look at it, while its save is written."""
-    with pytest.raises(KeyboardInterrupt):
+    """One that comes after the last step's look at it, while its save is written; to whom it would
+    have gone before. One that was obeyed is not."""
+    passed_on: list[int] = []
+
+    def signalled(error: Exception | None = None) -> None:
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.received == signal.SIGTERM
+            if error:
+                raise error
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: passed_on.append(number))
+    try:
         signalled()
-    with pytest.raises(Stopped):
-        signalled(Stopped(signal.SIGINT, 1))
+        assert passed_on == [signal.SIGTERM]
+        with pytest.raises(Stopped):
+            signalled(Stopped(signal.SIGTERM, 1))
+        assert passed_on == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def command_on_a_full_disk(arguments: list[str]) -> None:
