@@ -15,6 +15,7 @@ from types import TracebackType
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before a group is made: see __exit__
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -69,6 +70,11 @@ class Processes:
     ) -> None:
         # After an error the others may sit in a collective operation that will never complete, and
         # leaving the group would wait for them. torchrun ends them once this process has ended.
+        #
+        # The group's threads must have ended before the interpreter does: one that lets go of a
+        # tensor then aborts the process. They end with the last reference to the group, and
+        # torch.distributed.nn.functional, if DistributedDataParallel is the first to import it,
+        # takes ten of them for good, as default arguments.
         if self.count > 1 and error is None:
             dist.destroy_process_group()
         if isinstance(error, RuntimeError) and "by peer" in str(error):
