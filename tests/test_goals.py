@@ -1,4 +1,5 @@
-"""What the goal's options choose: members, their name in the report, and the target's levels."""
+"""What the goal's options choose: members, their name in the report, the target's levels; and how
+much of them there is."""
 
 import re
 from pathlib import Path
@@ -7,7 +8,13 @@ import pytest
 import torch
 
 from model.tokenizer import load_tokenizer
-from train.objective import choose_members, find_members, make_target
+from train.objective import (
+    choose_members,
+    find_members,
+    make_target,
+    mass_on_members,
+    member_rate,
+)
 
 TOKENIZER = load_tokenizer()
 
@@ -115,3 +122,22 @@ def test_mass_and_levels_together_are_refused() -> None:
     """One of them would have to be ignored."""
     with pytest.raises(ValueError, match="leave --alpha and --beta out"):
         make_target(torch.arange(503) % 29 == 0, alpha=2.0, mass=0.5)
+
+
+def test_the_mass_is_the_softmax_summed_over_the_members() -> None:
+    """Against the definition in float64, over more rows than one chunk has."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1500, 3, 16, generator=generator)
+    weight = torch.randn(40, 16, generator=generator)
+    members = torch.arange(40) % 3 == 0
+    logits = hidden.double() @ weight.double().T
+    expected = logits.softmax(-1)[..., members].sum(-1).mean()
+    index, lse = members.nonzero().squeeze(1), logits.logsumexp(-1).float()
+    mass = mass_on_members(hidden, weight, index, lse)
+    assert mass.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_r_counts_members_among_tokens() -> None:
+    """Two of the six tokens are members."""
+    members = torch.tensor([False, True, False, True])
+    assert member_rate(torch.tensor([[0, 1, 2], [3, 0, 0]]), members) == pytest.approx(2 / 6)

@@ -8,8 +8,9 @@ import pytest
 
 from tests.run_folder import write_run
 from train.evaluate import Evaluation
+from train.folders import create
 from train.results import read_runs
-from train.run import Run, create
+from train.run import Run
 
 
 def test_runs_of_one_rate_are_told_apart_by_their_folders(tmp_path: Path) -> None:

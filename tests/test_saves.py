@@ -20,8 +20,9 @@ from model import GPT2, GPT2Config
 from tests import quick_run
 from tests.quick_run import contents, cut, flip, logged
 from train.evaluate import Evaluation
+from train.folders import create, digest
 from train.inputs import Inputs
-from train.run import Run, create, digest
+from train.run import Run
 from train.saves import LOGS, Training, read_save, sweep, write_save
 from train.xfactor import LOSSES, training_steps
 from weights.checkpoint import replacing

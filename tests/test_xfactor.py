@@ -16,7 +16,6 @@ from kernels import TwoLevelTarget
 from kernels.reference import kl_div
 from model import GPT2, GPT2Config
 from train.inputs import Inputs
-from train.objective import mass_on_members, member_rate
 from train.xfactor import LOSSES, Options, check, training_steps
 from weights import save_weights
 
@@ -151,25 +150,6 @@ def test_a_training_step_runs_on_the_meta_device(loss: str) -> None:
         assert value.is_meta
         assert value.shape == ()
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
-
-
-def test_the_mass_is_the_softmax_summed_over_the_members() -> None:
-    """Against the definition in float64, over more rows than one chunk has."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1500, 3, 16, generator=generator)
-    weight = torch.randn(40, 16, generator=generator)
-    members = torch.arange(40) % 3 == 0
-    logits = hidden.double() @ weight.double().T
-    expected = logits.softmax(-1)[..., members].sum(-1).mean()
-    index, lse = members.nonzero().squeeze(1), logits.logsumexp(-1).float()
-    mass = mass_on_members(hidden, weight, index, lse)
-    assert mass.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_r_counts_members_among_tokens() -> None:
-    """Two of the six tokens are members."""
-    members = torch.tensor([False, True, False, True])
-    assert member_rate(torch.tensor([[0, 1, 2], [3, 0, 0]]), members) == pytest.approx(2 / 6)
 
 
 def test_random_inputs_cover_the_vocabulary_and_windows_lie_in_the_text() -> None:

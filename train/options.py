@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels import TwoLevelTarget
 from model.tokenizer import load_tokenizer
 from train.evaluate import positions_needed
-from train.run import MAY_CHANGE, read_configs
+from train.folders import MAY_CHANGE, read_configs
 from weights import Layout, layout_of
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from train.run import CONFIG
+from train.folders import CONFIG
 from train.saves import METRICS, SAMPLES
 
 EXPECTED = (

@@ -30,13 +30,14 @@ from model.gpt2 import HEAD_WIDTH
 from model.tokenizer import load_tokenizer
 from train.console import advance, describe, progress_bar
 from train.evaluate import Evaluation, evaluate
+from train.folders import create, lock, reopen
 from train.inputs import Inputs, read_text
 from train.machine import forward_context, prepare
 from train.objective import choose_members, make_target, mass_on_members
 from train.options import Options, check, layout_of_start, parse_options, run_configs
 from train.parallel import Processes
 from train.report import print_report, write_report
-from train.run import DivergedError, Run, create, lock, reopen
+from train.run import DivergedError, Run
 from train.saves import Training
 from train.signals import Stopped, StopSignals
 from weights import load_weights
