@@ -45,7 +45,7 @@ def small_command(small_start: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def whole_run(small_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of that command's run."""
-    from tests import quick_run
+    from tests.train import quick_run
 
     folder = tmp_path_factory.mktemp("whole")
     code, output = quick_run.run([*small_command, "--out", str(folder / "run")], folder / "log")

@@ -1,0 +1,233 @@
+"""The fused losses at extreme values, and what must hold for all of them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+from tests.kernels.kl_cases import (
+    DEVICE,
+    FUSED,
+    PATHS,
+    TARGETS,
+    dense64,
+    make_target,
+    random_logits,
+    rows_and_gradient,
+    truth,
+    two_level,
+)
+
+INF = float("inf")
+# Longer than two of the kernel's tiles (4,096), and not a multiple of anything. The identity that
+# stands for the LM head must be small, and 0 * inf is NaN there: "linear" is left out of these.
+VOCAB = 9001
+
+
+def assert_exact(path, logits, target, atol=2e-6):
+    """Loss and gradient against float64, to float32's rounding."""
+    loss, gradient = rows_and_gradient(path, logits, target)
+    exact_loss, exact_gradient = truth(logits, target)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-6, atol=atol)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=atol)
+    return loss, gradient
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("path", FUSED)
+def test_saturated_and_level_logits_are_exact(path, kind):
+    """+-30 at random, all equal, and one of 3e4 on a member and beside the members."""
+    sign = torch.where(random_logits(1, VOCAB) > 0, 30.0, -30.0)
+    peaks = random_logits(2, VOCAB)
+    peaks[0, 3], peaks[1, 5] = 3e4, 3e4
+    logits = torch.cat([sign, torch.full_like(sign, -7.25), peaks])
+    assert_exact(path, logits, make_target(kind, logits.shape))
+
+
+@pytest.mark.parametrize("kind", ["members", "shared row", "row by row"])
+@pytest.mark.parametrize("path", FUSED)
+def test_minus_infinity_where_the_target_is_zero_costs_nothing(path, kind):
+    """At single columns, at the row's ends, and over a whole tile and more: against float64."""
+    logits = random_logits(3, VOCAB)
+    target = make_target(kind, logits.shape)
+    outside = (dense64(target) == 0).expand(logits.shape)
+    column = torch.arange(VOCAB, device=DEVICE)
+    logits[0, outside[0] & (column % 7 == 0)] = -INF
+    logits[1, outside[1] & ((column < 50) | (column > VOCAB - 50))] = -INF
+    logits[2, outside[2] & (column > 100)] = -INF
+    loss, gradient = assert_exact(path, logits, target)
+    assert loss.isfinite().all()
+    assert (gradient[logits == -INF] == 0).all()
+
+
+@pytest.mark.parametrize("path", FUSED)
+def test_a_whole_tile_of_minus_infinity_is_exact(path):
+    """Tiles without one finite logit, first, in between, last: the support lies in the rest."""
+    column = torch.arange(VOCAB, device=DEVICE)
+    for support in (column >= 8500, column < 300, (column < 50) | (column > 8950)):
+        logits = random_logits(1, VOCAB).masked_fill(~support, -INF)
+        target = TwoLevelTarget(support & (column % 3 == 0))
+        loss, _ = assert_exact(path, logits, target)
+        assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("path", ["reference", *FUSED])
+def test_minus_infinity_where_the_target_is_positive_gives_infinity(path, kind):
+    """The loss of that row; its gradient is finite, -P there, as in the rows beside it: float64."""
+    logits = random_logits(3, 1001)
+    logits[1, 300] = -INF  # a member, and positive in the dense targets
+    target = make_target(kind, logits.shape)
+    _, gradient = assert_exact(path, logits, target)
+    assert truth(logits, target)[0].isposinf().tolist() == [False, True, False]
+    assert gradient[1, 300] == -dense64(target).expand(logits.shape)[1, 300].float()
+
+
+def test_minus_infinity_where_the_target_is_zero_is_nan_in_the_reference():
+    """0 * -inf, as PyTorch's kl_div has it: in this case the reference is not the truth."""
+    logits = random_logits(2, 30)
+    logits[1, 1] = -INF  # column 1 is no member
+    loss, _ = rows_and_gradient("reference", logits, two_level(30))
+    assert loss.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("path", ["reference", *FUSED])
+def test_nan_and_infinity_stay_in_their_row(path, kind, bad):
+    """Loss and whole gradient row NaN, as in the reference; every other row exact."""
+    for column in (0, 2, 999, 1000):
+        logits = random_logits(3, 1001)
+        target = make_target(kind, logits.shape)
+        clean = rows_and_gradient(path, logits, target)
+        logits[1, column] = bad
+        loss, gradient = rows_and_gradient(path, logits, target)
+        assert loss[1].isnan()
+        assert gradient[1].isnan().all()
+        for got, expected in zip((loss, gradient), clean, strict=True):
+            assert torch.equal(got[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("offset", [0.0, -80.0])
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("path", [*FUSED, "linear"])
+def test_logits_that_give_the_target_have_no_loss_and_no_gradient(path, kind, offset):
+    """softmax(log P + c) is P: loss 0 within 1e-6, so never below -1e-6. GPT-2's c is about -80,
+    where one float32 rounding of a logit is 4e-6 and must not become one of the loss."""
+    vocab = 50257 if path != "linear" else 1001
+    target = make_target(kind, (1, vocab))
+    p = dense64(target).expand(1, vocab)
+    logits = p.log().clamp_min(-200.0).add(offset).float()
+    loss, gradient = rows_and_gradient(path, logits, target)
+    assert loss.abs().max() <= 1e-6
+    assert gradient.abs().max() <= 1e-5 * p.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("path", FUSED)
+def test_the_gradient_near_convergence_is_rounded_once(path, dtype):
+    """P is within 1e-4 of softmax, a 20th of their rounding in bfloat16: the difference has the
+    rounding of its own size, against float64. An upstream of 2^12 keeps it in float16's range."""
+    logits = random_logits(3, 1001, dtype=dtype)
+    q = logits.double().softmax(-1)
+    target = (q * (1 + 1e-4 * random_logits(3, 1001, seed=1, scale=1.0))).float()
+    upstream = torch.full((3,), 4096.0, device=DEVICE)
+    _, gradient = rows_and_gradient(path, logits, target, upstream)
+    exact = truth(logits, target)[1]
+    error = (gradient.double() / 4096 - exact).abs()
+    # The interpreter truncates, so one ulp, or the least subnormal; and float32's rounding of lse.
+    info = torch.finfo(dtype)
+    ulp = info.eps * exact.abs() + info.eps * info.smallest_normal / 4096
+    assert (error <= ulp + 2e-6 * q).all()
+
+
+@pytest.mark.parametrize("shape", [(1001,), (3, 1001)], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_the_gradient_of_an_unnormalised_target_uses_its_sum(path, shape):
+    """d/dz of sum P (log P - log q) is |P| q - P, |P| = sum P: against float64."""
+    target = torch.rand(shape, generator=torch.Generator().manual_seed(3)).to(DEVICE) / 400
+    assert_exact(path, random_logits(3, 1001), target)
+
+
+@pytest.mark.parametrize("path", FUSED)
+def test_a_dense_target_of_any_float_dtype_and_stride_is_read_right(path):
+    """bfloat16, float64, transposed, expanded, and a slice that starts off a 16-byte boundary."""
+    logits = random_logits(3, 1001)
+    p = make_target("row by row", (3, 1001))
+    column_major = p.t().contiguous().t()
+    views = [p.bfloat16(), p.double(), column_major, p[:1].expand(3, 1001)]
+    views.append(torch.cat([p, p], 1).view(-1)[1:].as_strided((3, 1001), (2002, 1), 1))
+    for view in views:
+        assert_exact(path, logits, view)
+
+
+def rows_of(width):
+    return st.lists(
+        st.lists(st.floats(-50, 50, width=32), min_size=width, max_size=width),
+        min_size=1,
+        max_size=3,
+    ).map(lambda rows: torch.tensor(rows, device=DEVICE))
+
+
+@st.composite
+def logits_and_target(draw):
+    """A few rows, and a two-level target with at least one member and one other token."""
+    vocab = draw(st.integers(2, 40))
+    members = draw(st.lists(st.booleans(), min_size=vocab, max_size=vocab))
+    members[0], members[-1] = True, False
+    alpha = draw(st.floats(0.1, 10))
+    beta = draw(st.sampled_from([0.0, alpha / 3]))
+    target = TwoLevelTarget(torch.tensor(members, device=DEVICE), alpha, beta)
+    return draw(rows_of(vocab)), target
+
+
+# The interpreter takes 30 ms a row: it gets a few examples, the others a hundred.
+EXAMPLES = {"torch": 100, "linear": 100, "triton": 12}
+ROUNDING = 2e-5  # of numbers up to 100 in float32, a few dozen of them added
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_properties_hold_for_any_logits_and_target(path):
+    """KL >= 0; gradient rows sum to 0; adding a constant to a row, or writing the target out as
+    probabilities, changes nothing beyond rounding."""
+
+    @settings(max_examples=EXAMPLES[path], deadline=None)
+    @given(logits_and_target(), st.sampled_from([-32.0, 0.5, 64.0]))
+    def check(case, shift):
+        logits, target = case
+        loss, gradient = rows_and_gradient(path, logits, target)
+        assert (loss >= -1e-6 - ROUNDING).all()
+        assert gradient.sum(-1).abs().max() <= ROUNDING
+        for other in (
+            rows_and_gradient(path, logits + shift, target),
+            rows_and_gradient(path, logits, target.dense()),
+        ):
+            torch.testing.assert_close(loss, other[0], rtol=1e-5, atol=ROUNDING)
+            torch.testing.assert_close(gradient, other[1], rtol=1e-4, atol=ROUNDING)
+
+    check()
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 9), chunk=st.integers(1, 10), beta=st.sampled_from([0.0, 0.3]))
+def test_the_size_of_a_chunk_changes_nothing_beyond_rounding(rows, chunk, beta):
+    """Against all rows in one chunk: the loss, and both gradients."""
+    hidden = random_logits(rows, 16).requires_grad_()
+    weight = random_logits(53, 16, seed=1, scale=0.3).requires_grad_()
+    results = []
+    for size in (chunk, rows):
+        loss = fused_linear_kl_div(hidden, weight, two_level(53, 1.0, beta), chunk_rows=size)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("path", FUSED)
+def test_level_logits_have_the_loss_of_the_closed_form(path):
+    """KL(uniform on S || uniform on V) = log(V / |S|), for GPT-2's 984 tokens with an x."""
+    members = torch.arange(50257, device=DEVICE) < 984
+    loss = fused_kl_div(torch.zeros(1, 50257, device=DEVICE), TwoLevelTarget(members), impl=path)
+    assert math.isclose(loss.item(), math.log(50257 / 984), rel_tol=1e-6)

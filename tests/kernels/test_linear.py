@@ -1,0 +1,170 @@
+"""fused_linear_kl_div against F.linear and the loss: exactness, dtypes, chunks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import fused_kl_div, fused_linear_kl_div
+from tests.kernels.kl_cases import (
+    DEVICE,
+    DTYPES,
+    FUSED,
+    HEAD_WIDTH,
+    TARGETS,
+    assert_as_exact,
+    hidden_and_head,
+    loss_and_gradients,
+    make_target,
+    random_logits,
+    truth,
+    two_level,
+    unfused_linear,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("path", FUSED)
+def test_loss_and_gradients_are_as_exact_as_the_unfused_ones(path, reduction, dtype):
+    """Against float64; F.linear and the reference in the same dtype set the bound. A random
+    upstream gradient for each row, and chunks that do not divide the rows."""
+    shapes = [(7,), (2, 3)] if path == "triton" else [(7,), (2, 3), (1, 2, 5), (67,)]
+    for leading in shapes:
+        hidden, weight = hidden_and_head(*leading, dtype=dtype)
+        for kind in TARGETS if dtype == torch.float32 else TARGETS[:1]:
+            target = make_target(kind, (*leading, 211))
+            upstream = random_logits(*leading, seed=5) if reduction == "none" else None
+            args = target, reduction
+            got = loss_and_gradients(
+                fused_linear_kl_div,
+                hidden,
+                weight,
+                *args,
+                upstream=upstream,
+                chunk_rows=4,
+                impl=path,
+            )
+            same = loss_and_gradients(unfused_linear, hidden, weight, *args, upstream=upstream)
+            h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+            wide = target.double() if isinstance(target, torch.Tensor) else target
+            up = None if upstream is None else upstream.double()
+            exact = loss_and_gradients(unfused_linear, h, w, wide, reduction, upstream=up)
+            # The interpreter truncates dz, and chunks of four rows are rounded one by one.
+            slack = 2**-20 if dtype == torch.float32 else 1.5 * torch.finfo(dtype).eps
+            for mine, its, true in zip(got, same, exact, strict=True):
+                mine, its, true = (
+                    x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1) for x in (mine, its, true)
+                )
+                eps = slack * max(1e-3, true.norm(dim=-1).max().item())
+                assert_as_exact(mine, its, true, eps)
+
+
+@pytest.mark.parametrize("path", [*FUSED, "reference"])
+def test_the_lse_is_that_of_the_logits_and_carries_no_gradient(path):
+    """Against float64, in the shape of the leading dimensions, over chunks that do not divide."""
+    hidden, weight = hidden_and_head(2, 3)
+    options = {"chunk_rows": 4, "impl": path, "return_lse": True}
+    for reduction in ("batchmean", "none"):
+        loss, lse = fused_linear_kl_div(hidden, weight, two_level(211), reduction, **options)
+        exact = F.linear(hidden.detach().double(), weight.detach().double()).logsumexp(-1)
+        torch.testing.assert_close(lse.double(), exact, rtol=2**-20, atol=0)
+        assert loss.requires_grad
+        assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("path", FUSED)
+def test_the_loss_at_the_size_of_gpt2_is_that_of_the_unfused_one(path):
+    """Three rows, 50,257 tokens, two chunks: loss and both gradients."""
+    hidden, weight = hidden_and_head(3, vocab=50257)
+    target = two_level(50257)
+    got = loss_and_gradients(fused_linear_kl_div, hidden, weight, target, chunk_rows=2, impl=path)
+    expected = loss_and_gradients(unfused_linear, hidden, weight, target)
+    for mine, its in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, its, rtol=2e-5, atol=2e-8)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_autocast_keeps_float32_weights_and_their_gradient(reduction):
+    """bfloat16 products as F.linear's; the weight's gradient is float32 and adds to the
+    embedding's, as GPT-2's tied head needs; bounded by the unfused one's error to float64."""
+    ids = torch.arange(12, device=DEVICE) % 5
+    _, weight = hidden_and_head(1)
+    target = two_level(211)
+
+    def step(loss, dtype, autocast):
+        w = weight.detach().to(dtype).requires_grad_()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            value = loss(F.embedding(ids, w), w, target, reduction, chunk_rows=5)
+        value.sum().backward()
+        return value.detach().reshape(-1, 1), w.grad
+
+    got, same, exact = (
+        step(fused_linear_kl_div, torch.float32, True),
+        *(step(unfused_linear, *how) for how in ((torch.float32, True), (torch.float64, False))),
+    )
+    assert got[1].dtype == torch.float32
+    for mine, its, true in zip(got, same, exact, strict=True):
+        assert_as_exact(mine, its, true, 2**-9 * true.norm(dim=-1).max().item())
+
+
+def test_accumulation_over_chunks_is_in_float32_whatever_the_dtype():
+    """512 rows one by one in bfloat16: summed in bfloat16, the weight's gradient would be wrong by
+    several times the unfused one's error, which rounds once."""
+    hidden, weight = hidden_and_head(512, vocab=31, dtype=torch.bfloat16)
+    target = two_level(31)
+    _, _, got = loss_and_gradients(fused_linear_kl_div, hidden, weight, target, chunk_rows=1)
+    _, _, same = loss_and_gradients(unfused_linear, hidden, weight, target)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    _, _, exact = loss_and_gradients(unfused_linear, *wide, target)
+    assert (got.double() - exact).norm() <= 1.5 * (same.double() - exact).norm()
+
+
+def test_no_rows_give_the_unfused_result():
+    """A mean of nothing is NaN, a sum 0, and the gradients are zero."""
+    hidden, weight = hidden_and_head(2, 0)
+    target = two_level(211)
+    assert fused_linear_kl_div(hidden, weight, target).isnan()
+    loss, grad_hidden, grad_weight = loss_and_gradients(
+        fused_linear_kl_div, hidden, weight, target, "sum"
+    )
+    assert loss == 0
+    assert grad_hidden.shape == (2, 0, HEAD_WIDTH)
+    assert (grad_weight == 0).all()
+    assert fused_linear_kl_div(hidden, weight, target, "none").shape == (2, 0)
+
+
+def test_two_runs_agree_bitwise():
+    """Loss and both gradients, over chunks that do not divide the rows."""
+    hidden, weight = hidden_and_head(20)
+    first, second = (
+        loss_and_gradients(fused_linear_kl_div, hidden, weight, two_level(211), chunk_rows=6)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_identity_head_gives_the_fused_loss():
+    """hidden = logits and W = I: the two public losses agree to rounding."""
+    logits, target = random_logits(5, 40), two_level(40)
+    head = torch.eye(40, device=DEVICE)
+    loss = fused_linear_kl_div(logits, head, target, "none")
+    torch.testing.assert_close(loss, fused_kl_div(logits, target, "none"))
+    torch.testing.assert_close(loss.double(), truth(logits, target)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_bad_arguments_are_refused_by_name():
+    """Every message says what was got and what was expected."""
+    hidden, weight = hidden_and_head(3)
+    target = two_level(211)
+    refused = [
+        (ValueError, r"weight \(V, C\)", (hidden, weight.t(), target), {}),
+        (TypeError, "autocast", (hidden.bfloat16(), weight, target), {}),
+        (TypeError, "floating-point", (hidden.long(), weight, target), {}),
+        (ValueError, "is on", (hidden.to("meta"), weight, target), {}),
+        (ValueError, "chunk_rows", (hidden, weight, target), {"chunk_rows": 0}),
+        (ValueError, "vocabulary", (hidden, weight, two_level(210)), {}),
+        (ValueError, "must be one of", (hidden, weight, target, "mean"), {}),
+    ]
+    for error, message, arguments, options in refused:
+        with pytest.raises(error, match=message):
+            fused_linear_kl_div(*arguments, **options)

@@ -1,0 +1,109 @@
+"""fused_linear_kl_div as a citizen of PyTorch: upstream gradients, compile, export, opcheck."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from kernels import fused_linear_kl_div
+from kernels.fused_kl_div import launchers, pack
+from kernels.fused_linear_kl_div import linear_kl_div
+from tests.kernels.kl_cases import hidden_and_head, loss_and_gradients, two_level, unfused_linear
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "sum"])
+def test_any_upstream_gradient_scales_both_gradients_and_a_second_backward_agrees(reduction):
+    """-2.5, 0 and 1 times; the second backward recomputes what the first one gave away."""
+    hidden, weight = hidden_and_head(9)
+    target = two_level(211, 2.0, 1.0)
+    _, *unit = loss_and_gradients(unfused_linear, hidden, weight, target, reduction)
+    for factor in (-2.5, 0.0, 1.0):
+        loss = factor * fused_linear_kl_div(hidden, weight, target, reduction, chunk_rows=4)
+        first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        kept = [g.clone() for g in first]
+        second = torch.autograd.grad(loss, (hidden, weight))
+        for a, b, copy, one in zip(first, second, kept, unit, strict=True):
+            assert torch.equal(a, copy)
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, factor * one, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_come_only_where_they_are_asked_for(monkeypatch):
+    """Hidden states alone, the head alone; without either, no gradient of the logits is formed."""
+    hidden, weight = hidden_and_head(9)
+    target = two_level(211)
+    _, grad_hidden, grad_weight = loss_and_gradients(unfused_linear, hidden, weight, target)
+    loss = fused_linear_kl_div(hidden, weight.detach(), target)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], grad_hidden)
+    loss = fused_linear_kl_div(hidden.detach(), weight, target)
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], grad_weight)
+    packed = pack(target, torch.Size((9, 211)))
+    for needs in ((True, False), (False, True), (False, False)):
+        _, _, *grads = linear_kl_div(
+            hidden, weight, *packed, None, True, *needs, 4, hidden.dtype, "torch"
+        )
+        assert [g.numel() > 0 for g in grads] == list(needs)
+    monkeypatch.setattr(launchers("torch", hidden.device), "backward", None)
+    fused_linear_kl_div(hidden.detach(), weight.detach(), target, impl="torch")
+    with torch.no_grad():
+        assert not fused_linear_kl_div(hidden, weight, target, impl="torch").requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_derivatives_pass_gradcheck_and_second_ones_are_refused(reduction):
+    """In float64; a second derivative names the function that has one."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in hidden_and_head(2, 3, vocab=11))
+    target = two_level(11, 2.0, 1.0)
+
+    def loss(h, w):
+        return fused_linear_kl_div(h, w, target, reduction, chunk_rows=4)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+    with pytest.raises(RuntimeError, match="use fused_kl_div"):
+        torch.autograd.grad(loss(hidden, weight).sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_a_compiled_loss_is_one_graph_and_the_same(reduction):
+    """torch.compile(fullgraph=True) against eager, loss and both gradients."""
+    target = two_level(211)
+
+    def loss(hidden, weight):
+        return fused_linear_kl_div(hidden * 2, weight, target, reduction, chunk_rows=4).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for rows in (6, 9):
+        hidden, weight = hidden_and_head(rows)
+        for got, expected in zip(
+            loss_and_gradients(compiled, hidden, weight),
+            loss_and_gradients(loss, hidden, weight),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("flags", [(True, True, True), (False, True, False), (True, False, False)])
+def test_the_operator_passes_opcheck(flags):
+    """Schema, fake kernel, AOT dispatch with dynamic shapes; autograd stands above the operator."""
+    hidden, weight = (x.detach() for x in hidden_and_head(7, vocab=40))
+    packed = pack(two_level(40, 2.0, 1.0), torch.Size((7, 40)))
+    opcheck(linear_kl_div, (hidden, weight, *packed, None, *flags, 3, torch.float32, "torch"))
+
+
+def test_an_exported_loss_and_one_on_the_meta_device_run():
+    """torch.export with a dynamic batch, against eager; a step on meta has the right shapes."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, hidden, weight):
+            return fused_linear_kl_div(hidden, weight, target)
+
+    target = two_level(211)
+    hidden, weight = hidden_and_head(2, 5)
+    dynamic = ({0: torch.export.Dim("batch")}, None)
+    program = torch.export.export(Loss(), (hidden, weight), dynamic_shapes=dynamic)
+    other, _ = hidden_and_head(4, 5)
+    torch.testing.assert_close(
+        program.module()(other, weight), fused_linear_kl_div(other, weight, target)
+    )
+    hidden, weight = (x.detach().to("meta").requires_grad_() for x in (hidden, weight))
+    fused_linear_kl_div(hidden, weight, target).backward()
+    assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)

@@ -1,0 +1,87 @@
+"""TwoLevelTarget: what it normalises, what it refuses; and the reference against closed forms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import TwoLevelTarget
+from kernels.reference import kl_div
+from tests.kernels.kl_cases import DEVICE, random_logits, two_level
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (3.0, 1.0), (1e308, 1e-300), (5e-324, 0.0)])
+def test_levels_are_probabilities(weights):
+    """They sum to 1 and keep their ratio; no weight is too large or too small."""
+    target = two_level(1000, *weights)
+    dense = target.dense(torch.float64)
+    assert math.isclose(dense.sum().item(), 1.0, rel_tol=1e-12)
+    assert math.isclose(target.beta / target.alpha, weights[1] / weights[0], abs_tol=1e-300)
+    assert torch.equal(dense == target.alpha, target.members)
+    assert target.dense().dtype == torch.float32
+    assert torch.equal(target.index, target.members.nonzero().squeeze(1))
+    assert (target.size, target.vocab_size) == (334, 1000)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25])
+def test_the_negative_entropy_is_that_of_the_dense_form(beta):
+    """sum P log P in float64, with 0 log 0 = 0."""
+    target = two_level(50257, 1.0, beta)
+    dense = target.dense(torch.float64)
+    assert math.isclose(target.sum_p_log_p, torch.xlogy(dense, dense).sum().item(), rel_tol=1e-12)
+
+
+def test_a_target_on_another_device_is_made_once():
+    """Without members there to count: the meta device holds none."""
+    target = two_level(30, 2.0, 1.0)
+    there = target.to("meta")
+    assert there is target.to(torch.device("meta"))
+    assert there.members.is_meta
+    assert (there.size, there.alpha, there.sum_p_log_p) == (10, target.alpha, target.sum_p_log_p)
+    assert target.to(target.members.device) is target
+
+
+def test_what_cannot_be_a_target_is_refused():
+    """No member, no other token, weights out of order or range, members of the wrong kind."""
+    some = torch.arange(10) < 3
+    refused = [
+        (TypeError, "bool", (some.float(),)),
+        (TypeError, "bool", ([True, False],)),
+        (ValueError, "one-dimensional", (some[None],)),
+        (ValueError, "hold data", (some.to("meta"),)),
+        (ValueError, "got 0 of 10", (some & False,)),
+        (ValueError, "got 10 of 10", (some | True,)),
+        (ValueError, "alpha > beta", (some, 1.0, 1.0)),
+        (ValueError, "alpha > beta", (some, 1.0, 2.0)),
+        (ValueError, "alpha > beta", (some, 1.0, -0.1)),
+        (ValueError, "alpha > beta", (some, math.nan, 0.0)),
+        (ValueError, "alpha > beta", (some, math.inf, 0.0)),
+        (ValueError, "alpha > beta", (some, 0.0, 0.0)),
+    ]
+    for error, message, arguments in refused:
+        with pytest.raises(error, match=message):
+            TwoLevelTarget(*arguments)
+
+
+def test_the_reference_is_the_divergence_that_torch_distributions_computes():
+    """torch.distributions.kl_divergence of two categoricals, in float64."""
+    logits, target = random_logits(3, 5, 40).double(), two_level(40, 2.0, 1.0)
+    p = torch.distributions.Categorical(probs=target.dense(torch.float64))
+    expected = torch.distributions.kl_divergence(p, torch.distributions.Categorical(logits=logits))
+    torch.testing.assert_close(kl_div(logits, target, "none"), expected)
+
+
+def test_batchmean_is_the_mean_over_all_rows():
+    """The trap: F.kl_div on (B, T, V) divides by B alone, T times too much."""
+    logits, target = random_logits(2, 7, 40), two_level(40)
+    p = target.dense().expand(2, 7, 40)
+    trap = F.kl_div(F.log_softmax(logits, -1), p, reduction="batchmean")
+    torch.testing.assert_close(kl_div(logits, target), trap / 7)
+
+
+def test_mass_on_the_members_is_at_least_exp_of_minus_the_loss():
+    """-KL = mean over S of log q + log |S| <= log of the mass (Jensen), for every row."""
+    logits, target = random_logits(50, 300), two_level(300)
+    mass = logits.softmax(-1)[:, target.members.to(DEVICE)].sum(-1)
+    assert (mass >= torch.exp(-kl_div(logits, target, "none")) - 1e-6).all()

@@ -1,0 +1,187 @@
+"""What only the Triton kernels have: alignment, membership words, 64-bit rows, one variant."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from kernels import fused_kl_div, membership
+from tests.kernels.kl_cases import (
+    DEVICE,
+    INTERPRETED,
+    dense64,
+    in_buffer,
+    make_target,
+    random_logits,
+    truth,
+)
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+from triton.runtime.interpreter import TensorHandle  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+
+from kernels import triton_kl_div, triton_launch  # noqa: E402
+
+
+@pytest.mark.parametrize("kind", ["members and beta", "row by row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_head_and_tail_is_exact_and_nothing_else_is_touched(dtype, kind):
+    """Rows that start 0..7 elements past a boundary and have 0..2 vectors: against float64."""
+    for vocab in (3, 8, 17, 24):
+        values, target = random_logits(2, vocab, dtype=dtype), make_target(kind, (2, vocab))
+        expected_loss, expected_gradient = truth(values, target)
+        for offset in range(8):
+            logits, _ = in_buffer(values, vocab + 1, offset)
+            out, storage = in_buffer(torch.full_like(values, torch.nan), vocab + 1, offset)
+            loss, lse = triton_launch.forward(logits, target)
+            triton_launch.backward(logits, lse, target, torch.ones_like(loss), out)
+            assert torch.allclose(loss.double(), expected_loss, rtol=1e-6, atol=1e-6)
+            epsilon = torch.finfo(dtype).eps
+            assert torch.allclose(out.double(), expected_gradient, rtol=epsilon, atol=1e-6)
+            out.fill_(torch.nan)
+            assert storage.isnan().all()
+
+
+def test_a_gradient_out_of_step_with_the_logits_is_the_same():
+    """Another storage offset and stride than the logits': bitwise the gradient in step."""
+    logits, target = random_logits(3, 1001), make_target("members", (3, 1001))
+    loss, lse = triton_launch.forward(logits, target)
+    expected = torch.full_like(logits, torch.nan)
+    triton_launch.backward(logits, lse, target, torch.ones_like(loss), expected)
+    for stride, offset in ((1001, 1), (1002, 0), (1024, 3)):
+        out, storage = in_buffer(torch.full_like(logits, torch.nan), stride, offset)
+        triton_launch.backward(logits, lse, target, torch.ones_like(loss), out)
+        assert torch.equal(out, expected)
+        out.fill_(torch.nan)
+        assert storage.isnan().all()
+
+
+@pytest.mark.parametrize("vec", [4, 8])
+@pytest.mark.parametrize("vocab", [2, 7, 4096, 5000, 8195])
+def test_membership_words_hold_the_bit_of_every_column_in_a_vector(vocab, vec):
+    """Every column's bit looked up by the formula of the docstring, none set beside them."""
+    members = torch.rand(vocab, generator=torch.Generator().manual_seed(0)) < 0.5
+    table = membership.membership_words(members, vec).to(torch.int64)
+    words, counts = table[:, :, 0] & 0xFFFFFFFF, table[:, :, 1].to(torch.int32)
+    rounds = membership.SLOTS // vec
+    for head in range(vec):
+        column = torch.arange(max(0, vocab - head) // vec * vec)
+        vector, element = column // vec, column % vec
+        tile, lane = vector // membership.LANES // rounds, vector % membership.LANES
+        bit = vector // membership.LANES % rounds * vec + element
+        got = words[head, tile, lane] >> bit & 1
+        assert torch.equal(got.bool(), members[head + column])
+        set_bits = sum((words[head] >> i & 1) for i in range(membership.SLOTS))
+        assert set_bits.sum() == got.sum()
+        assert torch.equal(counts[head].view(torch.float32), set_bits.float())
+
+
+def test_membership_words_are_packed_once(monkeypatch):
+    """Two steps, forward and backward, through the public function."""
+    packed = []
+    pack = membership._pack
+    monkeypatch.setattr(membership, "_pack", lambda *a: packed.append(a) or pack(*a))
+    target = make_target("members", (2, 100))
+    for _ in range(2):
+        logits = random_logits(2, 100).requires_grad_()
+        fused_kl_div(logits, target, impl="triton").backward()
+    assert len(packed) == 1
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="8 GiB of address space, of which a GPU has none free")
+def test_rows_more_than_2_31_elements_apart_are_found():
+    """The pages between the two rows are never touched, so they take no memory."""
+    stride, vocab = 2**31 + 8, 100
+    logits = torch.empty(stride + vocab, dtype=torch.bfloat16).as_strided((2, vocab), (stride, 1))
+    logits.copy_(random_logits(2, vocab, dtype=torch.bfloat16))
+    target = make_target("members", (2, vocab))
+    loss, _ = triton_launch.forward(logits, target)
+    assert torch.allclose(loss.double(), truth(logits, target)[0], rtol=1e-6)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiled code holds the promise, not the address")
+def test_every_promised_alignment_is_kept(monkeypatch):
+    """The interpreter ignores tl.multiple_of, and a GPU would fault: here the addresses are
+    divided. Logits, gradients and dense P in step with each other and out of step."""
+    promises = set()
+
+    def keep(pointer, name, widths):
+        assert name == "tt.divisibility"
+        assert (pointer.data % widths[0] == 0).all()
+        promises.add(widths[0])
+
+    monkeypatch.setattr(TensorHandle, "set_attr", keep)
+    for dtype, vocab in itertools.product((torch.float32, torch.bfloat16), (40, 41)):
+        values, p = random_logits(3, vocab, dtype=dtype), make_target("row by row", (3, vocab))
+        for offset, out_offset in ((0, 0), (1, 1), (1, 0)):
+            logits, _ = in_buffer(values, vocab, offset)
+            out, _ = in_buffer(values, vocab, out_offset)
+            in_step = [in_buffer(x, vocab, offset)[0] for x in (p, p.bfloat16())]
+            for target in (make_target("members", (3, vocab)), p, p[0], p.bfloat16(), *in_step):
+                loss, lse = triton_launch.forward(logits, target)
+                triton_launch.backward(logits, lse, target, torch.ones_like(loss), out)
+    assert promises == {2, 4, 8, 16}
+
+
+def test_the_lse_is_rounded_once():
+    """Level rows near -80, picked by hand: the float32 nearest to z + log V, in float64. A sum
+    M + log2 t in float32 is rounded at 115 and puts each of these one float32 beside it."""
+    steps = torch.tensor([5.0, 39.0, 9549.0], device=DEVICE)
+    logits = (-80 - steps * 2**-17)[:, None].expand(3, 7)
+    _, lse = triton_launch.forward(logits.contiguous(), make_target("members", (3, 7)))
+    assert torch.equal(lse, logits[:, 0].double().add(math.log(7)).float())
+
+
+def test_the_gradient_adds_no_error_of_the_size_of_lse():
+    """Near -80 against float64, from the same lse: z - lse first, which is exact, so what is left
+    is its own rounding in the exponent. In the other order c lse, near 115, is rounded by 4e-6."""
+    logits = random_logits(8, 1001) - 80
+    target = make_target("members", (8, 1001))
+    loss, lse = triton_launch.forward(logits, target)
+    out = torch.empty_like(logits)
+    triton_launch.backward(logits, lse, target, torch.ones_like(loss), out)
+    log_q = logits.double() - lse.double()[:, None]
+    error = (out.double() - (log_q.exp() - dense64(target))).abs()
+    assert (error <= 2**-22 * (1 - log_q) * log_q.exp() + 2**-23 * dense64(target)).all()
+
+
+class Recorder:
+    """Stands where a kernel stands: keeps what Triton would key its compiled variants on."""
+
+    def __init__(self, kernel):
+        if not isinstance(kernel, JITFunction):
+            kernel = JITFunction(kernel.fn, **kernel.kwargs)
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        self.keys = set()
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.keys.add(str(self.bind(*args, **kwargs)[1:]))
+
+
+def test_one_variant_serves_all_rows_strides_and_vocabularies(monkeypatch):
+    """Five N, among them 1 and 16, on which Triton specialises by default; four layouts."""
+    recorders = []
+    for name in ("forward_kernel", "backward_kernel"):
+        recorders.append(Recorder(getattr(triton_kl_div, name)))
+        monkeypatch.setattr(triton_kl_div, name, recorders[-1])
+    for rows in (1, 2, 16, 17, 1000):
+        for vocab, stride, offset in ((16, 16, 0), (17, 17, 0), (17, 64, 0), (17, 18, 1)):
+            logits, _ = in_buffer(torch.zeros(rows, vocab, device=DEVICE), stride, offset)
+            target = make_target("members", (rows, vocab))
+            loss, lse = triton_launch.forward(logits, target)
+            triton_launch.backward(logits, lse, target, loss[:1].expand(rows), logits)
+    assert [len(recorder.keys) for recorder in recorders] == [1, 1]
+
+
+def test_a_dense_target_sums_to_what_it_sums_to():
+    """The loss of an unnormalised P near logits of -80: |P| lse - sum P z, against float64."""
+    logits = random_logits(2, 5000) - 80
+    target = 3 * make_target("shared row", (2, 5000))
+    loss, _ = triton_launch.forward(logits, target)
+    assert dense64(target).sum() > 2.9
+    assert torch.allclose(loss.double(), truth(logits, target)[0], rtol=1e-6)

@@ -1,0 +1,250 @@
+"""The architecture against transformers' GPT-2, and against the formulas of the paper."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPT2LMHeadModel
+
+from model import GPT2, GPT2Config
+from tests.model.oracle import official_names, oracle, shake
+from tests.weights.official_file import SMALL as SMALL_FILE
+from tests.weights.official_file import write_official
+from weights import layout_of, load_weights
+
+# Head counts, depths, contexts and widths that differ from each other and from gpt2-medium's, where
+# n_positions = n_embd would hide swapped dimensions.
+CONFIGS = [
+    GPT2Config(vocab_size=131, n_positions=48, n_embd=64, n_layer=1, n_head=1),
+    GPT2Config(vocab_size=509, n_positions=80, n_embd=192, n_layer=3, n_head=3),
+    GPT2Config(vocab_size=1000, n_positions=33, n_embd=320, n_layer=5, n_head=5),
+]
+SMALL = CONFIGS[1]
+
+
+def small_model(seed: int = 0, config: GPT2Config = SMALL) -> GPT2:
+    model = GPT2(config)
+    shake(model, seed)
+    return model.eval()
+
+
+def random_tokens(config: GPT2Config, B: int, T: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (B, T), generator=generator)
+
+
+def mean_kl(logits: torch.Tensor) -> torch.Tensor:
+    """KL to the uniform distribution over the first tenth of the vocabulary, mean over rows."""
+    log_q = F.log_softmax(logits.flatten(0, 1), dim=-1)
+    size = log_q.shape[1] // 10
+    return -math.log(size) - log_q[:, :size].mean(1).mean()
+
+
+def assert_equals_transformers(config: GPT2Config, B: int, T: int) -> None:
+    hf = oracle(config)
+    model = GPT2.from_state_dict(official_names(hf))
+    tokens = random_tokens(config, B, T)
+    ours, theirs = model(tokens), hf(tokens).logits
+    assert theirs.std() > 0.5, "the oracle's logits are too flat to tell anything"
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    mean_kl(ours).backward()
+    mean_kl(theirs).backward()
+    expected = dict(hf.transformer.named_parameters())
+    for name, p in model.named_parameters():
+        error = (p.grad - expected[name].grad).norm() / expected[name].grad.norm()
+        assert error < 1e-4, f"gradient of {name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.n_layer}x{c.n_embd}")
+def test_logits_and_every_gradient_equal_those_of_transformers(config: GPT2Config) -> None:
+    """Logits to 1e-4, the gradient of every parameter to 1e-4 relative, in float32."""
+    assert_equals_transformers(config, B=2, T=config.n_positions)
+
+
+def test_gpt2_medium_equals_transformers_at_full_size() -> None:
+    """The same at the 354,823,168 parameters of gpt2-medium, over 2 x 8 tokens."""
+    assert_equals_transformers(GPT2Config(), B=2, T=8)
+
+
+def test_a_file_laid_out_as_the_official_one_gives_the_same_logits_in_both(tmp_path: Path) -> None:
+    """Masks in it, no prefix, tensors 2 bytes off a float's boundary, into both from the disk."""
+    write_official(tmp_path / "model.safetensors", **SMALL_FILE)
+    layout = layout_of(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(layout.config()))
+    hf = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    model = GPT2.from_state_dict(load_weights(tmp_path))
+    tokens = random_tokens(model.config, B=2, T=layout.n_positions)
+    torch.testing.assert_close(model(tokens), hf(tokens).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_gpt2_medium_has_its_354_823_168_parameters() -> None:
+    """The count known of gpt2-medium, the head counted once; 12,596,224 of them in each block."""
+    with torch.device("meta"):
+        model = GPT2(GPT2Config())
+    assert sum(p.numel() for p in model.parameters()) == 354_823_168
+    assert sum(p.numel() for p in model.h[0].parameters()) == 12_596_224
+
+
+def test_attention_is_the_written_out_formula() -> None:
+    """softmax(q k^T / sqrt(d) + mask) v in each head, against scaled_dot_product_attention."""
+    attention = small_model().h[0].attn
+    with torch.no_grad():
+        attention.c_attn.weight.mul_(3)  # sharp enough that the scale and the mask matter
+        x = torch.randn(2, 17, SMALL.n_embd, generator=torch.Generator().manual_seed(0))
+        q, k, v = (x @ attention.c_attn.weight + attention.c_attn.bias).split(SMALL.n_embd, dim=2)
+        heads = []
+        for head in range(SMALL.n_head):
+            columns = slice(64 * head, 64 * head + 64)
+            scores = q[..., columns] @ k[..., columns].transpose(1, 2) / math.sqrt(64)
+            mask = torch.full((17, 17), -math.inf).triu(1)
+            heads.append((scores + mask).softmax(dim=2) @ v[..., columns])
+        expected = torch.cat(heads, 2) @ attention.c_proj.weight + attention.c_proj.bias
+        torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_token_changes_no_logits_before_it() -> None:
+    """Causality: bitwise equal before the changed position, different at it and after."""
+    model, tokens = small_model(), random_tokens(SMALL, 1, 40)
+    other = tokens.clone()
+    other[0, 25] = (other[0, 25] + 1) % SMALL.vocab_size
+    before, after = model(tokens)[0], model(other)[0]
+    assert torch.equal(before[:25], after[:25])
+    assert ((before[25:] - after[25:]).abs().amax(dim=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("pieces", [[40], [1] * 40, [7, 1, 20, 12]], ids=["whole", "ones", "mixed"])
+def test_logits_with_a_cache_equal_those_without(pieces: list[int]) -> None:
+    """Tokens fed in pieces, each on top of the cached ones, against all at once."""
+    model, tokens = small_model(), random_tokens(SMALL, 3, 40)
+    cache = model.new_cache(40)
+    with torch.no_grad():
+        logits = torch.cat([model(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
+        torch.testing.assert_close(logits, model(tokens), atol=2e-5, rtol=1e-5)
+
+
+def test_the_head_is_the_embedding_and_its_gradient_has_both_uses() -> None:
+    """grad wte = (as the embedding) + (as the head), each alone by detaching the other."""
+    model, tokens = small_model(), random_tokens(SMALL, 2, 9)
+    hidden = model.hidden_states(tokens)
+    torch.testing.assert_close(model(tokens), hidden @ model.wte.weight.T)
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, model.wte.weight)[0]
+
+    both = gradient(mean_kl(model(tokens)))
+    as_head = gradient(mean_kl(F.linear(model.hidden_states(tokens).detach(), model.wte.weight)))
+    as_embedding = gradient(mean_kl(hidden @ model.wte.weight.T.detach()))
+    assert as_head.norm() > 0.01 * both.norm()
+    assert as_embedding.norm() > 0.01 * both.norm()
+    torch.testing.assert_close(both, as_head + as_embedding, atol=1e-7, rtol=1e-4)
+
+
+def test_without_dropout_training_mode_is_deterministic_and_with_it_is_not() -> None:
+    """The defaults are off; each of the three probabilities alone makes two passes differ."""
+    tokens = random_tokens(SMALL, 2, 20)
+    model = small_model().train()
+    assert torch.equal(model(tokens), model(tokens))
+    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        dropped = small_model(config=GPT2Config(**{**vars(SMALL), name: 0.5}))
+        assert torch.equal(dropped(tokens), model(tokens)), f"{name} acts in evaluation"
+        dropped.train()
+        assert not torch.equal(dropped(tokens), dropped(tokens)), f"{name} does nothing"
+
+
+def test_initial_weights_have_the_spread_of_gpt2() -> None:
+    """N(0, 0.02), c_proj / sqrt(2 n_layer) as in the paper's 2.3; the loss starts near ln V."""
+    config = GPT2Config(vocab_size=2000, n_positions=64, n_embd=256, n_layer=8, n_head=4)
+    torch.manual_seed(0)
+    model = GPT2(config)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            std = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(p.mean().item()) < 0.1 * std, name
+        else:
+            assert (p == (1.0 if name.endswith("weight") else 0.0)).all(), name
+    tokens = random_tokens(config, 4, 64)
+    loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(1).flatten())
+    assert loss.item() == pytest.approx(math.log(2000), abs=0.2)
+
+
+def test_from_state_dict_reads_the_configuration_off_the_shapes() -> None:
+    """Config and weights go through a state dict unchanged; float16 becomes float32."""
+    model = small_model()
+    again = GPT2.from_state_dict({k: v.half() for k, v in model.state_dict().items()})
+    assert again.config == SMALL
+    for name, p in again.named_parameters():
+        assert p.dtype == torch.float32
+        assert p.requires_grad
+        assert torch.equal(p, model.state_dict()[name].half().float())
+
+
+def test_from_state_dict_copies_unless_told_to_assign() -> None:
+    """Two models of one state dict do not share a weight; with assign there is no second copy."""
+    state = {k: v.clone() for k, v in small_model().state_dict().items()}
+    kept = copy.deepcopy(state)
+    with torch.no_grad():
+        for p in GPT2.from_state_dict(state).parameters():
+            p.zero_()
+    assert all(torch.equal(state[k], kept[k]) for k in state)
+    assigned = GPT2.from_state_dict(state, assign=True)
+    assert all(p.data_ptr() == state[k].data_ptr() for k, p in assigned.named_parameters())
+
+
+BAD_STATES = {
+    "h.1.mlp.c_fc.bias": (lambda s: s.pop("h.1.mlp.c_fc.bias"), "missing"),
+    "lm_head.weight": (lambda s: s.update({"lm_head.weight": s["wte.weight"]}), "unknown"),
+    "h.0.attn.c_attn.weight": (
+        lambda s: s.update({"h.0.attn.c_attn.weight": s["h.0.attn.c_attn.weight"].T}),
+        r"got .*\(576, 192\).*expected .*\(192, 576\)",
+    ),
+    "wte.weight": (lambda s: s.pop("wte.weight"), "wte.weight"),
+    "96 wide": (lambda s: s.update({"wte.weight": torch.zeros(50, 96)}), "multiple of 64"),
+    "integers": (lambda s: s.update({"ln_f.bias": s["ln_f.bias"].long()}), "floating point"),
+    "no block": (lambda s: [s.pop(k) for k in list(s) if k.startswith("h.")], "n_layer = 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_from_state_dict_refuses_what_is_no_gpt2(case: str) -> None:
+    """ValueError that names the tensor, what was got and what was expected."""
+    state = dict(small_model().state_dict())
+    break_it, message = BAD_STATES[case]
+    break_it(state)
+    with pytest.raises(ValueError, match=message):
+        GPT2.from_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), r"\(3,\)"),
+        (torch.zeros(1, 3, dtype=torch.int32), "int32"),
+        (torch.zeros(1, 0, dtype=torch.int64), "T = 0"),
+        (torch.zeros(1, 81, dtype=torch.int64), "80"),
+    ],
+    ids=["rank", "dtype", "empty", "too long"],
+)
+def test_forward_refuses_what_it_cannot_embed(tokens: torch.Tensor, message: str) -> None:
+    """Rank, dtype and length are told in the message."""
+    with pytest.raises(ValueError, match=message):
+        small_model()(tokens)
+
+
+def test_a_full_cache_refuses_another_token() -> None:
+    """Positions are counted with those in the cache."""
+    model, cache = small_model(), small_model().new_cache(6)
+    model(random_tokens(SMALL, 1, 5), cache)
+    with pytest.raises(ValueError, match="after 5 cached positions"):
+        model(random_tokens(SMALL, 1, 2), cache)
+
+
+@pytest.mark.parametrize("bad", [{"n_head": 5}, {"n_layer": 0}, {"vocab_size": -1}])
+def test_an_impossible_configuration_is_refused(bad: dict[str, int]) -> None:
+    """The field and its value are named."""
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        GPT2Config(**bad)

@@ -1,0 +1,70 @@
+"""The arrows between the folders, and what an import may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("model", "kernels", "weights", "train")
+MAY_IMPORT = {
+    "model": {"model"},
+    "kernels": {"kernels"},
+    "weights": {"weights"},
+    "train": {"train", "model", "kernels", "weights"},
+}
+
+
+def imported_folders(path: Path) -> set[str]:
+    """The project's folders that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where it points"
+            names.add(str(node.module).split(".")[0])
+    return names & {*FOLDERS, "tests"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_three_leaves_import_nothing_of_each_other(folder: str) -> None:
+    """tests -> train -> {model, kernels, weights}, read off the source."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported_folders(path) <= MAY_IMPORT[folder], path
+
+
+@pytest.mark.parametrize("package", ["model", "kernels"])
+def test_importing_a_leaf_takes_no_triton_and_under_a_second(package: str) -> None:
+    """Beyond torch's own import, in a fresh process; CPU seconds, not the clock's."""
+    code = f"""
+import sys, time
+import torch
+before = time.process_time()
+import {package}
+seconds = time.process_time() - before
+print(seconds, *{{"triton"}} & set(sys.modules))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, *unwanted = done.stdout.split()
+    assert unwanted == []
+    assert float(seconds) < 1.0
+
+
+def test_a_model_is_made_from_weights_without_torchs_compiler() -> None:
+    """Drawing random weights on the meta device would import torch._dynamo: seconds of a load."""
+    code = """
+import sys
+from model import GPT2
+from weights import load_weights
+GPT2.from_state_dict(load_weights("tiny"))
+print("torch._dynamo" in sys.modules)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

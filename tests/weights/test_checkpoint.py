@@ -1,0 +1,206 @@
+"""A GPT-2 file is read right or refused by name.
+
+Compared to `read_plainly`, a reader of ten lines that shares nothing with the code under test.
+"""
+
+import math
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from tests.weights.official_file import (
+    SMALL,
+    assert_equal,
+    header_of,
+    read_plainly,
+    stored_shapes,
+    write_official,
+)
+from weights import WeightsError, load_weights, save_weights
+from weights.checkpoint import read_tensors
+
+HEAD = "lm_head.weight"
+
+
+@pytest.fixture
+def official(tmp_path):
+    path = tmp_path / "official.safetensors"
+    write_official(path, **SMALL)
+    return path
+
+
+@pytest.fixture
+def parameters(official):
+    """Name -> float32 array of a good file, as a starting point for spoiling it."""
+    return {k: v for k, v in read_plainly(official).items() if not k.endswith(".attn.bias")}
+
+
+def load_arrays(arrays, folder, **more):
+    """Loads a file that safetensors writes from `arrays` and `more`."""
+    path = folder / "given.safetensors"
+    save_file({**arrays, **more}, path, metadata={"format": "pt"})
+    return load_weights(path)
+
+
+def test_the_medium_file_of_these_tests_has_the_official_header_size_and_misalignment():
+    """Compared to what is known of the official gpt2-medium file."""
+    shapes = stored_shapes(n_layer=24, n_embd=1024, vocab_size=50257, n_positions=1024)
+    header = header_of(shapes)
+    n_parameters = sum(math.prod(s) for k, s in shapes.items() if not k.endswith(".attn.bias"))
+    assert (len(shapes), len(header), n_parameters) == (316, 28_986, 354_823_168)
+    assert 8 + len(header) + 4 * sum(map(math.prod, shapes.values())) == 1_519_984_962
+    assert (8 + len(header)) % 4 == 2
+
+
+@pytest.mark.parametrize("misalignment", [0, 1, 2, 3])
+def test_every_alignment_of_the_file_loads_bit_for_bit_into_aligned_memory(official, misalignment):
+    """The header padded with 0 to 3 spaces, against the plain reader's bytes."""
+    raw = official.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    spaces = (misalignment - length) % 4
+    header = raw[8 : 8 + length] + b" " * spaces
+    official.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+    state_dict = load_weights(official)
+    expected = read_plainly(official)
+    assert_equal(state_dict, {k: v for k, v in expected.items() if not k.endswith(".attn.bias")})
+    for tensor in state_dict.values():
+        assert tensor.data_ptr() % 64 == 0
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes  # shares memory with nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_loads_as_the_exact_float32(dtype, parameters, tmp_path):
+    """Against the plain reader, which widens each stored value by itself."""
+    save_weights({k: torch.from_numpy(v).to(dtype) for k, v in parameters.items()}, tmp_path)
+    state_dict = load_weights(tmp_path)
+    assert {t.dtype for t in state_dict.values()} == {torch.float32}
+    assert_equal(state_dict, read_plainly(tmp_path / "model.safetensors"))
+
+
+def test_the_names_that_transformers_writes_load_as_the_official_ones(parameters, tmp_path):
+    """Prefix, tied head and both masks; compared to the file without them."""
+    masks = {"transformer.h.0.attn.bias": np.tri(24, dtype=np.uint8).reshape(1, 1, 24, 24)}
+    masks["transformer.h.1.attn.masked_bias"] = np.array(-1e4, dtype=np.float32)
+    renamed = {f"transformer.{k}": v for k, v in parameters.items()}
+    head = parameters["wte.weight"].copy()
+    assert_equal(load_arrays(renamed, tmp_path, **masks, **{HEAD: head}), parameters)
+
+
+def test_an_untied_or_misshapen_head_is_refused(parameters, tmp_path):
+    """One value off wte's, and one row short of it."""
+    head = parameters["wte.weight"].copy()
+    head[300, 127] += 1
+    with pytest.raises(WeightsError, match=r"lm_head\.weight: got values that differ"):
+        load_arrays(parameters, tmp_path, **{HEAD: head})
+    with pytest.raises(WeightsError, match=r"lm_head\.weight: got \(300, 128\), expected \(301, "):
+        load_arrays(parameters, tmp_path, **{HEAD: head[:300].copy()})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_value_that_is_not_finite_is_refused_and_located(value, dtype, parameters, tmp_path):
+    """Row 5, column 7 of (128, 512) is flat index 5 * 512 + 7."""
+    spoilt = {k: v.astype(dtype) for k, v in parameters.items()}
+    spoilt["h.1.mlp.c_fc.weight"][5, 7] = value
+    with pytest.raises(
+        WeightsError, match=rf"h\.1\.mlp\.c_fc\.weight: got {value} at flat index 2567"
+    ):
+        load_arrays(spoilt, tmp_path)
+
+
+def test_finite_values_whose_sum_overflows_are_accepted(parameters, tmp_path):
+    """The quick check sums a tensor: an infinite sum of finite values must not refuse it."""
+    parameters["wpe.weight"][:] = np.finfo(np.float32).max
+    assert_equal(load_arrays(parameters, tmp_path), parameters)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ln_f.bias": None}, r"ln_f\.bias: missing, expected \(128,\)"),
+        ({"h.1.ln_2.bias": None}, r"h\.1\.ln_2\.bias: missing"),
+        ({"wte.weight": None}, r"wte\.weight: got no such tensor"),
+        ({"wpe.weight": (24,)}, r"wpe\.weight: got \(24,\), expected two dimensions"),
+        ({"wpe.weight": (24, 64)}, r"wpe\.weight: got \(24, 64\), expected \(24, 128\)"),
+        ({"wpe.weight": (0, 128)}, r"wpe\.weight: got \(0, 128\)"),
+        ({"h.0.attn.c_attn.weight": (384, 128)}, r"got \(384, 128\), expected \(128, 384\)"),
+        ({"h.0.mlp.c_proj.weight": (128, 512)}, r"got \(128, 512\), expected \(512, 128\)"),
+        ({"h.0.attn.c_proj.bias": (128, 1)}, r"got \(128, 1\), expected \(128,\)"),
+        ({"extra": (3,)}, r"'extra': got \(3,\), expected no such tensor"),
+        ({"h.0.attn.rotary.bias": (3,)}, r"'h\.0\.attn\.rotary\.bias': got \(3,\)"),
+        ({"h.999999999.ln_1.weight": (128,)}, "n_layer=3"),
+        ({"transformer.ln_f.bias": (128,)}, r"ln_f\.bias: got it twice"),
+        ({"wte.weight": (301, 100)}, "width 100, expected a multiple of 64"),
+    ],
+)
+def test_tensors_that_are_not_those_of_a_gpt2_are_refused_by_name(
+    change, message, parameters, tmp_path
+):
+    """One tensor dropped (None) or given another shape; the message names it and the file."""
+    for name, shape in change.items():
+        parameters.pop(name, None)
+        if shape is not None:
+            parameters[name] = np.ones(shape, np.float32)
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_arrays(parameters, tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.uint8])
+def test_other_dtypes_are_refused_by_name(dtype, parameters, tmp_path):
+    """One tensor in a dtype that no GPT-2 file holds, whether or not it loses values."""
+    parameters["ln_f.bias"] = parameters["ln_f.bias"].astype(dtype)
+    with pytest.raises(WeightsError, match=r"ln_f\.bias'?: got [FIU]\d+, expected one of"):
+        load_arrays(parameters, tmp_path)
+
+
+def test_a_model_without_blocks_is_refused(parameters, tmp_path):
+    """Embeddings and ln_f alone agree with every shape that there is."""
+    bare = {k: v for k, v in parameters.items() if not k.startswith("h.")}
+    with pytest.raises(WeightsError, match=r"got no block, expected tensors named h\.0\."):
+        load_arrays(bare, tmp_path)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_raises_and_does_not_crash(official):
+    """Reading through a memory map would end the process with SIGBUS here."""
+    tensors = read_tensors(official)
+    next(tensors)
+    os.truncate(official, 200_000)
+    with pytest.raises(WeightsError, match="the file ended"):
+        list(tensors)
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path):
+    """One that would create a file when unpickled, under either name that a folder may hold."""
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(WeightsError, match="cannot be read as a whole safetensors file"):
+        load_weights(path)
+    (tmp_path / "old").mkdir()
+    path.rename(tmp_path / "old" / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"a folder that holds a model\.safetensors"):
+        load_weights(tmp_path / "old")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    """A slip of the pen is no path either: the message lists what could have been meant."""
+    with pytest.raises(WeightsError, match=r"'gpt2-medum': .* gpt2, gpt2-medium, gpt2-xl, tiny"):
+        load_weights("gpt2-medum")
+
+
+def test_weights_are_on_the_cpu_whatever_the_default_device(official):
+    """Under a default device of meta, on which a tensor would have no values."""
+    with torch.device("meta"):
+        state_dict = load_weights(official)
+    assert {t.device.type for t in state_dict.values()} == {"cpu"}

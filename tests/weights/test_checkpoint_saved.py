@@ -1,0 +1,112 @@
+"""What is saved is official in names and layout, and a write is whole or has not happened."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from tests.weights.official_file import SMALL, assert_equal, write_official
+from weights import WeightsError, load_weights, save_weights
+from weights.checkpoint import replacing
+
+
+@pytest.fixture
+def official(tmp_path):
+    path = tmp_path / "official.safetensors"
+    write_official(path, **SMALL)
+    return path
+
+
+def test_transformers_computes_the_same_logits_from_what_is_saved(official, tmp_path):
+    """from_pretrained on our folder, compared to transformers' own model filled by hand."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    state_dict = load_weights(official)
+    save_weights(state_dict, tmp_path / "saved")
+    loaded, info = GPT2LMHeadModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    config = GPT2Config(n_layer=2, n_embd=128, n_head=2, vocab_size=301, n_positions=24)
+    filled = GPT2LMHeadModel(config)
+    for name, parameter in filled.transformer.named_parameters():
+        parameter.data.copy_(state_dict[name])
+    tokens = torch.randint(301, (3, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = filled.eval()(tokens).logits
+        torch.testing.assert_close(loaded.eval()(tokens).logits, expected, rtol=0, atol=0)
+
+
+def test_what_is_saved_loads_back_equal_with_its_strides_and_views_undone(official, tmp_path):
+    """Transposed, strided, a Parameter: against the values before; names and metadata likewise."""
+    state_dict = load_weights(official)
+    awkward = {k: v.t().contiguous().t() if v.dim() == 2 else v for k, v in state_dict.items()}
+    awkward["ln_f.bias"] = torch.nn.Parameter(torch.stack([awkward["ln_f.bias"]] * 2, 1)[:, 1])
+    save_weights(awkward, tmp_path / "new" / "folder")
+    assert_equal(
+        load_weights(tmp_path / "new" / "folder"), {k: v.numpy() for k, v in state_dict.items()}
+    )
+    saved = (tmp_path / "new" / "folder" / "model.safetensors").read_bytes()
+    header = json.loads(saved[8 : 8 + int.from_bytes(saved[:8], "little")])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    assert header.keys() == state_dict.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("ln_f.bias", torch.full((128,), torch.nan), r"ln_f\.bias: got nan at flat index 0"),
+        ("ln_f.bias", torch.zeros(128, dtype=torch.float64), r"ln_f\.bias: got torch\.float64"),
+        ("ln_f.bias", torch.zeros(127), r"ln_f\.bias: got \(127,\), expected \(128,\)"),
+        ("lm_head.weight", torch.zeros(301, 128), r"'lm_head\.weight': .* expected no such tensor"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(name, tensor, message, official, tmp_path):
+    """What load_weights would refuse, in the same words; not even the folder is made."""
+    state_dict = load_weights(official) | {name: tensor}
+    with pytest.raises(WeightsError, match=message):
+        save_weights(state_dict, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_two_names_of_one_tensor_are_refused(official, tmp_path):
+    """The format has no views: loaded back, a tied pair would be two."""
+    state_dict = load_weights(official)
+    state_dict["h.1.ln_1.bias"] = state_dict["h.0.ln_1.bias"]
+    with pytest.raises(WeightsError, match=r"share memory.*ln_1\.bias"):
+        save_weights(state_dict, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(official, tmp_path):
+    """A file lies where the folder should be."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(WeightsError, match=f"cannot write weights to {tmp_path}/file"):
+        save_weights(load_weights(official), tmp_path / "file")
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    """Ctrl-C in the middle, then a whole write: the old content until it is complete."""
+    path = tmp_path / "kept"
+    path.write_text("old")
+
+    def write_and_stop():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_and_stop()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["kept"]
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_saved_weights_may_be_read_by_whom_the_umask_lets(official, tmp_path):
+    """Both files have the mode of any new file; the safetensors library would make it 0600."""
+    save_weights(load_weights(official), tmp_path / "saved")
+    (tmp_path / "any").touch()
+    modes = {path.stat().st_mode for path in [*(tmp_path / "saved").iterdir(), tmp_path / "any"]}
+    assert len(modes) == 1

@@ -1,0 +1,204 @@
+"""Official weights: found in either cache, else downloaded; verified once; refused with advice.
+
+The hub is a server on this machine and the official file a small one, entered in the registry in
+place of gpt2-medium's. huggingface_hub reads its environment when imported, so each case runs in a
+process of its own, as a user's would.
+"""
+
+import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.weights.hub_server import Hub, serving
+from tests.weights.official_file import SMALL, assert_equal, read_plainly, write_official
+from weights import WeightsError, load_weights
+from weights.layout import Layout
+from weights.official import OFFICIAL, describe
+
+MEDIUM = OFFICIAL["gpt2-medium"]
+FILE = "model.safetensors"
+DEAD = "http://127.0.0.1:9"  # nothing listens there
+
+WITH_A_SMALL_MEDIUM = """
+import dataclasses, sys
+from weights import official
+sha256, size, *sys.argv[1:] = sys.argv[1:]
+medium = official.OFFICIAL["gpt2-medium"]
+official.OFFICIAL["gpt2-medium"] = dataclasses.replace(medium, sha256=sha256, size=int(size))
+official.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hub") / FILE
+    write_official(path, **SMALL)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def hub(content):
+    path = f"/{MEDIUM.repo}/resolve/{MEDIUM.revision}/{FILE}"
+    with serving(Hub(path, MEDIUM.revision, content)) as hub:
+        yield hub
+
+
+def fetch(cache, content, endpoint=DEAD, **environment):
+    """`python -m weights.official gpt2-medium`, with `content` as the official file."""
+    expected = [hashlib.sha256(content).hexdigest(), str(len(content))]
+    return subprocess.run(
+        [sys.executable, "-c", WITH_A_SMALL_MEDIUM, *expected, "gpt2-medium"],
+        env=os.environ | {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def put_in_cache(cache, content, repo="openai-community/gpt2-medium"):
+    folder = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / MEDIUM.revision
+    folder.mkdir(parents=True)
+    (folder / FILE).write_bytes(content)
+    return folder / FILE
+
+
+def fetched_path(done):
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().removeprefix("gpt2-medium verified: ")
+
+
+def test_a_download_is_verified_kept_and_hashed_once(hub, content, tmp_path):
+    """What loads is what the server sent; a second fetch asks nobody and hashes nothing."""
+    first = fetch(tmp_path, content, hub.url, TQDM_POSITION="-1")  # a bar without a terminal
+    path = fetched_path(first)
+    assert hub.requests == ["HEAD 0", "GET 0"]
+    assert "100%" in first.stderr
+    assert "hashing" in first.stderr
+    expected = {k: v for k, v in read_plainly(path).items() if not k.endswith(".attn.bias")}
+    assert_equal(load_weights(path), expected)
+
+    again = fetch(tmp_path, content, hub.url)
+    assert fetched_path(again) == path
+    assert len(hub.requests) == 2  # the network was left alone
+    assert "hashing" not in again.stderr
+
+
+def test_a_connection_that_breaks_is_resumed_at_the_last_whole_part(hub, tmp_path):
+    """huggingface_hub keeps parts of 10 MiB; the file is random bytes, only its hash matters."""
+    hub.content, hub.cut_at = os.urandom(12 << 20), 11 << 20
+    path = fetched_path(fetch(tmp_path / "cache", hub.content, hub.url))
+    assert hub.requests == ["HEAD 0", "GET 0", f"GET {10 << 20}"]
+    with open(path, "rb") as file:
+        assert file.read() == hub.content
+
+
+@pytest.mark.parametrize("repo", ["gpt2-medium", "openai-community/gpt2-medium"])
+def test_a_file_cached_under_either_name_is_used_without_network(repo, content, tmp_path):
+    """The path it is found at, with an endpoint at which nothing listens."""
+    path = put_in_cache(tmp_path, content, repo)
+    assert fetched_path(fetch(tmp_path, content)) == str(path)
+
+
+def test_a_wrong_hash_is_refused_with_both_and_the_file_is_left(content, tmp_path):
+    """Against hashlib's digest of each; one byte differs, so the size gives nothing away."""
+    wrong = content[:-1] + b"?"
+    path = put_in_cache(tmp_path, wrong)
+    got, expected = (hashlib.sha256(c).hexdigest() for c in (wrong, content))
+    done = fetch(tmp_path, content)
+    assert done.returncode == 1
+    assert f"got sha256 {got}, expected {expected}" in done.stderr
+    assert path.read_bytes() == wrong
+    path.write_bytes(content)  # another file at the same place is hashed anew
+    assert fetched_path(fetch(tmp_path, content)) == str(path)
+
+
+def test_a_cache_that_cannot_be_written_is_used_and_said_to_be_hashed_every_time(content, tmp_path):
+    """A read-only cache costs time, not the model."""
+    path = put_in_cache(tmp_path, content)
+    (path.parents[2] / "sha256.json").mkdir()  # in the way of the record, also for root
+    done = fetch(tmp_path, content)
+    assert fetched_path(done) == str(path)
+    assert "every load takes it anew" in done.stderr
+
+
+def test_offline_and_not_cached_says_what_to_fetch_where_to_put_it_and_what_else(content, tmp_path):
+    """And the advice works: a file put there is found."""
+    done = fetch(tmp_path, content, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for advice in (
+        "HF_HUB_OFFLINE",  # the cause
+        f"{MEDIUM.repo}/resolve/{MEDIUM.revision}/{FILE} ({len(content):,} bytes)",
+        f"hf download {MEDIUM.repo} {FILE} --revision {MEDIUM.revision} --local-dir gpt2-medium",
+        '"tiny"',
+    ):
+        assert advice in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if "put it at:" in line]
+    expected = put_in_cache(tmp_path, content)
+    assert line.split()[-1] == str(expected)
+    assert fetched_path(fetch(tmp_path, content, HF_HUB_OFFLINE="1")) == str(expected)
+
+
+def test_a_file_that_the_hub_lacks_is_an_error_with_the_same_advice(hub, content, tmp_path):
+    """A server that answers 404, in place of none that answers."""
+    hub.path = "/elsewhere"
+    done = fetch(tmp_path, content, hub.url)
+    assert done.returncode == 1
+    assert "404" in done.stderr
+    assert "put it at:" in done.stderr
+
+
+def test_the_registry_agrees_with_the_known_sizes():
+    """Compared to parameters and masks in float32; what is left of a file is its header."""
+    sizes = {
+        "gpt2": Layout(n_layer=12, n_embd=768, vocab_size=50257, n_positions=1024),
+        "gpt2-medium": Layout(n_layer=24, n_embd=1024, vocab_size=50257, n_positions=1024),
+    }
+    parameters = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168}
+    for name, layout in sizes.items():
+        total = 4 * (parameters[name] + layout.n_layer * 1024 * 1024)
+        assert 10_000 < OFFICIAL[name].size - total < 30_000
+    for official in OFFICIAL.values():
+        assert len(bytes.fromhex(official.revision)) == 20
+        assert len(bytes.fromhex(official.sha256)) == 32
+
+
+def test_check_lists_every_tensor_and_says_which_official_file_it_is(
+    content, tmp_path, monkeypatch
+):
+    """Against the sizes it was written with; then entered in the registry, then cut short."""
+    path = tmp_path / FILE
+    path.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    text = describe(path)
+    assert "F32   [128, 384]           h.1.attn.c_attn.weight" in text
+    assert "tensors:     30 (30 F32)" in text
+    assert "2 blocks, 128 wide, 2 heads, 24 positions, 301 tokens" in text
+    assert f"sha256:      {digest}" in text
+    assert "official:    none of gpt2, gpt2-medium, gpt2-xl" in text
+    monkeypatch.setitem(OFFICIAL, "gpt2", dataclasses.replace(MEDIUM, sha256=digest))
+    assert describe(path).endswith("official:    gpt2")
+    path.write_bytes(content[:-1])
+    with pytest.raises(WeightsError, match="cannot be read as a whole safetensors file"):
+        describe(path)
+
+
+def test_check_as_a_command_ends_in_one_line_on_a_bad_file(tmp_path):
+    """No traceback, nothing on stdout, status 1."""
+    (tmp_path / FILE).write_bytes(b"no weights")
+    command = [sys.executable, "-m", "weights.official", "--check", tmp_path / FILE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / FILE} cannot be read as a whole safetensors file")
+
+
+def test_importing_weights_leaves_the_hub_library_alone():
+    """It takes a third of a second, and only official names need it: a fresh process's modules."""
+    script = "import sys, weights; assert 'huggingface_hub' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
