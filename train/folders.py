@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train.saves import LOGS
-from weights.checkpoint import replacing
+from weights.checkpoint import atomic_write
 
 CONFIG = "config.json"
 MAY_CHANGE = ("steps", "save_every", "eval_every", "out", "resume")  # options of a resumed run
@@ -44,7 +44,7 @@ def create(out: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write or replace a run's config.json."""
-    with replacing(folder / CONFIG) as temporary:
+    with atomic_write(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 

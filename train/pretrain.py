@@ -26,7 +26,7 @@ from model.gpt2 import HEAD_WIDTH
 from model.tokenizer import load_tokenizer
 from train.shared_vocabulary import CrossEntropy, SharedVocabulary
 from weights import save_weights
-from weights.checkpoint import replacing
+from weights.checkpoint import atomic_write
 
 
 @dataclass
@@ -160,7 +160,7 @@ class Pretraining:
     def save(self, path: Path) -> None:
         """Write the state to `path`; a stop while writing leaves the one before."""
         progress = {"step": str(self.step), "best_loss": repr(self.best_loss)}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(self.tensors(), temporary, metadata=progress)
 
     @torch.no_grad()

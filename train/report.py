@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from train.results import RunRecord, read_runs
 from train.samples import choose
 from train.table import FORMATS, REPORTED, as_csv, measured, shown
-from weights.checkpoint import replacing
+from weights.checkpoint import atomic_write
 
 TEMPLATE = "report.html.jinja"
 
@@ -43,7 +43,7 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            with replacing(out / name) as temporary:
+            with atomic_write(out / name) as temporary:
                 temporary.write_bytes(content)
     except OSError as error:
         folders = " ".join(map(str, run_folders))

@@ -33,7 +33,7 @@ from torch import Tensor
 from model import GPT2
 from weights import load_weights, save_weights
 from weights.checkpoint import FILE_NAME as MODEL
-from weights.checkpoint import flush, replacing
+from weights.checkpoint import atomic_write, fsync
 
 METRICS, SAMPLES = LOGS = ("metrics.jsonl", "samples.jsonl")
 STAGING = ".saving"
@@ -85,13 +85,13 @@ def write_save(folder: Path, step: int, training: Training, previous: int, confi
     staging = folder / STAGING
     try:
         for log in LOGS:
-            flush(folder / log)
+            fsync(folder / log)
         save_weights(training.model.state_dict(), staging)
-        with replacing(folder / optimizer_file) as temporary:
+        with atomic_write(folder / optimizer_file) as temporary:
             save_file(training.tensors(), temporary)
         files = {MODEL: _digest(staging / MODEL)}
         files |= {name: _digest(folder / name) for name in (optimizer_file, *LOGS)}
-        with replacing(folder / state_file) as temporary:
+        with atomic_write(folder / state_file) as temporary:
             state = {"step": step, "config": config, "files": files}
             temporary.write_text(json.dumps(state, indent=1) + "\n")
     except (OSError, SafetensorError, ValueError) as error:
@@ -99,7 +99,7 @@ def write_save(folder: Path, step: int, training: Training, previous: int, confi
         raise ValueError(f"cannot save step {step} in {folder}: {error}") from error
     try:
         os.replace(staging / MODEL, folder / MODEL)
-        flush(folder)
+        fsync(folder)
     except OSError as error:
         raise ValueError(f"cannot save step {step} in {folder}: {error}") from error
     sweep(folder, step)

@@ -11,13 +11,16 @@ at a time. A cached gpt2-medium took 0.75 s in 4 KB pages, for 346,000 of them h
 then 0.26 s and 0.16 s (two Zen 4 cores). Nothing is ever unpickled.
 """
 
+import errno
 import json
 import math
 import mmap
 import os
+import secrets
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +36,7 @@ from weights.layout import MASK, Layout, Shape, WeightsError, check_layout
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "U8": 1}  # the last two: of masks only
 FILE_NAME = "model.safetensors"
+NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
 READERS = 2  # tensors read at a time
 HUGE_PAGE = 2 << 20  # bytes
 
@@ -185,36 +189,50 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "config.json") as temporary:
+        with atomic_write(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(layout.config(), indent=2) + "\n")
-        with replacing(folder / FILE_NAME) as temporary:
+        with atomic_write(folder / FILE_NAME) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
-            temporary.chmod((folder / "config.json").stat().st_mode)  # save_file's is owner-only
     except (OSError, RuntimeError, SafetensorError) as error:  # the second: tensors share memory
         raise WeightsError(f"cannot write weights to {folder}: {error}") from error
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there becomes `path` in one step.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary file beside `path`; what is written to it replaces `path`.
 
-    Flushed to disk before the rename, so a crash leaves the old file or the new one, never a part.
-    If the body raises, the temporary file is removed and `path` is left as it was.
+    The replacement is a single rename of a file already on the disk, so a crash leaves the old
+    file or the new one, never a part of either, and a link at `path` is replaced, not followed.
+    If the body raises, the temporary file is removed and `path` stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
-        flush(temporary)
+        temporary.chmod(mode)  # safetensors puts a new, private file in its place
+        fsync(temporary)
         os.replace(temporary, path)
-        flush(path.parent)  # the rename itself
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to report
+            temporary.unlink()
+        raise
+    fsync(path.parent)
 
 
-def flush(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Waits until the content of a file, or the list of files in a folder, is on the disk.
+
+    Where a file system cannot do this for folders, warns once instead.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_FSYNC or not path.is_dir():
+            raise
+        text = f"a crash may undo the newest saves: folders cannot be fsynced ({error.strerror})"
+        warnings.warn(text, stacklevel=1)

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from weights.checkpoint import (
     FILE_NAME,
+    atomic_write,
     parameter_entries,
     read_header,
     read_tensors,
-    replacing,
 )
 from weights.layout import HEAD_WIDTH, Layout, WeightsError
 
@@ -143,7 +143,7 @@ def _remembered_sha256(path: Path) -> str:
     print(f"hashing {path}, once", file=sys.stderr)
     digest = sha256(path)
     try:
-        with replacing(record) as temporary:
+        with atomic_write(record) as temporary:
             temporary.write_text(json.dumps({key: digest}) + "\n")
     except OSError as error:
         print(

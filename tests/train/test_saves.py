@@ -25,7 +25,7 @@ from train.inputs import Inputs
 from train.run import Run
 from train.saves import LOGS, Training, read_save, sweep, write_save
 from train.xfactor import LOSSES, training_steps
-from weights.checkpoint import replacing
+from weights.checkpoint import atomic_write
 
 SMALL = GPT2Config(vocab_size=503, n_positions=16, n_embd=64, n_layer=1, n_head=1)
 CONFIG = {"xfactor": {"options": {"lr": 1e-2}}}
@@ -105,8 +105,8 @@ def kill_at_every_line(arguments: list[str]) -> None:
     if until == 4:
         write_save(folder, 2, training, 0, "")
         train(run, training, inputs, 4)
-    traced = {write_save.__code__.co_filename, replacing.__wrapped__.__code__.co_filename}
-    functions = {"write_save", "sweep", "replacing", "flush"}
+    traced = {write_save.__code__.co_filename, atomic_write.__wrapped__.__code__.co_filename}
+    functions = {"write_save", "sweep", "atomic_write", "fsync"}
     outcomes, copy = [], folder.with_name("copy")
     for n in range(1, 1000):
         shutil.copytree(folder, copy)

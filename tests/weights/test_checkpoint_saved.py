@@ -1,14 +1,16 @@
 """What is saved is official in names and layout, and a write is whole or has not happened."""
 
+import errno
 import json
 import os
+import stat
 
 import pytest
 import torch
 
 from tests.weights.official_file import SMALL, assert_equal, write_official
 from weights import WeightsError, load_weights, save_weights
-from weights.checkpoint import replacing
+from weights.checkpoint import atomic_write
 
 
 @pytest.fixture
@@ -85,12 +87,12 @@ def test_a_folder_that_cannot_be_written_is_named(official, tmp_path):
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    """Ctrl-C in the middle, then a whole write: the old content until it is complete."""
+    """Ctrl-C halfway, then a complete write: the old content is there until the new is complete."""
     path = tmp_path / "kept"
     path.write_text("old")
 
     def write_and_stop():
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 
@@ -98,10 +100,72 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_and_stop()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["kept"]
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
+
+
+def test_a_write_replaces_a_link_and_leaves_the_file_it_points_to(tmp_path):
+    """A link planted at the path must not redirect the write."""
+    (tmp_path / "other").write_text("untouched")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    with atomic_write(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "other").read_text() == "untouched"
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link").read_text() == "new"
+
+
+def test_two_writes_of_one_path_use_different_new_files(tmp_path, monkeypatch):
+    """The names differ; a file that has the name already is neither opened nor removed."""
+    with atomic_write(tmp_path / "x") as one, atomic_write(tmp_path / "x") as two:
+        assert one != two
+    monkeypatch.setattr("secrets.token_hex", lambda _: "guessed")
+    (tmp_path / ".x.guessed.tmp").write_text("of another program")
+    with pytest.raises(FileExistsError), atomic_write(tmp_path / "x"):
+        pass
+    assert (tmp_path / ".x.guessed.tmp").read_text() == "of another program"
+
+
+def test_the_error_that_ended_a_write_is_raised_even_if_cleaning_up_fails(tmp_path):
+    """The temporary file is removed by someone else before the body raises."""
+
+    def fail():
+        with atomic_write(tmp_path / "x") as temporary:
+            temporary.unlink()
+            raise OSError(errno.ENOSPC, "disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+
+
+def fsync_failing_on_folders(monkeypatch, code):
+    """Replaces os.fsync: error `code` for a folder, the usual for a file."""
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_file_system_without_fsync_on_folders_is_a_warning(tmp_path, monkeypatch):
+    """EINVAL, as such file systems answer; the file is written all the same."""
+    fsync_failing_on_folders(monkeypatch, errno.EINVAL)
+    with pytest.warns(UserWarning, match="folders cannot be fsynced"):  # noqa: SIM117
+        with atomic_write(tmp_path / "x") as temporary:
+            temporary.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
+
+
+def test_a_folder_that_fails_to_reach_the_disk_is_an_error(tmp_path, monkeypatch):
+    """EIO is a failure of the disk, on a folder as on a file."""
+    fsync_failing_on_folders(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output"), atomic_write(tmp_path / "x") as temporary:
+        temporary.write_text("new")
 
 
 def test_saved_weights_may_be_read_by_whom_the_umask_lets(official, tmp_path):
