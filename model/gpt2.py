@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEAD_WIDTH = 64  # in GPT-2 of every size, so the number of heads can be read off the width
+HEAD_DIM = 64  # in GPT-2 of every size, so the number of heads can be read off the width
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class GPT2Config:
             )
 
 
-class KeyValueCache:
+class KVCache:
     """The keys and values of one block's past, (B, H, length, D) each; memory is taken once."""
 
     def __init__(self, max_positions: int) -> None:
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         self.c_proj = Affine(C, C)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); with a cache, x are the T positions after those in it."""
         B, T, C = x.shape
         q, k, v = (
@@ -156,7 +156,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); the cache is the attention's."""
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
@@ -175,7 +175,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self._init_parameters()
 
-    def hidden_states(self, tokens: Tensor, cache: list[KeyValueCache] | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """The normalised output of the last block.
 
         Args:
@@ -208,13 +208,13 @@ class GPT2(nn.Module):
             x = block(x, cache[i] if cache else None)
         return self.ln_f(x)
 
-    def forward(self, tokens: Tensor, cache: list[KeyValueCache] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """Logits of the token that follows each position: (B, T) int64 -> (B, T, V)."""
         return F.linear(self.hidden_states(tokens, cache), self.wte.weight)  # no bias, no scale
 
-    def new_cache(self, max_positions: int) -> list[KeyValueCache]:
-        """An empty cache for `max_positions` positions: one KeyValueCache a block."""
-        return [KeyValueCache(max_positions) for _ in self.h]
+    def new_cache(self, max_positions: int) -> list[KVCache]:
+        """An empty cache for `max_positions` positions: one KVCache a block."""
+        return [KVCache(max_positions) for _ in self.h]
 
     @torch.no_grad()
     def _init_parameters(self) -> None:
@@ -275,9 +275,9 @@ def _config_from_shapes(state_dict: Mapping[str, Tensor]) -> GPT2Config:
         if name not in state_dict or state_dict[name].dim() != 2:
             raise ValueError(f"{name}: missing or not a matrix; expected the weights of a GPT-2")
     vocab_size, n_embd = state_dict["wte.weight"].shape
-    if n_embd == 0 or n_embd % HEAD_WIDTH:
+    if n_embd == 0 or n_embd % HEAD_DIM:
         raise ValueError(
-            f"wte.weight is {n_embd} wide: expected a multiple of {HEAD_WIDTH}, GPT-2's head width"
+            f"wte.weight is {n_embd} wide: expected a multiple of {HEAD_DIM}, GPT-2's head width"
         )
     blocks = {name.split(".")[1] for name in state_dict if name.startswith("h.")}
     return GPT2Config(
@@ -285,5 +285,5 @@ def _config_from_shapes(state_dict: Mapping[str, Tensor]) -> GPT2Config:
         n_positions=state_dict["wpe.weight"].shape[0],
         n_embd=n_embd,
         n_layer=len(blocks),
-        n_head=n_embd // HEAD_WIDTH,
+        n_head=n_embd // HEAD_DIM,
     )

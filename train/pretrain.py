@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import GPT2, GPT2Config
-from model.gpt2 import HEAD_WIDTH
+from model.gpt2 import HEAD_DIM
 from model.tokenizer import load_tokenizer
 from train.shared_vocabulary import CrossEntropy, SharedVocabulary
 from weights import save_weights
@@ -77,7 +77,7 @@ class Pretraining:
                 n_positions=options.n_positions,
                 n_embd=options.n_embd,
                 n_layer=options.n_layer,
-                n_head=options.n_embd // HEAD_WIDTH,
+                n_head=options.n_embd // HEAD_DIM,
                 embd_pdrop=options.dropout,
                 resid_pdrop=options.dropout,
             )

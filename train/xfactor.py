@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
 from kernels.reference import kl_div
 from model import GPT2, GPT2Config
-from model.gpt2 import HEAD_WIDTH
+from model.gpt2 import HEAD_DIM
 from model.tokenizer import load_tokenizer
 from train.console import advance, describe, progress_bar
 from train.evaluate import Evaluation, evaluate
@@ -230,7 +230,7 @@ def starting_model(options: Options) -> GPT2:
         return GPT2.from_state_dict(state_dict, assign=True)
     sizes = layout_of_start(options)
     torch.manual_seed(options.seed)
-    return GPT2(GPT2Config(**asdict(sizes), n_head=sizes.n_embd // HEAD_WIDTH))
+    return GPT2(GPT2Config(**asdict(sizes), n_head=sizes.n_embd // HEAD_DIM))
 
 
 def main() -> None:

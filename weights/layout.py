@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-HEAD_WIDTH = 64
+HEAD_DIM = 64
 MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks: constants that some files carry
 MOST_PROBLEMS_SHOWN = 5
 
@@ -65,7 +65,7 @@ class Layout:
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
             "n_layer": self.n_layer,
-            "n_head": self.n_embd // HEAD_WIDTH,
+            "n_head": self.n_embd // HEAD_DIM,
             "n_embd": self.n_embd,
             "n_positions": self.n_positions,
             "vocab_size": self.vocab_size,
@@ -104,10 +104,10 @@ def _sizes(found: Mapping[str, Shape], source: str) -> Layout:
             got = "no such tensor" if shape is None else shape
             raise WeightsError(f"{source} is no GPT-2: {name}: got {got}, expected two dimensions")
     vocab_size, n_embd = found["wte.weight"]
-    if n_embd % HEAD_WIDTH:
+    if n_embd % HEAD_DIM:
         raise WeightsError(
             f"{source} is no GPT-2: wte.weight: got width {n_embd}, expected a multiple of "
-            f"{HEAD_WIDTH}, the width of a head"
+            f"{HEAD_DIM}, the width of a head"
         )
     # Counted, not the largest index: a hostile h.999999999 must not size anything.
     n_layer = len({m[1] for name in found if (m := re.match(r"h\.(\d+)\.", name))})

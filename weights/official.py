@@ -26,7 +26,7 @@ from weights.checkpoint import (
     read_header,
     read_tensors,
 )
-from weights.layout import HEAD_WIDTH, Layout, WeightsError
+from weights.layout import HEAD_DIM, Layout, WeightsError
 
 HASHES_NAME = "sha256.json"
 
@@ -171,7 +171,7 @@ def describe(path: Path) -> str:
             f"file:        {path}, {path.stat().st_size:,} bytes",
             f"tensors:     {len(stored)} ({', '.join(f'{n} {k}' for k, n in dtypes.items())})",
             f"model:       GPT-2, {layout.n_layer} blocks, {layout.n_embd} wide, "
-            f"{layout.n_embd // HEAD_WIDTH} heads, {layout.n_positions:,} positions, "
+            f"{layout.n_embd // HEAD_DIM} heads, {layout.n_positions:,} positions, "
             f"{layout.vocab_size:,} tokens",
             f"parameters:  {n_parameters:,}, all finite",
             f"ignored:     {ignored:,} values of masks and a repeated head",
