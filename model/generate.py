@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.few_rows import shared_by_cores
-from model.gpt2 import GPT2
+from .few_rows import shared_by_cores
+from .gpt2 import GPT2
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards

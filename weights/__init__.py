@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from weights.checkpoint import FILE_NAME, parameter_entries, read_tensors, save_weights
-from weights.layout import Layout, WeightsError
+from .checkpoint import FILE_NAME, parameter_entries, read_tensors, save_weights
+from .layout import Layout, WeightsError
 
 __all__ = ["Layout", "WeightsError", "layout_of", "load_weights", "save_weights"]
 
@@ -37,7 +37,7 @@ def layout_of(name_or_path: str | os.PathLike[str]) -> Layout:
 
     Raises WeightsError as `load_weights` does, so far as a file's header tells.
     """
-    from weights.official import OFFICIAL
+    from .official import OFFICIAL
 
     if name_or_path in OFFICIAL:
         return OFFICIAL[str(name_or_path)].layout
@@ -45,7 +45,7 @@ def layout_of(name_or_path: str | os.PathLike[str]) -> Layout:
 
 
 def _find(name_or_path: str | os.PathLike[str]) -> Path:
-    from weights.official import OFFICIAL, fetch  # not above: it is also run as a module
+    from .official import OFFICIAL, fetch  # not above: it is also run as a module
 
     name = os.fspath(name_or_path)
     path = fetch(name) if name in OFFICIAL else TINY if name == "tiny" else Path(name).expanduser()

@@ -19,14 +19,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights.checkpoint import (
+from .checkpoint import (
     FILE_NAME,
     atomic_write,
     parameter_entries,
     read_header,
     read_tensors,
 )
-from weights.layout import HEAD_DIM, Layout, WeightsError
+from .layout import HEAD_DIM, Layout, WeightsError
 
 HASHES_NAME = "sha256.json"
 
