@@ -14,6 +14,7 @@ checkpoint loads by name, as it is.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -235,55 +236,45 @@ class GPT2(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], assign: bool = False) -> "GPT2":
-        """A model with these weights, of the configuration that their shapes tell.
+        """A model with these weights; their shapes give its configuration.
 
         Args:
             state_dict: official names and layouts, any floating dtype; parameters are float32.
-            assign: make float32 tensors the parameters themselves, without a copy; the state dict
-                then lives on in this model and must serve no other. By default all is copied.
+            assign: use float32 tensors as the parameters, without a copy; the model then owns
+                them, so give the state dict to no other. The default copies everything.
 
         Raises:
-            ValueError: a name is missing or unknown, a shape does not fit, or it is no GPT-2.
+            ValueError: a name is missing or unexpected, a shape does not fit, or a dtype is not
+                floating point.
         """
-        with torch.device("meta"):  # shapes only: nothing is drawn at random to be overwritten
-            model = cls(_config_from_shapes(state_dict))
-        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        if missing := expected.keys() - state_dict.keys():
-            raise ValueError(f"{len(missing)} weights are missing, the first is {min(missing)!r}")
-        if unknown := state_dict.keys() - expected.keys():
-            raise ValueError(f"{len(unknown)} weights unknown to GPT-2, one is {min(unknown)!r}")
+        for name in ("wte.weight", "wpe.weight"):
+            if name not in state_dict or state_dict[name].dim() != 2:
+                raise ValueError(f"{name}: missing or not a matrix, expected GPT-2's embedding")
+        V, C = state_dict["wte.weight"].shape
+        if C % HEAD_DIM:
+            raise ValueError(f"wte.weight: got width {C}, expected a multiple of {HEAD_DIM}")
+        config = GPT2Config(
+            vocab_size=V,
+            n_positions=len(state_dict["wpe.weight"]),
+            n_embd=C,
+            n_layer=len({name.split(".")[1] for name in state_dict if name.startswith("h.")}),
+            n_head=C // HEAD_DIM,
+        )
+        with torch.device("meta"):  # no memory, and no random draw that would be overwritten
+            model = cls(config)
         weights = {}
-        for name, shape in expected.items():
-            got = state_dict[name]
-            if tuple(got.shape) != shape or not got.is_floating_point():
-                raise ValueError(
-                    f"{name}: got {got.dtype} of shape {tuple(got.shape)}, "
-                    f"expected floating point of shape {shape}"
-                )
-            weights[name] = got.detach().to(torch.float32, copy=not assign).contiguous()
-        model.load_state_dict(weights, assign=True)  # the head is wte itself: nothing to tie again
+        for name, tensor in state_dict.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name}: got {tensor.dtype}, expected a floating-point dtype")
+            weights[name] = tensor.detach().to(torch.float32, copy=not assign).contiguous()
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:  # names or shapes; up to one line for each of them
+            message = f"not the weights of a GPT-2: {error}"
+            raise ValueError(textwrap.shorten(message, 400)) from error
         return model
 
 
 def _embedding(count: int, width: int) -> nn.Embedding:
-    """As nn.Embedding(count, width), without its own N(0, 1), which would only be overwritten."""
+    """nn.Embedding(count, width) without its N(0, 1) draw, which would only be overwritten."""
     return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
-
-
-def _config_from_shapes(state_dict: Mapping[str, Tensor]) -> GPT2Config:
-    for name in ("wte.weight", "wpe.weight"):
-        if name not in state_dict or state_dict[name].dim() != 2:
-            raise ValueError(f"{name}: missing or not a matrix; expected the weights of a GPT-2")
-    vocab_size, n_embd = state_dict["wte.weight"].shape
-    if n_embd == 0 or n_embd % HEAD_DIM:
-        raise ValueError(
-            f"wte.weight is {n_embd} wide: expected a multiple of {HEAD_DIM}, GPT-2's head width"
-        )
-    blocks = {name.split(".")[1] for name in state_dict if name.startswith("h.")}
-    return GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=state_dict["wpe.weight"].shape[0],
-        n_embd=n_embd,
-        n_layer=len(blocks),
-        n_head=n_embd // HEAD_DIM,
-    )
