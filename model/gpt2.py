@@ -98,31 +98,33 @@ class Attention(nn.Module):
         self.c_proj = Affine(C, C)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C); with a cache, x are the T positions after those in it."""
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C).
+
+        Without a mask, the first T positions are causal and a single one after those in the cache
+        sees them all. Everything else needs a mask, bool (..., T, S), True where a query may look.
+        """
         B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (
             y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-            for y in self.c_attn(x).split(C, dim=2)
+            for y in (q, k, v)
         )
+        is_causal = mask is None and (cache is None or cache.length == 0)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
-        past = k.shape[2] - T
-        # Query t stands at position past + t and sees keys 0 .. past + t. Without a past that is
-        # is_causal; one query after a past sees every key; only several after a past need a mask.
-        mask = None
-        if past and T > 1:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(
+        y = F.scaled_dot_product_attention(  # (B, H, T, D)
             q,
             k,
             v,
             attn_mask=mask,
             dropout_p=self.attn_pdrop if self.training else 0.0,
-            is_causal=past == 0,
+            is_causal=is_causal,
         )
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        return self.resid_dropout(self.c_proj(y))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -157,9 +159,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C); the cache is the attention's."""
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C); cache and mask are the attention's."""
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -203,10 +207,13 @@ class GPT2(nn.Module):
                 f"tokens: got T = {T} after {past} cached positions, expected 1 to "
                 f"{limit - past}: there are {limit} positions; crop the sequence"
             )
-        x = self.wte(tokens) + self.wpe(torch.arange(past, past + T, device=tokens.device))
-        x = self.embd_dropout(x)  # (B, T, C)
+        positions = torch.arange(past, past + T, device=tokens.device)  # (T,)
+        x = self.embd_dropout(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
+        mask = None
+        if past and T > 1:  # query t, at position past + t, sees keys 0 to past + t
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)  # (T, S)
         for i, block in enumerate(self.h):
-            x = block(x, cache[i] if cache else None)
+            x = block(x, cache[i] if cache else None, mask)
         return self.ln_f(x)
 
     def forward(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:

@@ -239,6 +239,17 @@ def test_forward_refuses_what_it_cannot_embed(tokens: torch.Tensor, message: str
         small_model()(tokens)
 
 
+def test_the_model_exports_with_any_batch_and_length() -> None:
+    """torch.export with dynamic B and T, run at a size other than the traced one."""
+    model = small_model()
+    B, T = torch.export.Dim("B"), torch.export.Dim("T", max=SMALL.n_positions)
+    program = torch.export.export(
+        model, (random_tokens(SMALL, 2, 8),), dynamic_shapes=({0: B, 1: T},)
+    )
+    tokens = random_tokens(SMALL, 5, 31)
+    torch.testing.assert_close(program.module()(tokens), model(tokens))
+
+
 def test_a_full_cache_refuses_another_token() -> None:
     """Positions are counted with those in the cache."""
     model, cache = small_model(), small_model().new_cache(6)
