@@ -6,15 +6,13 @@ file. The bytes are read here, not by the library, for three reasons: its tensor
 memory map, the official files are laid out so that those views start 2 bytes off a float's
 boundary, and touching a map of a file that is being truncated kills the process.
 
-Each tensor is read straight into memory of its own, in 2 MB pages if it is large, and two tensors
-at a time. A cached gpt2-medium took 0.75 s in 4 KB pages, for 346,000 of them had to fault in, and
-then 0.26 s and 0.16 s (two Zen 4 cores). Nothing is ever unpickled.
+Each tensor is read straight into memory of its own, two tensors at a time. Nothing is ever
+unpickled.
 """
 
 import errno
 import json
 import math
-import mmap
 import os
 import secrets
 import warnings
@@ -38,7 +36,6 @@ ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "U8": 1}  # the last two
 FILE_NAME = "model.safetensors"
 NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
 READERS = 2  # tensors read at a time
-HUGE_PAGE = 2 << 20  # bytes
 
 
 class Entry(NamedTuple):
@@ -134,23 +131,13 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read_tensor(descriptor: int, path: Path, name: str, entry: Entry) -> Tensor:
-    stored = _empty(entry.shape, DTYPES[entry.dtype])
+    stored = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
     got = os.preadv(descriptor, [stored.view(-1).view(torch.uint8).numpy().data], entry.begin)
     if got != stored.nbytes:
         raise WeightsError(f"{path}: {name}: the file ended: got {got} bytes of {stored.nbytes}")
     tensor = stored.float()  # float32 stays where it is
     _check_finite(tensor, f"{path}: {name}")
     return tensor
-
-
-def _empty(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on the CPU; on Linux in 2 MB pages if it fills one."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _check_finite(tensor: Tensor, source: str) -> None:
