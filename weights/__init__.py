@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import FILE_NAME, parameter_entries, read_tensors, save_weights
-from .layout import Layout, WeightsError
+from .checkpoint import read_entries, read_tensors, save_weights
+from .layout import Layout, WeightsError, expand
 
 __all__ = ["Layout", "WeightsError", "layout_of", "load_weights", "save_weights"]
 
@@ -19,42 +19,36 @@ TINY = Path(__file__).parent / "tiny"
 
 def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Loads a GPT-2: "gpt2", "gpt2-medium" or "gpt2-xl" (from the hub's local cache, else by
-    download), "tiny" (embedded), a safetensors file, or a folder that holds a model.safetensors.
+    download), "tiny" (embedded), a safetensors file, or a folder with a model.safetensors or its
+    shards. Prefixes of transformers, torch.compile, DDP and Lightning are stripped.
 
     Returns float32 tensors on the CPU, whatever floating dtype is stored. Each owns its memory,
     aligned to 64 bytes and never a map of the file, so a model may adopt it as a parameter. Peak
-    memory is the returned tensors and at most two more: those in half precision while they are
-    converted, or an `lm_head.weight` while it is compared.
+    memory is the returned tensors and at most two more: the largest in half precision while it is
+    converted, and an `lm_head.weight` until it is compared.
 
-    Raises WeightsError: no such file, not a whole safetensors file, names, shapes, dtypes or values
-    that are not a GPT-2's, or official weights that cannot be had or whose hash is wrong.
+    Raises WeightsError: no such file, not a complete safetensors file; names, shapes, dtypes,
+    values or a config.json that are not a GPT-2's; official weights that are not available or
+    whose hash is wrong.
     """
-    return dict(read_tensors(_find(name_or_path)))
+    from .official import OFFICIAL, read_official  # not above: it is also run as a module
+
+    if name_or_path in OFFICIAL:
+        return dict(read_official(str(name_or_path)))
+    return dict(read_tensors(_path(name_or_path)))
 
 
 def layout_of(name_or_path: str | os.PathLike[str]) -> Layout:
     """The sizes of a GPT-2 that `load_weights` would load, without loading or downloading it.
 
-    Raises WeightsError as `load_weights` does, so far as a file's header tells.
+    Raises WeightsError as `load_weights` does, so far as a file's header and config.json tell.
     """
     from .official import OFFICIAL
 
     if name_or_path in OFFICIAL:
         return OFFICIAL[str(name_or_path)].layout
-    return parameter_entries(_find(name_or_path))[1]
+    return read_entries(_path(name_or_path))[1]
 
 
-def _find(name_or_path: str | os.PathLike[str]) -> Path:
-    from .official import OFFICIAL, fetch  # not above: it is also run as a module
-
-    name = os.fspath(name_or_path)
-    path = fetch(name) if name in OFFICIAL else TINY if name == "tiny" else Path(name).expanduser()
-    if path.is_dir():
-        path = path / FILE_NAME
-    if not path.is_file():
-        expected = ", ".join([*OFFICIAL, "tiny"])
-        raise WeightsError(
-            f"no weights at {name!r}: got no file {path}, expected {expected}, "
-            f"a .safetensors file or a folder that holds a {FILE_NAME}"
-        )
-    return path
+def _path(name_or_path: str | os.PathLike[str]) -> Path:
+    return TINY if name_or_path == "tiny" else expand(name_or_path)

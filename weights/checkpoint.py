@@ -1,25 +1,25 @@
-"""GPT-2 weights in safetensors files: checked to the last value when read, whole when written.
+"""GPT-2 weights in safetensors files: every value checked when read, complete files when written.
 
 The format: 8 bytes (little-endian length of the header), the header (JSON: name -> dtype, shape,
 data_offsets), then the tensors without gaps. The safetensors library checks a header against its
-file. The bytes are read here, not by the library, for three reasons: its tensors are views of a
+file. The tensors are read here, not by the library, for three reasons: its tensors are views of a
 memory map, the official files are laid out so that those views start 2 bytes off a float's
 boundary, and touching a map of a file that is being truncated kills the process.
 
-Each tensor is read straight into memory of its own, two tensors at a time. Nothing is ever
-unpickled.
+Nothing is ever unpickled.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,122 +29,177 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .layout import MASK, Layout, Shape, WeightsError, check_layout
+from .layout import MASK, Layout, Shape, WeightsError, check_config, check_layout, expand
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "U8": 1}  # the last two: of masks only
+MASK_DTYPES = DTYPES | {"BOOL": torch.bool, "U8": torch.uint8}
 FILE_NAME = "model.safetensors"
+INDEX_SUFFIX = ".index.json"
+PREFIX = re.compile(r"((_orig_mod|module|model|transformer)\.)*")  # compile, DDP, Lightning, HF
+HEAD = "lm_head.weight"
+MOST_TENSORS = 20_000  # more than 1,000 blocks
 NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
-READERS = 2  # tensors read at a time
 
 
 class Entry(NamedTuple):
-    """One tensor as a header describes it."""
+    """One stored tensor."""
 
+    path: Path
+    begin: int  # its first byte in that file
     dtype: str
     shape: Shape
-    begin: int  # byte in the file
+
+
+def find_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: a file itself, a folder's model.safetensors, or the
+    shards that an index lists. Raises WeightsError where there are none."""
+    try:
+        if path.is_dir():
+            names = FILE_NAME, FILE_NAME + INDEX_SUFFIX, "pytorch_model.bin"
+            path = next((path / name for name in names if (path / name).exists()), path)
+        if not path.is_file():
+            raise WeightsError(
+                f"no weights at {path}: expected gpt2, gpt2-medium, gpt2-xl, tiny, a .safetensors "
+                f"file or a folder that holds a {FILE_NAME}"
+            )
+    except OSError as error:
+        raise WeightsError(f"no weights at {path!s:.200}: {error.strerror}") from error
+    if path.suffix in (".bin", ".pt", ".pth"):
+        raise WeightsError(
+            f"{path} is a pickle, expected safetensors. Convert it: "
+            f'python -c "import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v '
+            f"in torch.load({str(path)!r}, weights_only=True).items()}}, "
+            f'{str(path.with_name(FILE_NAME))!r})"'
+        )
+    return _shards(path) if path.name.endswith(INDEX_SUFFIX) else [path]
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("expected names of files beside it")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{index} is not an index of shards: {error!r:.200}") from error
+    return [index.with_name(name) for name in sorted(names)]
 
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file, by the names stored in it, in the order of their bytes.
 
-    Raises WeightsError where there is no such file, where the header is malformed or does not fit
-    the file, and at a dtype that no GPT-2 file holds.
+    Raises WeightsError if the file cannot be read, if its header is malformed or does not match its
+    size, and at a dtype that no GPT-2 file holds.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path}: got no such file, expected a safetensors file")
+    start = b""
     try:
         with open(path, "rb") as file:
-            begin = 8 + int.from_bytes(file.read(8), "little")
+            start = file.read(64)
         # Opening checks the header: its JSON, shape x dtype = bytes, and offsets without a gap.
         # So sizes alone give the offsets, and a second parser that might disagree is not needed.
         with safe_open(path, framework="numpy") as tensors:
-            entries = {}
-            for name in tensors.offset_keys():
+            names = tensors.offset_keys()
+            if len(names) > MOST_TENSORS:
+                raise WeightsError(f"{path} is not a GPT-2: got {len(names)} tensors")
+            entries, begin = {}, 8 + int.from_bytes(start[:8], "little")
+            for name in names:
                 view = tensors.get_slice(name)
-                entry = Entry(view.get_dtype(), tuple(view.get_shape()), begin)
-                if entry.dtype not in ITEM_BYTES:
+                entry = Entry(path, begin, view.get_dtype(), tuple(view.get_shape()))
+                if entry.dtype not in MASK_DTYPES:
                     raise WeightsError(
                         f"{path}: {name[:80]!r}: got {entry.dtype}, expected one of {[*DTYPES]}"
                     )
-                begin += math.prod(entry.shape) * ITEM_BYTES[entry.dtype]
+                begin += math.prod(entry.shape) * MASK_DTYPES[entry.dtype].itemsize
                 entries[name] = entry
     except (OSError, SafetensorError) as error:
-        raise WeightsError(
-            f"{path} cannot be read as a whole safetensors file: {error}. Fetch or save it again"
-        ) from error
+        text = start.lstrip().lower()
+        if text.startswith(b"version https://git-lfs"):
+            problem = "is a Git LFS pointer, not the file itself: run git lfs pull"
+        elif text.startswith((b"<!doctype", b"<html")):
+            problem = "is an HTML page, not the file itself: download from a link with /resolve/"
+        else:
+            problem = (
+                f"cannot be read as a complete safetensors file: {error!s:.200}. "
+                "Remove it and download or save it again"
+            )
+        raise WeightsError(f"{path} {problem}") from error
     return entries
 
 
-def parameter_entries(path: Path) -> tuple[dict[str, Entry], Layout]:
-    """The parameters of a GPT-2 file by their official names, in the order of their bytes.
+def read_entries(path: Path) -> tuple[dict[str, Entry], Layout]:
+    """Every stored tensor of a GPT-2 by its official name, in the order of bytes, and the sizes.
 
-    The prefix `transformer.` is stripped and the causal masks are left out; `lm_head.weight` stays,
-    last, where it is stored. Raises WeightsError if names, shapes or dtypes are not a GPT-2's.
+    `path` is a file or a folder. Prefixes are stripped; masks and `lm_head.weight` are included.
+    Raises WeightsError if names, shapes, dtypes or a config.json beside them are not a GPT-2's.
     """
+    files = find_files(path)
     entries: dict[str, Entry] = {}
-    for stored, entry in read_header(path).items():
-        name = stored.removeprefix("transformer.")
-        if MASK.fullmatch(name):
-            continue
-        if name in entries:
-            raise WeightsError(f"{path}: {name}: got it twice, with and without 'transformer.'")
-        entries[name] = entry
-    head = entries.pop("lm_head.weight", None)
-    layout = check_layout({name: entry.shape for name, entry in entries.items()}, str(path))
-    if head is not None:
-        expected = entries["wte.weight"].shape
-        if head.shape != expected:
-            raise WeightsError(f"{path}: lm_head.weight: got {head.shape}, expected {expected}")
-        entries["lm_head.weight"] = head
-    for name, entry in entries.items():
-        if entry.dtype not in DTYPES:
-            raise WeightsError(f"{path}: {name}: got {entry.dtype}, expected one of {[*DTYPES]}")
+    for file in files:
+        for stored, entry in read_header(file).items():
+            name = PREFIX.sub("", stored, count=1)
+            if name in entries:
+                raise WeightsError(f"{file}: {name[:80]!r}: got it twice, with other prefixes")
+            entries[name] = entry
+    masks = {name for name in entries if MASK.fullmatch(name)}
+    shapes = {name: e.shape for name, e in entries.items() if name not in masks}
+    head = shapes.pop(HEAD, None)
+    layout = check_layout(shapes, str(path))
+    if head is not None and head != shapes["wte.weight"]:
+        raise WeightsError(f"{path}: {HEAD}: got {head}, expected {shapes['wte.weight']}")
+    for name in entries.keys() - masks:
+        if entries[name].dtype not in DTYPES:
+            got = entries[name].dtype
+            raise WeightsError(f"{path}: {name}: got {got}, expected one of {[*DTYPES]}")
+    check_config(files[0].with_name("config.json"), layout)
     return entries, layout
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(path: Path, digest: "hashlib._Hash | None" = None) -> Iterator[tuple[str, Tensor]]:
     """Yields each parameter as (official name, float32 tensor in its own 64-byte aligned memory).
 
-    Raises WeightsError as `parameter_entries` does, and at the first value that is NaN or infinite,
-    at a file that ends early, and at an `lm_head.weight` that is not equal to `wte.weight`.
+    A `digest` is updated with every byte of the file as it is read.
+
+    Raises WeightsError as `read_entries` does, and at the first value that is NaN or infinite, at a
+    file that ends early, and at an `lm_head.weight` that is not equal to `wte.weight`.
     """
-    entries, _ = parameter_entries(path)
-    embedding = torch.empty(0)
+    entries, _ = read_entries(path)
+    tied: dict[str, Tensor] = {}
     try:
-        with open(path, "rb") as file, ThreadPoolExecutor(READERS) as readers:
-            read = partial(_read_tensor, file.fileno(), path)
-            tensors = readers.map(read, entries, entries.values())
-            for name, tensor in zip(entries, tensors, strict=True):
-                if name == "wte.weight":
-                    embedding = tensor
-                if name != "lm_head.weight":
-                    yield name, tensor
-                elif not torch.equal(tensor, embedding):
-                    raise WeightsError(
-                        f"{path}: lm_head.weight: got values that differ from wte.weight, expected "
-                        "GPT-2's tied head, which is equal to it"
-                    )
+        for part, group in groupby(entries.items(), key=lambda item: item[1].path):
+            with open(part, "rb") as file:
+                if digest is not None:
+                    digest.update(file.read(next(iter(entries.values())).begin))
+                for name, entry in group:
+                    is_mask = MASK.fullmatch(name)
+                    if is_mask and digest is None:
+                        continue
+                    stored = torch.empty(entry.shape, dtype=MASK_DTYPES[entry.dtype], device="cpu")
+                    buffer = stored.view(-1).view(torch.uint8).numpy().data
+                    file.seek(entry.begin)
+                    # readinto continues where the system stops short, as Linux does after 2 GiB
+                    if file.readinto(buffer) != len(buffer):
+                        raise WeightsError(f"{part}: {name}: the file ended early")
+                    if digest is not None:
+                        digest.update(buffer)
+                    if is_mask:
+                        continue
+                    tensor = stored.float()  # float32 stays as it is
+                    _check_finite(tensor, f"{part}: {name}")
+                    if name in ("wte.weight", HEAD):
+                        tied[name] = tensor
+                    if name != HEAD:
+                        yield name, tensor
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error}") from error
-
-
-def _read_tensor(descriptor: int, path: Path, name: str, entry: Entry) -> Tensor:
-    stored = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
-    got = os.preadv(descriptor, [stored.view(-1).view(torch.uint8).numpy().data], entry.begin)
-    if got != stored.nbytes:
-        raise WeightsError(f"{path}: {name}: the file ended: got {got} bytes of {stored.nbytes}")
-    tensor = stored.float()  # float32 stays where it is
-    _check_finite(tensor, f"{path}: {name}")
-    return tensor
+    if HEAD in tied and not torch.equal(tied[HEAD], tied["wte.weight"]):
+        raise WeightsError(
+            f"{path}: {HEAD}: got values that differ from wte.weight, expected GPT-2's tied head"
+        )
 
 
 def _check_finite(tensor: Tensor, source: str) -> None:
     """Raises WeightsError at the first NaN or infinity of a float32 tensor on the CPU."""
     values = tensor.numpy().reshape(-1)
-    # One of either always shows in the sum, which costs far less than looking at every value; and
-    # NumPy's sum takes one thread, so it does not wait for a second one on a machine that is busy.
+    # Either one always shows in the sum, which costs far less than a look at every value.
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(values.sum()):
             return
@@ -160,9 +215,9 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
 
     `state_dict` holds the parameters under their official names, as float32, float16 or bfloat16,
     on any device; the file keeps the dtype. transformers' GPT2LMHeadModel.from_pretrained(folder)
-    reads the result. A file that was there stays whole until the new one is complete on disk.
+    reads the result. An existing file stays complete until the new one is on the disk.
 
-    Raises WeightsError if a tensor is missing, extra, misshapen, of another dtype or not finite,
+    Raises WeightsError if a tensor is missing, unknown, misshapen, of another dtype or not finite,
     and if the folder cannot be written.
     """
     layout = check_layout({name: tuple(t.shape) for name, t in state_dict.items()}, "state_dict")
@@ -173,14 +228,14 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
             raise WeightsError(f"state_dict: {name}: got {tensor.dtype}, expected one of {allowed}")
         tensors[name] = tensor.detach().cpu().contiguous()
         _check_finite(tensors[name].float(), f"state_dict: {name}")
-    folder = Path(folder)
+    folder = expand(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(layout.config(), indent=2) + "\n")
         with atomic_write(folder / FILE_NAME) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
-    except (OSError, RuntimeError, SafetensorError) as error:  # the second: tensors share memory
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"cannot write weights to {folder}: {error}") from error
 
 

@@ -1,32 +1,60 @@
-"""The tensors of a GPT-2 checkpoint: their official names and shapes, and the check against both.
+"""The tensors of a GPT-2 checkpoint: their official names and shapes, and the checks against them.
 
-    C  n_embd       width of the residual stream, 64 times the number of heads
-    V  vocab_size   tokens
+    C  n_embd       width of the residual stream: 64 times the number of heads
+    V  vocab_size   number of tokens
     P  n_positions  longest context
 
-Affine weights are (in, out), as GPT-2 stores them. The shapes say everything about a GPT-2 but the
-number of heads, and a head is 64 wide in every official size.
+Affine weights are (in, out), as GPT-2 stores them. Shapes determine everything about a GPT-2 except
+its number of heads, and in every official size a head is 64 wide.
 """
 
+import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 HEAD_DIM = 64
 MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks: constants that some files carry
 MOST_PROBLEMS_SHOWN = 5
+UNCHECKED = ("architectures", "bos_token_id", "eos_token_id")  # they do not change the function
+SAME_FUNCTION = (  # settings of config.json that are other names for GPT-2's
+    ("n_inner", None),
+    ("activation_function", "gelu_pytorch_tanh"),
+    ("activation_function", "gelu_fast"),
+)
 
 Shape = tuple[int, ...]
 
 
+def printable(text: str) -> str:
+    """`text` with control characters, direction marks and lone surrogates escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class WeightsError(ValueError):
-    """Weights that cannot be used; the message says which, what was got and what was expected."""
+    """Weights that cannot be used. The message says what was got, what was expected, what to do.
+
+    It quotes names and paths that strangers chose, so every line of it is made printable.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(map(printable, lines)))
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """`path` with `~` replaced by the home folder; WeightsError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise WeightsError(f"{os.fspath(path)}: {error}") from error
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes of one GPT-2, from which every name and shape of its checkpoint follows."""
+    """The sizes of a GPT-2, which determine every name and shape in its checkpoint."""
 
     n_layer: int
     n_embd: int
@@ -59,7 +87,7 @@ class Layout:
         }
 
     def config(self) -> dict[str, Any]:
-        """The `config.json` under which transformers builds the same model."""
+        """The `config.json` from which transformers builds the same model."""
         end_of_text = 50256 if self.vocab_size == 50257 else None
         return {
             "architectures": ["GPT2LMHeadModel"],
@@ -77,10 +105,10 @@ class Layout:
 
 
 def check_layout(found: Mapping[str, Shape], source: str) -> Layout:
-    """Reads the sizes off the shapes in `found` and holds every name and shape against them.
+    """Reads the sizes off the shapes in `found` and checks every name and shape against them.
 
     Raises WeightsError, which names `source` and the first few tensors that are missing, misshapen
-    or none of GPT-2's.
+    or unknown.
     """
     layout = _sizes(found, source)
     expected = layout.shapes()
@@ -93,24 +121,68 @@ def check_layout(found: Mapping[str, Shape], source: str) -> Layout:
     if problems:
         hidden = len(problems) - MOST_PROBLEMS_SHOWN
         shown = "; ".join(problems[:MOST_PROBLEMS_SHOWN] + [f"and {hidden} more"] * (hidden > 0))
-        raise WeightsError(f"{source} is no whole GPT-2. Read as {layout}: {shown}")
+        raise WeightsError(f"{source} is not a complete GPT-2. Read as {layout}: {shown}")
     return layout
 
 
 def _sizes(found: Mapping[str, Shape], source: str) -> Layout:
+    # Counted, not the largest index: a hostile h.999999999 must not size anything.
+    n_layer = len({m[1] for name in found if (m := re.match(r"h\.(\d+)\.", name))})
+    if not n_layer or not {"wte.weight", "wpe.weight"} <= found.keys():
+        names = ", ".join(repr(name[:40]) for name in list(found)[:4])
+        raise WeightsError(
+            f"{source} is not a GPT-2: got {len(found)} tensors ({names}, ...), "
+            "expected wte.weight, wpe.weight, h.0.ln_1.weight, ..."
+        )
     for name in "wte.weight", "wpe.weight":
-        shape = found.get(name)
-        if shape is None or len(shape) != 2 or 0 in shape:
-            got = "no such tensor" if shape is None else shape
-            raise WeightsError(f"{source} is no GPT-2: {name}: got {got}, expected two dimensions")
+        if len(found[name]) != 2 or 0 in found[name]:
+            raise WeightsError(
+                f"{source} is not a GPT-2: {name}: got {found[name]}, expected two dimensions"
+            )
     vocab_size, n_embd = found["wte.weight"]
     if n_embd % HEAD_DIM:
         raise WeightsError(
-            f"{source} is no GPT-2: wte.weight: got width {n_embd}, expected a multiple of "
+            f"{source} is not a GPT-2: wte.weight: got width {n_embd}, expected a multiple of "
             f"{HEAD_DIM}, the width of a head"
         )
-    # Counted, not the largest index: a hostile h.999999999 must not size anything.
-    n_layer = len({m[1] for name in found if (m := re.match(r"h\.(\d+)\.", name))})
-    if n_layer == 0:
-        raise WeightsError(f"{source} is no GPT-2: got no block, expected tensors named h.0.*")
     return Layout(n_layer, n_embd, vocab_size, n_positions=found["wpe.weight"][0])
+
+
+def check_config(path: Path, layout: Layout) -> None:
+    """Raises WeightsError if the config.json at `path`, where there is one, describes a model that
+    computes something else than the GPT-2 of these sizes."""
+    try:
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{path} cannot be read: {error}. Repair it, or remove it to go by the shapes alone"
+        ) from error
+    expected = layout.config() | {
+        "n_inner": 4 * layout.n_embd,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+        "num_hidden_layers": layout.n_layer,  # transformers accepts these four names as well
+        "num_attention_heads": layout.n_embd // HEAD_DIM,
+        "hidden_size": layout.n_embd,
+        "max_position_embeddings": layout.n_positions,
+    }
+    wrong = [
+        f"{key}: got {config[key]!r:.80}, expected {value!r}"
+        for key, value in expected.items()
+        if key in config
+        and key not in UNCHECKED
+        and config[key] != value
+        and (key, config[key]) not in SAME_FUNCTION
+    ]
+    if wrong:
+        raise WeightsError(
+            f"{path} describes another model: {'; '.join(wrong)}. By its shapes this is a GPT-2, "
+            f"{layout.n_layer} blocks, {layout.n_embd} wide, with heads {HEAD_DIM} wide, gelu_new, "
+            "epsilon 1e-5, scores scaled by 1/sqrt(64), a tied head and an inner width of 4 C"
+        )

@@ -1,34 +1,28 @@
 """OpenAI's official GPT-2 files: where they are, what they hash to, how to get and check them.
 
-    python -m weights.official gpt2-medium      fetch and verify ahead of time
-    python -m weights.official --check PATH     tensors, shapes, dtypes and hash of any file, and
-                                                which official file it is
+    python -m weights.official gpt2-medium      download and verify ahead of time
+    python -m weights.official --check PATH     sizes, dtypes and hash of any checkpoint, and which
+                                                official file it is; --list adds every tensor
 
-A file is looked for in the local cache of huggingface_hub under both of its names, and else
-downloaded at the pinned revision. The hub's library checks a download's size only, so the file is
-hashed here, once: its hash is kept in the model's folder of the cache, and holds until the file's
-size or time changes.
+A file is looked for in the local cache of huggingface_hub under both of its names, and if it is not
+there, downloaded at the pinned revision. The hub's library checks a download's size only, so every
+load hashes the file as it reads it: the tensors that come out are those that were verified.
 """
 
-import argparse
 import hashlib
-import json
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import (
-    FILE_NAME,
-    atomic_write,
-    parameter_entries,
-    read_header,
-    read_tensors,
-)
-from .layout import HEAD_DIM, Layout, WeightsError
+from torch import Tensor
 
-HASHES_NAME = "sha256.json"
+from .checkpoint import FILE_NAME, read_entries, read_tensors
+from .layout import HEAD_DIM, Layout, WeightsError, expand, printable
+
+TIMEOUT = 2  # seconds to wait for the hub's first answer, for each of its addresses
 
 
 @dataclass(frozen=True)
@@ -40,11 +34,6 @@ class Official:
     sha256: str
     layout: Layout
     size: int | None = None  # bytes; None where no source for it was found
-
-    @property
-    def size_text(self) -> str:
-        """The size in words."""
-        return f"{self.size:,} bytes" if self.size else "size not on record"
 
 
 OFFICIAL = {
@@ -71,29 +60,27 @@ OFFICIAL = {
 }
 
 
-def fetch(name: str) -> Path:
-    """The verified local file of an official model, downloaded with a progress bar if need be.
+def read_official(name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of an official model, downloaded with a progress bar if need be.
 
-    Raises WeightsError if the file is not cached and cannot be downloaded, or if its hash is wrong;
-    the file then stays where it is.
+    Raises WeightsError as `read_tensors` does, if the file is not cached and cannot be downloaded,
+    and at the end if its hash is wrong; the file then stays where it is.
     """
-    official = OFFICIAL[name]
+    official, digest = OFFICIAL[name], hashlib.sha256()
     path = cached(official) or _download(name, official)
-    got = _remembered_sha256(path)
-    if got != official.sha256:
+    yield from read_tensors(path, digest)
+    if digest.hexdigest() != official.sha256:
         raise WeightsError(
-            f"{path} ({path.stat().st_size:,} bytes) is not the official {name}: got sha256 {got}, "
-            f"expected {official.sha256} ({official.size_text}). Remove the file to have it "
-            "downloaded again, or pass its path to load it as it is"
+            f"{path}: got sha256 {digest.hexdigest()}, expected {official.sha256}: it is not the "
+            "official file. Remove it to download it again, or pass its path to load it anyway"
         )
-    return path
 
 
 def cached(official: Official) -> Path | None:
     """The file in the hub's local cache, unverified, or None; never looks at the network."""
     from huggingface_hub import try_to_load_from_cache  # here: a third of a second, seldom needed
 
-    # Files cached before 2024 lie under the repository's old name, without the organisation.
+    # Files cached before 2024 are under the repository's old name, without the organisation.
     for repo in (official.repo, official.repo.split("/")[1]):
         path = try_to_load_from_cache(repo, FILE_NAME, revision=official.revision)
         if isinstance(path, str):
@@ -102,102 +89,91 @@ def cached(official: Official) -> Path | None:
 
 
 def _download(name: str, official: Official) -> Path:
-    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.constants import HF_HUB_CACHE
 
     repo, revision = official.repo, official.revision
-    print(f"downloading {repo}, {FILE_NAME} ({official.size_text})", file=sys.stderr)
+    url = hf_hub_url(repo, FILE_NAME, revision=revision)
+    size = f"{official.size:,} bytes" if official.size else "size not on record"
     try:
+        get_hf_file_metadata(url, timeout=TIMEOUT)  # fails at once where downloading would retry
+        print(f"downloading {repo}, {FILE_NAME} ({size})", file=sys.stderr)
         return Path(hf_hub_download(repo, FILE_NAME, revision=revision))
     except Exception as error:  # the hub's, HTTP's and Xet's errors share no narrower class
         folder = Path(HF_HUB_CACHE, "models--" + repo.replace("/", "--"), "snapshots", revision)
         raise WeightsError(
-            f"{name} is not cached and cannot be downloaded: {error.__cause__ or error}\n"
-            f"  file:  {hf_hub_url(repo, FILE_NAME, revision=revision)} ({official.size_text})\n"
-            f"  fetch, on a machine with internet:  "
-            f"hf download {repo} {FILE_NAME} --revision {revision} --local-dir {name}\n"
-            f"  put it at:  {folder / FILE_NAME}\n"
-            f"  or pass its path in place of {name!r}\n"
+            f"{name} is not cached and cannot be downloaded: {error.__cause__ or error}",
+            f"  file:  {url} ({size})",
+            f"  download, on a machine with internet:  "
+            f"hf download {repo} {FILE_NAME} --revision {revision} --local-dir {name}",
+            f"  put it at:  {folder / FILE_NAME}",
+            f"  or pass its path in place of {name!r}",
             '  or use "tiny", the small checkpoint embedded in this repository, which needs no '
-            "download"
+            "download",
         ) from error
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _remembered_sha256(path: Path) -> str:
-    """`sha256` of a file in the hub's cache, taken once for a path, size and modification time."""
-    record = path.parents[2] / HASHES_NAME  # <cache>/models--X/snapshots/<revision>/<file>
-    try:
-        known = json.loads(record.read_text())
-    except (OSError, ValueError):  # none yet, or damaged: the file is hashed again
-        known = {}
-    stat = path.stat()
-    key = f"{path} {stat.st_size} {stat.st_mtime_ns}"
-    if key in known:
-        return str(known[key])
-    print(f"hashing {path}, once", file=sys.stderr)
-    digest = sha256(path)
-    try:
-        with atomic_write(record) as temporary:
-            temporary.write_text(json.dumps({key: digest}) + "\n")
-    except OSError as error:
-        print(
-            f"the hash cannot be remembered, so every load takes it anew: {error}", file=sys.stderr
-        )
-    return digest
-
-
-def describe(path: Path) -> str:
-    """What `--check` prints: every tensor read and checked, the sizes, the hash, the official name.
+def describe(path: Path, every_tensor: bool = False) -> str:
+    """The text of `--check`: sizes, hash and official name, after every value has been checked.
 
     Raises WeightsError as `load_weights` does.
     """
-    stored = read_header(path)
-    _, layout = parameter_entries(path)
+    entries, layout = read_entries(path)
     n_parameters = sum(tensor.numel() for _, tensor in read_tensors(path))
-    digest = sha256(path)
-    names = [name for name, official in OFFICIAL.items() if official.sha256 == digest]
-    dtypes = Counter(entry.dtype for entry in stored.values())
-    lines = [f"{entry.dtype:5} {list(entry.shape)!s:20} {name}" for name, entry in stored.items()]
-    ignored = sum(math.prod(entry.shape) for entry in stored.values()) - n_parameters
-    return "\n".join(
-        [
-            *lines,
-            f"file:        {path}, {path.stat().st_size:,} bytes",
-            f"tensors:     {len(stored)} ({', '.join(f'{n} {k}' for k, n in dtypes.items())})",
-            f"model:       GPT-2, {layout.n_layer} blocks, {layout.n_embd} wide, "
-            f"{layout.n_embd // HEAD_DIM} heads, {layout.n_positions:,} positions, "
-            f"{layout.vocab_size:,} tokens",
-            f"parameters:  {n_parameters:,}, all finite",
-            f"ignored:     {ignored:,} values of masks and a repeated head",
-            f"sha256:      {digest}",
+    ignored = sum(math.prod(e.shape) for e in entries.values()) - n_parameters
+    dtypes = Counter(e.dtype for e in entries.values())
+    lines = [
+        f"model:       GPT-2, {layout.n_layer} blocks, {layout.n_embd} wide, "
+        f"{layout.n_embd // HEAD_DIM} heads, {layout.n_positions:,} positions, "
+        f"{layout.vocab_size:,} tokens",
+        f"parameters:  {n_parameters:,}, all finite",
+        f"tensors:     {len(entries)} ({', '.join(f'{n} {k}' for k, n in dtypes.items())})",
+        f"ignored:     {ignored:,} values of masks and a repeated head",
+    ]
+    for file in dict.fromkeys(e.path for e in entries.values()):
+        with open(file, "rb") as opened:
+            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+        names = [name for name, official in OFFICIAL.items() if official.sha256 == sha256]
+        lines += [
+            f"file:        {file}, {file.stat().st_size:,} bytes",
+            f"sha256:      {sha256}",
             f"official:    {names[0] if names else 'none of ' + ', '.join(OFFICIAL)}",
         ]
-    )
+    if every_tensor:
+        lines += [f"{e.dtype:5} {list(e.shape)!s:20} {name}" for name, e in entries.items()]
+    return "\n".join(map(printable, lines))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Download and verify an official GPT-2, or check any GPT-2 in safetensors files."""
+
+    name: str  # gpt2, gpt2-medium or gpt2-xl; with --check a file or folder
+    check: bool = False  # read every value and print the sizes and the hash
+    list: bool = False  # with --check: every tensor as well
 
 
 def main() -> None:
-    """The command line: a file that cannot be had or is not whole ends with status 1 and why."""
-    parser = argparse.ArgumentParser(
+    """The command line: weights that cannot be had or are not valid end with status 1 and why."""
+    import tyro
+
+    options = tyro.cli(
+        Options,
         prog="python -m weights.official",
-        description="Fetch and verify an official GPT-2, or check any GPT-2 safetensors file.",
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
     )
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("name", nargs="?", choices=list(OFFICIAL), help="fetch and verify this one")
-    action.add_argument("--check", type=Path, metavar="PATH", help="inspect this file")
-    options = parser.parse_args()
     try:
         if options.check:
-            print(describe(options.check))
+            print(describe(expand(options.name), options.list))
+        elif options.name in OFFICIAL:
+            for _ in read_official(options.name):
+                pass
+            print(f"{options.name} verified: {cached(OFFICIAL[options.name])}")
         else:
-            print(f"{options.name} verified: {fetch(options.name)}")
+            known = ", ".join(OFFICIAL)
+            raise WeightsError(f"{options.name}: expected one of {known}, or --check and a path")
     except WeightsError as error:
-        parser.exit(1, f"error: {error}\n")
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_finite_values_whose_sum_overflows_are_accepted(parameters, tmp_path):
     [
         ({"ln_f.bias": None}, r"ln_f\.bias: missing, expected \(128,\)"),
         ({"h.1.ln_2.bias": None}, r"h\.1\.ln_2\.bias: missing"),
-        ({"wte.weight": None}, r"wte\.weight: got no such tensor"),
+        ({"wte.weight": None}, r"got 27 tensors \('h\.0\.attn\..*expected wte\.weight, wpe\.w"),
         ({"wpe.weight": (24,)}, r"wpe\.weight: got \(24,\), expected two dimensions"),
         ({"wpe.weight": (24, 64)}, r"wpe\.weight: got \(24, 64\), expected \(24, 128\)"),
         ({"wpe.weight": (0, 128)}, r"wpe\.weight: got \(0, 128\)"),
@@ -134,7 +134,7 @@ def test_finite_values_whose_sum_overflows_are_accepted(parameters, tmp_path):
         ({"extra": (3,)}, r"'extra': got \(3,\), expected no such tensor"),
         ({"h.0.attn.rotary.bias": (3,)}, r"'h\.0\.attn\.rotary\.bias': got \(3,\)"),
         ({"h.999999999.ln_1.weight": (128,)}, "n_layer=3"),
-        ({"transformer.ln_f.bias": (128,)}, r"ln_f\.bias: got it twice"),
+        ({"transformer.ln_f.bias": (128,)}, r"'ln_f\.bias': got it twice"),
         ({"wte.weight": (301, 100)}, "width 100, expected a multiple of 64"),
     ],
 )
@@ -162,7 +162,7 @@ def test_other_dtypes_are_refused_by_name(dtype, parameters, tmp_path):
 def test_a_model_without_blocks_is_refused(parameters, tmp_path):
     """Embeddings and ln_f alone agree with every shape that there is."""
     bare = {k: v for k, v in parameters.items() if not k.startswith("h.")}
-    with pytest.raises(WeightsError, match=r"got no block, expected tensors named h\.0\."):
+    with pytest.raises(WeightsError, match=r"got 4 tensors .*expected .*h\.0\."):
         load_arrays(bare, tmp_path)
 
 
@@ -184,18 +184,18 @@ def test_a_pickle_is_refused_and_never_run(tmp_path):
 
     path = tmp_path / "model.safetensors"
     path.write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(WeightsError, match="cannot be read as a whole safetensors file"):
+    with pytest.raises(WeightsError, match="cannot be read as a complete safetensors file"):
         load_weights(path)
     (tmp_path / "old").mkdir()
     path.rename(tmp_path / "old" / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"a folder that holds a model\.safetensors"):
+    with pytest.raises(WeightsError, match="is a pickle, expected safetensors"):
         load_weights(tmp_path / "old")
     assert not (tmp_path / "ran").exists()
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
     """A slip of the pen is no path either: the message lists what could have been meant."""
-    with pytest.raises(WeightsError, match=r"'gpt2-medum': .* gpt2, gpt2-medium, gpt2-xl, tiny"):
+    with pytest.raises(WeightsError, match=r"gpt2-medum: .* gpt2, gpt2-medium, gpt2-xl, tiny"):
         load_weights("gpt2-medum")
 
 

@@ -1,0 +1,250 @@
+"""Checkpoints as other tools and other people leave them: loaded, or refused in one line."""
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from tests.weights.official_file import SMALL, assert_equal, read_plainly, write_official
+from weights import WeightsError, layout_of, load_weights, save_weights
+
+FILE = "model.safetensors"
+
+
+@pytest.fixture
+def parameters(tmp_path):
+    """Name -> float32 array of a good file, which is removed again."""
+    path = tmp_path / "official"
+    write_official(path, **SMALL)
+    arrays = {k: v for k, v in read_plainly(path).items() if not k.endswith(".attn.bias")}
+    path.unlink()
+    return arrays
+
+
+@pytest.fixture
+def folder(parameters, tmp_path):
+    save_file(parameters, tmp_path / FILE)
+    return tmp_path
+
+
+def refusal(path):
+    """The message with which `path` is refused: one line, the same from header and values."""
+    with pytest.raises(WeightsError) as caught:
+        load_weights(path)
+    message = str(caught.value)
+    assert message.isprintable()
+    with pytest.raises(WeightsError) as caught:
+        layout_of(path)
+    assert str(caught.value) == message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("n_head", 1),
+        ("num_attention_heads", 4),
+        ("n_layer", 3),
+        ("activation_function", "relu"),
+        ("activation_function", "gelu"),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("scale_attn_weights", False),
+        ("layer_norm_epsilon", 1e-6),
+        ("layer_norm_epsilon", float("inf")),
+        ("tie_word_embeddings", False),
+        ("add_cross_attention", True),
+        ("n_inner", 256),
+        ("n_positions", 48),
+        ("vocab_size", [301]),
+        ("model_type", "gpt_neo"),
+    ],
+)
+def test_a_config_of_another_model_is_refused_by_key(key, value, folder):
+    """Each of these makes transformers compute something else from the same tensors, or fail."""
+    (folder / "config.json").write_text(json.dumps(layout_of(folder).config() | {key: value}))
+    message = refusal(folder)
+    assert f"{folder}/config.json describes another model: {key}: got {value!r}, exp" in message
+    assert "heads 64 wide, gelu_new, epsilon 1e-5" in message
+
+
+def test_a_config_of_the_same_model_loads_whatever_else_it_says(folder, parameters):
+    """Keys without a say in the function, other names of the same value, keys left out."""
+    same = {"attn_pdrop": 0.1, "n_inner": None, "activation_function": "gelu_pytorch_tanh"}
+    for config in (layout_of(folder).config() | same | {"xfactor": {"lr": 1.0}}, {"n_embd": 128}):
+        (folder / "config.json").write_text(json.dumps(config))
+        assert_equal(load_weights(folder), parameters)
+        assert_equal(load_weights(folder / FILE), parameters)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "[" * 20_000, '{"n_head": ' + "9" * 5000 + "}", "\xff"]
+)
+def test_a_config_that_is_not_json_is_one_line(text, folder):
+    """Cut short, not an object, nested 20,000 deep, a number of 5,000 digits, not UTF-8."""
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    assert f"{folder}/config.json cannot be read" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "transformer.",
+        "_orig_mod.",  # torch.compile
+        "module.",  # DistributedDataParallel
+        "model.",  # Lightning
+        "_orig_mod.module.",
+        "module._orig_mod.transformer.",
+        "model._orig_mod.transformer.",
+    ],
+)
+def test_prefixes_of_wrappers_are_stripped(prefix, parameters, tmp_path):
+    """Every tensor, its head and a mask under the prefix, against the same without it."""
+    extra = {"lm_head.weight": parameters["wte.weight"].copy(), "h.0.attn.masked_bias": np.ones(1)}
+    extra["h.0.attn.masked_bias"] = extra["h.0.attn.masked_bias"].astype(np.float32)
+    save_file({prefix + k: v for k, v in (parameters | extra).items()}, tmp_path / FILE)
+    assert_equal(load_weights(tmp_path), parameters)
+
+
+def write_shards(parameters, folder):
+    """As transformers does: two files and the index of which tensor is where."""
+    names = [*parameters]
+    parts = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    for file, part in parts.items():
+        save_file({f"transformer.{k}": parameters[k] for k in part}, folder / file)
+    where = {f"transformer.{k}": file for file, part in parts.items() for k in part}
+    (folder / f"{FILE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return [*parts]
+
+
+def test_sharded_files_load_as_one(parameters, tmp_path):
+    """By folder and by index; a config.json beside them is checked, a missing shard named."""
+    shards = write_shards(parameters, tmp_path)
+    assert_equal(load_weights(tmp_path), parameters)
+    assert_equal(load_weights(tmp_path / f"{FILE}.index.json"), parameters)
+    (tmp_path / "config.json").write_text('{"n_head": 1}')
+    assert "n_head: got 1, expected 2" in refusal(tmp_path)
+    (tmp_path / shards[1]).unlink()
+    assert shards[1] in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}', '{"weight_map": 3}']
+)
+def test_an_index_that_lists_no_files_beside_it_is_refused(text, tmp_path):
+    """Among them one that points out of its folder."""
+    (tmp_path / f"{FILE}.index.json").write_text(text)
+    assert "is not an index of shards" in refusal(tmp_path)
+
+
+def test_a_pickle_is_refused_with_a_command_that_converts_it(parameters, tmp_path):
+    """The command of the message is run; then the folder loads."""
+    state_dict = {k: torch.from_numpy(v) for k, v in parameters.items()}
+    state_dict["lm_head.weight"] = state_dict["wte.weight"]  # one tensor under two names
+    torch.save(state_dict, tmp_path / "pytorch_model.bin")
+    message = refusal(tmp_path)
+    assert message == refusal(tmp_path / "pytorch_model.bin")
+    [_, *arguments] = shlex.split(message.split("Convert it: ")[1])
+    subprocess.run([sys.executable, *arguments], check=True)
+    assert_equal(load_weights(tmp_path), parameters)
+
+
+def test_what_stands_in_for_a_file_is_called_by_its_name(tmp_path):
+    """A Git LFS pointer, and the page that a browser saves under the file's name."""
+    path = tmp_path / FILE
+    path.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:fc5a\nsize 1519984962\n"
+    )
+    assert "is a Git LFS pointer" in refusal(path)
+    path.write_text("\n<!DOCTYPE html><html><head><title>openai-community/gpt2-medium")
+    assert "is an HTML page" in refusal(path)
+
+
+def test_tensors_of_another_model_are_shown_beside_what_was_expected(tmp_path):
+    """Of many names the first four, and no page of them."""
+    names = [f"model.layers.{n}.self_attn.q_proj.weight" for n in range(40)]
+    save_file({name: np.ones(3, np.float32) for name in names}, tmp_path / FILE)
+    message = refusal(tmp_path)
+    assert "got 40 tensors ('layers.0.self_attn.q_proj.weight'," in message
+    assert "expected wte.weight, wpe.weight, h.0.ln_1.weight" in message
+    assert len(message) < 400
+
+
+def test_a_header_of_100_000_blocks_is_refused_quickly(tmp_path):
+    """Compared to the time that the format's library takes to open it."""
+    header = {
+        f"h.{n}.ln_1.bias": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        for n in range(100_000)
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / FILE).write_bytes(len(text).to_bytes(8, "little") + text)
+    start = time.process_time()
+    assert "got 100000 tensors" in refusal(tmp_path)
+    assert time.process_time() - start < 2
+
+
+def test_hostile_names_are_escaped_in_messages(folder, parameters):
+    """A terminal's escape sequence, a newline and a direction mark, in a name and in a path."""
+    name = "\x1b[31m\n\u202egnp"
+    save_file(parameters | {name: np.ones(1, np.float32)}, folder / FILE)
+    assert r"\x1b[31m\n\u202egnp" in refusal(folder)
+    assert r"\x1b[31m\n\u202egnp" in refusal(str(folder / name))
+    header = {name: {"dtype": name, "shape": [0], "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    (folder / FILE).write_bytes(len(text).to_bytes(8, "little") + text)
+    assert r"\u202e" in refusal(folder)
+
+
+def test_a_leading_tilde_is_the_home_folder(folder, parameters, monkeypatch):
+    """In every function that takes a path; for a user who does not exist it is one line."""
+    monkeypatch.setenv("HOME", str(folder))
+    state_dict = {k: torch.from_numpy(v) for k, v in parameters.items()}
+    save_weights(state_dict, "~/saved")
+    assert (folder / "saved" / FILE).exists()
+    assert_equal(load_weights("~/saved"), parameters)
+    assert layout_of("~/saved").n_layer == 2
+    assert "~nobody-of-this-name/x" in refusal("~nobody-of-this-name/x")
+    with pytest.raises(WeightsError, match="~nobody-of-this-name/x"):
+        save_weights(state_dict, "~nobody-of-this-name/x")
+
+
+def test_paths_that_the_system_refuses_are_one_line(folder, parameters):
+    """300 characters, a null byte, a folder without permission; for reading and for writing."""
+    state_dict = {k: torch.from_numpy(v) for k, v in parameters.items()}
+    assert "File name too long" in refusal(folder / ("x" * 300))
+    assert "no weights at" in refusal("a\0b")
+    (folder / "closed").mkdir(mode=0)
+    for path in (folder / ("x" * 300), folder / "a\0b", folder / "closed" / "x"):
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root may go anywhere
+        try:
+            refusal(path)
+            with pytest.raises(WeightsError, match="cannot write weights to"):
+                save_weights(state_dict, path)
+        finally:
+            os.seteuid(user)
+
+
+class ShortReads(io.FileIO):
+    """A file whose reads stop after 1,000 bytes, as Linux's do after 2 GiB."""
+
+    def readinto(self, buffer):
+        return super().readinto(memoryview(buffer)[:1000])
+
+
+def test_a_read_that_stops_short_is_continued(folder, parameters, monkeypatch):
+    """Tensors of up to 262,144 bytes, in pieces of 1,000."""
+    monkeypatch.setattr(
+        "weights.checkpoint.open",
+        lambda path, mode: io.BufferedReader(ShortReads(path)),
+        raising=False,
+    )
+    assert_equal(load_weights(folder), parameters)
