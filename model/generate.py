@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .few_rows import shared_by_cores
 from .gpt2 import GPT2
 
 
@@ -39,12 +38,11 @@ def generate(
     try:
         cache = model.new_cache(tokens.shape[1] + max_new_tokens)
         newest = tokens  # first the whole prompt, then one token at a time
-        with shared_by_cores(tokens.device):
-            for _ in range(max_new_tokens):
-                hidden = model.hidden_states(newest, cache)[:, -1]  # (B, C): the last is enough
-                logits = F.linear(hidden, model.wte.weight)  # (B, V)
-                newest = _pick(logits, temperature, top_k, generator)  # (B, 1)
-                tokens = torch.cat((tokens, newest), dim=1)
+        for _ in range(max_new_tokens):
+            hidden = model.hidden_states(newest, cache)[:, -1]  # (B, C): the last is enough
+            logits = F.linear(hidden, model.wte.weight)  # (B, V)
+            newest = _pick(logits, temperature, top_k, generator)  # (B, 1)
+            tokens = torch.cat((tokens, newest), dim=1)
     finally:
         model.train(was_training)
     return tokens

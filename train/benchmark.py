@@ -36,6 +36,7 @@ from kernels import TwoLevelTarget
 from kernels.measure import milliseconds, peak_megabytes
 from model import GPT2, GPT2Config
 from model.generate import generate
+from train.cpu import few_row_products
 from train.machine import prepare
 from train.xfactor import LOSSES, training_steps
 from weights import layout_of, load_weights, save_weights
@@ -72,7 +73,8 @@ class Ours:
         return training_steps(self.model, optimizer, target, lambda: tokens, loss, autocast)
 
     def generate(self, prompt: Tensor) -> Tensor:
-        return generate(self.model, prompt, NEW_TOKENS, temperature=0)
+        with few_row_products(prompt.device):
+            return generate(self.model, prompt, NEW_TOKENS, temperature=0)
 
 
 class Transformers:

@@ -14,6 +14,7 @@ from torch import Tensor
 from model import GPT2
 from model.generate import generate
 from model.tokenizer import Tokenizer
+from train.cpu import few_row_products
 from train.objective import member_rate
 
 # Four tokens each, so that one batch continues them all: a step of it reads every weight once.
@@ -73,9 +74,10 @@ def evaluate(
     prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
     ids = torch.tensor([tokenizer.encode(prompt) for prompt in prompts], device=device)
     T, generator = ids.shape[1], torch.Generator(device).manual_seed(seed)
-    text, truncated = (
-        generate(model, ids, NEW_TOKENS, top_k=k, generator=generator) for k in (None, TOP_K)
-    )
+    with few_row_products(device):
+        text, truncated = (
+            generate(model, ids, NEW_TOKENS, top_k=k, generator=generator) for k in (None, TOP_K)
+        )
     return Evaluation(
         r=member_rate(text[:, T:], members),
         r_top_k=member_rate(truncated[:, T:], members),

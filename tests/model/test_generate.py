@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from model import GPT2, GPT2Config, few_rows
-from model.few_rows import linear
+from model import GPT2, GPT2Config
 from model.generate import generate
 from tests.model.oracle import official_names, oracle, shake
 
@@ -46,45 +44,6 @@ def test_greedy_with_the_cache_equals_greedy_without(model: GPT2, prompts: torch
     for _ in range(20):
         tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(generate(model, prompts, 20, temperature=0), tokens)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("stored", ["(in, out)", "(out, in)"])
-def test_a_few_rows_are_multiplied_as_f_linear_does(stored: str, threads: int) -> None:
-    """Against float64: no worse than F.linear by more than a rounding of the sum; also where the
-    slices do not divide the weight, with and without a bias, rows of any leading shape."""
-    g = seeded(0)
-    bias = torch.randn(301, generator=g)
-    weight = torch.randn(128, 301, generator=g).T
-    weight = weight if stored == "(in, out)" else weight.contiguous()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for leading in ((1, 1), (5,), (2, 8)):
-            x = torch.randn(*leading, 128, generator=g)
-            for b in (None, bias):
-                exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
-                error = (linear(x, weight, b) - exact).abs().max()
-                assert error <= 2 * (F.linear(x, weight, b) - exact).abs().max() + 1e-6
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_generation_shares_every_product_of_a_few_rows(model: GPT2, monkeypatch) -> None:
-    """Counted: of a prompt of 17 rows only the head's, then four a block and the head a token."""
-    calls = []
-
-    def record(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        calls.append(len(x.flatten(0, -2)))
-        return F.linear(x, *rest)
-
-    monkeypatch.setattr(few_rows, "linear", record)
-    prompt = torch.zeros(1, 17, dtype=torch.int64)
-    generate(model, prompt, 3, temperature=0)
-    assert calls == [1] * (1 + 2 * 9)
-    torch.set_float32_matmul_precision("medium")  # oneDNN shares them itself
-    generate(model, prompt, 3, temperature=0)
-    assert len(calls) == 1 + 2 * 9
 
 
 def test_the_seed_names_the_text(model: GPT2, prompts: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 MAX_ROWS = 16  # 1.7 times as fast as F.linear with 1 row, 1.2 times with 16; more were not measured
 
 
-def shared_by_cores(device: torch.device) -> AbstractContextManager[object]:
+def few_row_products(device: torch.device) -> AbstractContextManager[object]:
     """A context in which F.linear of up to MAX_ROWS rows takes every core of a CPU.
 
     A context, so that the architecture need not know: what multiplies is not what it says. It does
