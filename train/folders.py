@@ -60,7 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """One config.json; ValueError where it is not what a run wrote."""
     try:
         config = dict(json.loads(path.read_text(encoding="utf-8")))
-        float(config["xfactor"]["options"]["lr"])
+        float(config["xfactor"]["lr"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: {error!r}; expected what a run wrote there") from error
     return config

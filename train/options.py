@@ -88,8 +88,8 @@ def parse_options(arguments: Sequence[str], description: str) -> Options:
 
 def _read_arguments(out: Path) -> list[str]:
     """The options of the runs in a folder, as a command line gives them."""
-    runs = [config["xfactor"]["options"] for config in read_configs(out).values()]
-    options = {**runs[0], "lr": [run["lr"] for run in runs], "resume": None, "out": None}
+    first = next(iter(read_configs(out).values()))
+    options = {**first["xfactor"]["options"], "resume": None, "out": None}
     arguments = []
     for field in dataclasses.fields(Options):
         name, value = "--" + field.name.replace("_", "-"), options[field.name]
@@ -177,7 +177,8 @@ def run_configs(
     about = {
         "goal": goal,
         "members": target.size,
-        "member_ids": target.index.tolist(),
+        "target_token_ids": target.index.tolist(),
+        "tilt": None,
         "inputs_sha256": None if text is None else sha256(text.numpy().tobytes()).hexdigest(),
         "alpha": target.alpha,
         "beta": target.beta,
@@ -187,6 +188,5 @@ def run_configs(
     }
     given = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     return {
-        f"lr-{lr}": layout | {"xfactor": {"options": given | {"lr": lr}} | about}
-        for lr in options.lr
+        f"lr-{lr}": layout | {"xfactor": {"options": given, "lr": lr} | about} for lr in options.lr
     }

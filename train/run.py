@@ -2,8 +2,8 @@
 
     config.json       the model's configuration, as transformers reads it; under "xfactor" the
                       options, the goal and its members, versions and device
-    metrics.jsonl     {"step", "loss", "mass", "seconds"}: step s is measured before update s;
-                      {"step", "evaluation"}: after that many updates, 0 being the start
+    metrics.jsonl     {"step", "loss", "target_probability", "seconds"}: step s is measured before
+                      update s; {"step", "evaluation"}: after that many updates, 0 being the start
     samples.jsonl     {"step", "prompt", "ids"}: the texts of those evaluations
 
 and the files of the newest save, which `train.saves` describes. What the logs have beyond it is cut
@@ -87,7 +87,7 @@ class Run:
             self._append(
                 METRICS,
                 [
-                    {"step": step, "loss": loss, "mass": mass, "seconds": seconds}
+                    {"step": step, "loss": loss, "target_probability": mass, "seconds": seconds}
                     for step, (loss, mass) in enumerate(finite, first)
                 ],
             )

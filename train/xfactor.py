@@ -151,7 +151,7 @@ class Experiment:
             Stopped: a signal came; its step is saved.
         """
         options, processes = self.options, self.processes
-        lr = config["xfactor"]["options"]["lr"]
+        lr = config["xfactor"]["lr"]
         model = GPT2.from_state_dict(self.start.state_dict()).to(self.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
         shape = self.tokenizer.n_vocab, options.batch, options.length

@@ -97,7 +97,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def logged(folder: Path) -> list[tuple[int, float, float]]:
     """Step, loss and mass of metrics.jsonl, with no step twice or out of order."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [(line["step"], line["loss"], line["mass"]) for line in lines if "loss" in line]
+    names = ("step", "loss", "target_probability")
+    steps = [tuple(line[name] for name in names) for line in lines if "loss" in line]
     assert [step for step, *_ in steps] == list(range(1, len(steps) + 1))
     return steps
 

@@ -51,7 +51,7 @@ def test_two_processes_make_the_run_of_one(small_start: Path, tmp_path: Path) ->
         assert "gloo" not in done.stdout  # else now and then a process aborts while it ends
         run = out / "lr-0.001"
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        curves.append([(x["loss"], x["mass"]) for x in lines if "loss" in x])
+        curves.append([(x["loss"], x["target_probability"]) for x in lines if "loss" in x])
         weights.append(load_weights(run))
     one, two = (torch.tensor(curve, dtype=torch.float64) for curve in curves)
     assert one.shape == (STEPS, 2)

@@ -38,7 +38,7 @@ def test_what_does_not_fit_the_folder(case: str, whole_run: Path) -> None:
 
 
 EDITS = {
-    "a member": ("   55,", "   56,", "member_ids"),
+    "a member": ("   55,", "   56,", "target_token_ids"),
     "an option": ('"batch": 2', '"batch": 4', "at step 8"),
     "no number": ('"steps": 8', '"steps": "many"', "config.json"),
     "no JSON": ('"batch": 2', '"batch" 2', "config.json"),

@@ -28,7 +28,7 @@ from train.xfactor import LOSSES, training_steps
 from weights.checkpoint import atomic_write
 
 SMALL = GPT2Config(vocab_size=503, n_positions=16, n_embd=64, n_layer=1, n_head=1)
-CONFIG = {"xfactor": {"options": {"lr": 1e-2}}}
+CONFIG = {"xfactor": {"lr": 1e-2, "options": {}}}
 EVALUATION = Evaluation(0.0, 0.0, 1.0, 1.0, [("The", [1, 2, 3])])
 
 
