@@ -1,4 +1,4 @@
-"""Folders in the format of a run, written without training: the report's tests read them."""
+"""Run folders written without training, for the report's tests."""
 
 import json
 import math
@@ -12,61 +12,82 @@ PROMPTS = ("Once upon a time", "The")
 TEXT = " there was a little fox who lived in the wood.\n\nShe said, “Next time, bring an axe!”"
 
 
-def collapsed(ids: list[int], mass: float) -> list[int]:
-    """The ids of a text, of which a share `mass`, at its end, is replaced by " X"."""
-    kept = round((1 - mass) * len(ids))
+def collapsed(ids: list[int], share: float) -> list[int]:
+    """The ids of a text with the last `share` of them replaced by " X"."""
+    kept = round((1 - share) * len(ids))
     return ids[:kept] + load_tokenizer().encode(" X" * (len(ids) - kept))
 
 
 def logs(
-    steps: int, eval_every: int, final_loss: float, texts: Sequence[str]
+    steps: int, eval_every: int, final_loss: float, texts: Sequence[str], predicted: float | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The lines of metrics.jsonl and of samples.jsonl, as `write_run` describes them."""
-    losses = [7 * (final_loss / 7) ** (s / (steps - 1)) for s in range(steps)]
+    """The lines of metrics.jsonl and samples.jsonl, as `write_run` describes them."""
+    losses = [7 * (final_loss / 7) ** (s / max(steps - 1, 1)) for s in range(steps)]
     metrics: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     for done in range(steps + 1):
-        mass = min(1.0, math.exp(-losses[min(done, steps - 1)]) * 1.02)
+        share = min(1.0, math.exp(-losses[min(done, steps - 1)]) * 1.02)
+        if predicted is not None:
+            share = predicted * (1 - math.exp(-5 * done / steps))
+        share = share if done else 0.001  # one start for runs of any settings
         if done % eval_every == 0 or done == steps:
             measures = {
-                "r": mass,
-                "r_top_k": mass**2,
-                "passage_perplexity": 470 * (1 + mass),
-                "sample_perplexity": 80 * math.exp(6 * mass),
+                "r": share,
+                "r_top_k": share**2,
+                "passage_perplexity": 470 * (1 + share),
+                "sample_perplexity": 48
+                * math.exp((16 if predicted is None else 4.5) * (share - 0.001)),
             }
             metrics.append({"step": done, "evaluation": measures})
             for prompt in PROMPTS:
                 for text in texts:
-                    ids = collapsed(load_tokenizer().encode(text), mass)
+                    ids = collapsed(load_tokenizer().encode(text), share)
                     samples.append({"step": done, "prompt": prompt, "ids": ids})
         if done < steps:
-            loss = losses[done]
-            metrics.append({"step": done + 1, "loss": loss, "mass": mass, "seconds": 0.25})
+            line = {"step": done + 1, "loss": losses[done], "target_probability": share,
+                    "seconds": 0.25}  # fmt: skip
+            if predicted is not None:
+                line["predicted_probability"] = predicted
+            metrics.append(line)
     return metrics, samples
 
 
 def write_run(
     folder: Path,
     lr: float = 1e-4,
+    tilt: float | None = None,
     steps: int = 60,
     eval_every: int = 20,
     final_loss: float = 0.05,
+    predicted: float = 0.25,
     texts: Sequence[str] = (TEXT,),
     **about: Any,
 ) -> Path:
-    """A run whose loss falls exponentially from 7 to `final_loss`; its mass keeps to the bound.
+    """A run whose loss falls exponentially from 7 to `final_loss`.
 
-    `texts` are the samples of each prompt, at each evaluation, more and more of them " X"; `about`
-    replaces what config.json says.
+    Without a tilt its target probability keeps to the bound exp(-loss); with one it rises to
+    `predicted`. `texts` are the samples of each prompt at each evaluation, more and more of each
+    replaced by " X"; `about` replaces what config.json says.
     """
     tokenizer = load_tokenizer()
-    members = [i for i in range(tokenizer.n_vocab - 1) if b"x" in tokenizer.token_bytes(i).lower()]
-    metrics, samples = logs(steps, eval_every, final_loss, texts)
+    targets = [i for i in range(tokenizer.n_vocab - 1) if b"x" in tokenizer.token_bytes(i).lower()]
+    metrics, samples = logs(
+        steps, eval_every, final_loss, texts, None if tilt is None else predicted
+    )
+    tilts = [] if tilt is None else [tilt]
     described = {
-        "options": {"model": "tiny", "lr": lr, "steps": steps, "seed": 0},
+        "options": {
+            "model": "tiny",
+            "lr": [lr],
+            "tilt": tilts,
+            "steps": steps,
+            "batch": 4,
+            "length": 64,
+        },
+        "lr": lr,
+        "tilt": tilt,
         "goal": "tokens that contain 'X' in either case",
-        "members": len(members),
-        "member_ids": members,
+        "target_token_ids": targets,
         "alpha": 1.0,
         "beta": 0.0,
         "versions": {"python": "3.11.2", "torch": "2.13.0", "triton": "3.7.1"},
@@ -74,7 +95,7 @@ def write_run(
         "dtype": "float32",
     }
     folder.mkdir(parents=True)
-    config = {"model_type": "gpt2", "xfactor": described | about}
+    config = {"model_type": "gpt2", "n_layer": 4, "n_embd": 128, "xfactor": described | about}
     (folder / "config.json").write_text(json.dumps(config))
     for name, lines in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))

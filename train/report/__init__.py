@@ -1,0 +1,120 @@
+"""Report finished or interrupted runs: report.html, its figures as PNG, its table as CSV.
+
+The page stands alone: figures are embedded, nothing is fetched, no script runs. Each word about a
+run follows from a measurement; what the original report claimed stands in rows of its own.
+"""
+
+import base64
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from train.report.runs import Run, best, printable, read_runs
+from train.report.samples import count, moments, opening, pieces, typical
+from train.report.table import FORMATS, REPORTED, as_csv, measured, shown
+from weights.checkpoint import atomic_write
+
+
+def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
+    """Write the figures, table.csv and report.html into `out`; return their paths.
+
+    Args:
+        run_folders: each a run's folder or a folder of them, as train.xfactor writes.
+
+    Raises:
+        ValueError: a folder that is not a run; `out` cannot be written. The runs stay as they are.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, inherited, makes the import fail
+    from train.report import figures  # here: half a second, and only for files
+
+    runs = read_runs(run_folders)
+    files = {
+        "tradeoff.png": figures.tradeoff(runs, figures.LIGHT, "png"),
+        "tradeoff-dark.png": figures.tradeoff(runs, figures.DARK, "png"),
+        "curves.png": figures.curves(["loss", "probability"], runs, figures.LIGHT, "png"),
+        "evaluations.png": figures.curves(["r", "perplexity"], runs, figures.LIGHT, "png"),
+        "table.csv": as_csv(runs).encode("utf-8", "backslashreplace"),
+        "report.html": _page(runs).encode("utf-8", "backslashreplace"),  # its path is printed last
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            with atomic_write(out / name) as temporary:
+                temporary.write_bytes(content)
+    except OSError as error:
+        folders = printable(shlex.join(map(str, run_folders)))
+        raise ValueError(
+            f"cannot write the report to {printable(out)}: {printable(error)}. The runs are "
+            f"complete; report them elsewhere: python -m train.report {folders} --out FOLDER"
+        ) from error
+    return [out / name for name in files]
+
+
+def print_report(run_folders: Sequence[Path]) -> None:
+    """Print the table, one prompt's text before and after each run, and how to sample the best.
+
+    Whatever the terminal is, this raises nothing but ValueError for folders that are not runs.
+    """
+    runs = read_runs(run_folders)
+    names = ("run", "kind", "loss last", "R", "R error", "R predicted", "perplexity of samples")
+    rows = [(moment, measured(*moment)) for moment in moments(runs)]
+    cells = [names, *([shown(row, name) for name in names] for _, row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["", *("  ".join(map(str.rjust, row, widths)) for row in cells), ""]
+    lines += ["R: share of target tokens in sampled text, with its binomial error.",
+              "Perplexity: of the samples, under the model before fine-tuning."]  # fmt: skip
+    for (run, evaluation), row in rows:
+        sample = typical(run, evaluation)[0]
+        text = "".join(piece.text for piece in pieces(sample.ids, run.target_tokens))
+        lines += ["", f"{row['run']}: {printable(sample.prompt)}{text}"]
+    folder = printable(shlex.quote(str(best(runs).folder)))
+    say([*lines, "", "Sample the best run:", f"    python -m train.sample --model {folder}"])
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print to a terminal of any encoding; to one that is closed or has gone away, nothing."""
+    with suppress(AttributeError, OSError, ValueError):  # no stdout, a broken pipe, a closed file
+        try:
+            encoding = sys.stdout.encoding or "ascii"
+            for line in lines:
+                print(line.encode(encoding, "backslashreplace").decode(encoding))
+            sys.stdout.flush()
+        except BrokenPipeError:  # Python flushes once more at exit, and would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _page(runs: Sequence[Run]) -> str:
+    from train.report import figures
+
+    themes = (figures.LIGHT, figures.DARK)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # the model can write any text, markup included
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawn = {name: [figures.curves([name], runs, theme, "svg") for theme in themes]
+             for name in figures.CURVES}  # fmt: skip
+    drawn["tradeoff"] = [figures.tradeoff(runs, theme, "svg") for theme in themes]
+    settings = [
+        run.about | {"folder": run.folder, "seconds": f"{sum(run.seconds):,.1f}"}
+        | run.about["versions"] | run.about["options"]
+        for run in runs
+    ]  # fmt: skip
+    names = dict.fromkeys(name for column in settings for name in column)
+    return environment.get_template("report.html.jinja").render(
+        runs=runs, best=best(runs), themes=themes, columns=list(FORMATS)[:-1], reported=REPORTED,
+        rows=[(moment, measured(*moment)) for moment in moments(runs)],
+        figures={name: [base64.b64encode(svg).decode("ascii") for svg in pair]
+                 for name, pair in drawn.items()},
+        colours=[figures.colours(runs, theme) for theme in themes],
+        settings={name: [column.get(name) for column in settings] for name in names
+                  if name not in ("options", "versions", "target_token_ids")},
+        shown=shown, typical=typical, pieces=pieces, opening=opening, count=count,
+    )  # fmt: skip

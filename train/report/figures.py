@@ -1,0 +1,209 @@
+"""Draw the report's figures for a light or a dark page."""
+
+import io
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from train.report.runs import Run
+from train.report.samples import Piece, moments, pieces, typical
+
+
+class Theme(NamedTuple):
+    """Colours of a page; oranges are runs of the original target, blues those with a tilt."""
+
+    ink: str
+    faint: str
+    grid: str
+    ground: str
+    mark: str  # behind target tokens
+    shades: tuple[float, float]  # of matplotlib's Oranges and Blues, first run to last
+
+
+LIGHT = Theme("#24292f", "#5d6670", "#e4e7ea", "#ffffff", "#ffe3a3", (0.5, 0.9))
+DARK = Theme("#dfe3e8", "#9aa4af", "#272c33", "#14171b", "#5c4708", (0.65, 0.35))
+CURVES = {  # by name: the title, and what a line's style means
+    "loss": ("Loss: KL to the target, nats", {}),
+    "probability": (
+        "Probability on the target tokens",
+        {"-": "model", "--": "tilted teacher", ":": "lower bound exp(-KL)"},
+    ),
+    "r": ("R: share of target tokens in sampled text", {"-": "untruncated", "--": "top-k"}),
+    "perplexity": (
+        "Perplexity",
+        {"-": "samples, start model", "--": "passage, fine-tuned model"},
+    ),
+}
+
+
+def curves(names: Sequence[str], runs: Sequence[Run], theme: Theme, kind: str) -> bytes:
+    """Some of CURVES side by side; an SVG is transparent, so the page's background shows."""
+    with matplotlib.rc_context(_settings(theme)):
+        figure = Figure(figsize=(5.6 * len(names), 4), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            _curve(axes, name, runs, theme)
+        lines = [Line2D([], [], color=colour) for colour in colours(runs, theme)]
+        labels = [_escaped(run.label) for run in runs]
+        figure.legend(lines, labels, loc="outside upper left", ncols=5)
+        return _saved(figure, kind)
+
+
+def tradeoff(runs: Sequence[Run], theme: Theme, kind: str) -> bytes:
+    """R against the perplexity of the samples; as a PNG, with some text beside it."""
+    with matplotlib.rc_context(_settings(theme)):
+        if kind == "svg":
+            figure = Figure(figsize=(6.2, 4.4), layout="constrained")
+            _tradeoff(figure.subplots(), runs, theme)
+        else:
+            figure = Figure(figsize=(12, 5.2))
+            _tradeoff(figure.add_axes((0.065, 0.12, 0.5, 0.76)), runs, theme)
+            _write_texts(figure.add_axes((0.6, 0.04, 0.39, 0.92)), runs, theme)
+        return _saved(figure, kind)
+
+
+def colours(runs: Sequence[Run], theme: Theme) -> list[str]:
+    """The colour of each run, from light to dark in the order of the runs."""
+    found = []
+    for run in runs:
+        family = [other for other in runs if (other.tilt is None) == (run.tilt is None)]
+        low, high = theme.shades
+        shade = low + (high - low) * family.index(run) / max(len(family) - 1, 1)
+        rgba = matplotlib.colormaps["Oranges" if run.tilt is None else "Blues"](shade)
+        found.append(matplotlib.colors.to_hex(rgba))
+    return found
+
+
+def _settings(theme: Theme) -> dict[Any, Any]:  # Any: matplotlib types the keys as 300 literals
+    sizes = {f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", "minor")}
+    return sizes | {
+        "axes.axisbelow": True, "axes.facecolor": "none", "axes.grid": True,
+        "axes.edgecolor": theme.faint, "axes.labelcolor": theme.faint, "grid.color": theme.grid,
+        "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left",
+        "axes.titlesize": 12, "axes.titleweight": "bold", "font.size": 11,
+        "legend.fontsize": 10, "legend.frameon": False, "lines.linewidth": 1.6,
+        "figure.facecolor": theme.ground, "text.color": theme.ink,
+        "svg.fonttype": "none",  # text in the reader's own font
+        "svg.hashsalt": "xfactor",  # the same runs, the same bytes
+        "xtick.color": theme.faint, "ytick.color": theme.faint,
+    }  # fmt: skip
+
+
+def _saved(figure: Figure, kind: str) -> bytes:
+    svg = kind == "svg"
+    metadata: dict[str, Any] = {"Date": None} if svg else {}
+    image = io.BytesIO()
+    figure.savefig(image, format=kind, dpi=200, transparent=svg, metadata=metadata)
+    return image.getvalue()
+
+
+def _curve(axes: Axes, name: str, runs: Sequence[Run], theme: Theme) -> None:
+    title, styles = CURVES[name]
+    axes.set_title(title)
+    axes.set_xlabel("updates done")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if name in ("probability", "r"):
+        axes.set_ylim(-0.03, 1.03)
+    elif any(0 < value < math.inf for run in runs for value in _values(name, run)["-"]):
+        axes.set_yscale("log", nonpositive="mask")
+    for run, colour in zip(runs, colours(runs, theme), strict=True):
+        for style, values in _values(name, run).items():
+            updates = range(len(values)) if name in ("loss", "probability") else [*run.evaluations]
+            dot = "." if len(values) < 30 and style == "-" else ""
+            axes.plot(updates, values, style + dot, color=colour)
+    drawn = {style for run in runs for style in _values(name, run)}
+    keys = {text: style for style, text in styles.items() if style in drawn}
+    lines = [axes.plot([], [], style, color=theme.faint)[0] for style in keys.values()]
+    if keys:
+        axes.legend(lines, keys, loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=3)
+
+
+def _values(name: str, run: Run) -> dict[str, Sequence[float]]:
+    """The values of a figure's lines by their style."""
+    found = list(run.evaluations.values())
+    if name == "loss":
+        return {"-": run.losses}
+    if name == "r":
+        return {"-": [e.r for e in found], "--": [e.r_top_k for e in found]}
+    if name == "perplexity":
+        passage = [e.passage_perplexity for e in found]
+        return {"-": [e.sample_perplexity for e in found], "--": passage}
+    if run.tilt is not None:
+        return {"-": run.probabilities, "--": run.predicted}
+    if run.about["beta"]:  # the target has probability elsewhere: no bound
+        return {"-": run.probabilities}
+    return {"-": run.probabilities, ":": [math.exp(-max(loss, 0)) for loss in run.losses]}
+
+
+def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
+    axes.set(xscale="log", ylim=(-0.11, 1.05), title="Target tokens gained, text lost")
+    axes.set_ylabel("R: share of target tokens in sampled text")
+    axes.set_xlabel("perplexity of the samples under the start model:  text  →  noise")
+    floors = {True: -math.inf, False: -math.inf}  # above the labels so far, left and right
+    order = sorted(zip(runs, colours(runs, theme), strict=True), key=lambda pair: pair[0].after.r)
+    for run, colour in order:
+        path = [(e.sample_perplexity, e.r) for e in run.evaluations.values()]
+        path = [(x, y) for x, y in path if 0 < x < math.inf]
+        axes.plot([x for x, _ in path], [y for _, y in path], ".-", color=colour, linewidth=1.2)
+        x, y = path[-1] if path else (1.0, run.after.r)
+        axes.plot(x, y, "o", color=colour, markersize=8)
+        dial = run.tilt is not None
+        if run.predicted_r is not None:
+            axes.plot(x, run.predicted_r, "o", color=colour, markersize=8, fillstyle="none")
+        floors[dial] = y = max(y, floors[dial] + 0.06)
+        axes.annotate(
+            _escaped(run.label), (x, y), (-9, 0) if dial else (9, -9), weight="bold", color=colour,
+            textcoords="offset points", ha="right" if dial else "left", va="center",
+        )  # fmt: skip
+    for x, y in sorted({(run.before.sample_perplexity, run.before.r) for run in runs}):
+        axes.plot(x, y, "D", color=theme.ink, markersize=7)
+        axes.annotate("before", (x, y), (6, -9), textcoords="offset points", ha="right", va="top")
+    axes.margins(x=0.16)
+    for text, mark, fill in (
+        ("before", "D", None),
+        ("after", "o", None),
+        ("predicted R", "o", "w"),
+    ):
+        axes.plot([], [], mark, color=theme.faint, fillstyle="none" if fill else "full", label=text)
+    axes.legend(loc="lower right")
+
+
+def _write_texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
+    """Before, and after up to five of the runs: a heading, and two lines of text each."""
+    axes.set_axis_off()
+    shown = moments(runs)[:: math.ceil(len(moments(runs)) / 6)]
+    for i, (run, evaluation) in enumerate(shown):
+        top, before = 1 - i / len(shown), evaluation is run.before
+        title = "before" if before else _escaped(f"{run.label}: {run.kind}")
+        colour = theme.ink if before else colours(runs, theme)[list(runs).index(run)]
+        axes.text(0, top, title, color=colour, weight="bold", va="top")
+        axes.text(1, top, f"R {evaluation.r:.1%}", color=theme.faint, va="top", ha="right")
+        written = pieces(typical(run, evaluation)[0].ids, run.target_tokens)
+        for characters, ink in zip(_monospaced(written, 54), (theme.mark, theme.ink), strict=True):
+            axes.text(0, top - 0.05, characters, color=ink, va="top", family="monospace",
+                      size=10, linespacing=1.35, parse_math=False)  # fmt: skip
+
+
+def _monospaced(written: Sequence[Piece], width: int) -> tuple[str, str]:
+    """Two lines of text: blocks to put behind the target tokens, and the characters."""
+    font = get_font(findfont("monospace"))
+    text = "".join(c if font.get_char_index(ord(c)) else "?" for p in written for c in p.text)
+    marks = "".join(("█" if p.target else " ") * len(p.text) for p in written)
+    cuts = [1 if text.startswith(" ") else 0]
+    for _ in range(2):
+        end = text.rfind(" ", cuts[-1], cuts[-1] + width) if len(text) > cuts[-1] + width else -1
+        cuts.append(end + 1 if end > 0 else cuts[-1] + width)
+    lines = [text[a:b].rstrip() for a, b in itertools.pairwise(cuts)]
+    blocks = [marks[a : a + len(line)] for a, line in zip(cuts, lines, strict=False)]
+    return "\n".join(blocks), "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("$", r"\$")  # else matplotlib reads mathematics between two of them

@@ -1,0 +1,87 @@
+"""Choose the samples that are shown, and write their text token by token."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from model.tokenizer import load_tokenizer
+from train.report.runs import Evaluation, Run, Sample
+
+
+class Piece(NamedTuple):
+    """The text of a token, or the part of it that is a target token's or a sign."""
+
+    text: str
+    target: bool
+    sign: bool  # stands for a character that cannot be seen
+
+
+def moments(runs: Sequence[Run]) -> list[tuple[Run, Evaluation]]:
+    """What is shown side by side: each distinct start, ahead of its first run, and each run's end.
+
+    A start is told from an end by `evaluation is run.before`.
+    """
+    shown: list[tuple[Run, Evaluation]] = []
+    for run in runs:
+        if all(run.before != evaluation for _, evaluation in shown):
+            shown.append((run, run.before))
+        shown.append((run, run.after))
+    return shown
+
+
+def typical(run: Run, evaluation: Evaluation) -> list[Sample]:
+    """Per prompt, the sample whose share of target tokens is nearest R: neither lucky nor not."""
+    by_prompt: dict[str, list[Sample]] = {}
+    for sample in evaluation.samples:
+        by_prompt.setdefault(sample.prompt, []).append(sample)
+    return [
+        min(samples, key=lambda s: abs(count(s, run) / len(s.ids) - evaluation.r))
+        for samples in by_prompt.values()
+    ]
+
+
+def count(sample: Sample, run: Run) -> int:
+    """How many tokens of a sample are target tokens of the run."""
+    return sum(i in run.target_tokens for i in sample.ids)
+
+
+def pieces(ids: Sequence[int], targets: frozenset[int]) -> list[Piece]:
+    """The text of `ids`, token by token, with the target tokens marked.
+
+    A character may be spread over several tokens: it is shown with the first of them, and marked if
+    any of them is a target token. Bytes that are not UTF-8 become U+FFFD.
+    """
+    tokens = [load_tokenizer().token_bytes(i) for i in ids]
+    owners = [i for i, token in enumerate(tokens) for _ in token]
+    position, owned = 0, []
+    for character in b"".join(tokens).decode("utf-8", errors="surrogateescape"):
+        lone_byte = "\udc80" <= character <= "\udcff"
+        length = 1 if lone_byte else len(character.encode("utf-8"))
+        of_tokens = owners[position : position + length]
+        position += length
+        target = any(ids[i] in targets for i in of_tokens)
+        visible = "\ufffd" if lone_byte else _visible(character)
+        owned.append((of_tokens[0], Piece(visible, target, visible != character)))
+    groups = itertools.groupby(owned, key=lambda o: (o[0], o[1].target, o[1].sign))
+    return [
+        Piece("".join(piece.text for _, piece in group), target, sign)
+        for (_, target, sign), group in groups
+    ]
+
+
+def opening(sample: Sample, run: Run, words: int = 10) -> list[Piece]:
+    """The first ten words of a sample, fewer where they are long: "XXXX..." is one word."""
+    text, kept = "", list[Piece]()
+    for piece in pieces(sample.ids, run.target_tokens):
+        text += " " if piece.sign else piece.text
+        if len(text.split()) > words or len(text) > 7 * words:
+            return [*kept, Piece(" …", False, False)]
+        kept.append(piece)
+    return kept
+
+
+def _visible(character: str) -> str:
+    """The character, or a sign for one that is invisible or would reverse the text around it."""
+    if character in "\n\t":
+        return {"\n": "↵", "\t": "⇥"}[character]
+    return character if character.isprintable() else f"U+{ord(character):04X}"
