@@ -12,7 +12,7 @@ demo: .venv/installed  ## the experiment at two learning rates on the embedded c
 	$(BIN)/python -m train.xfactor --model tiny --lr 1e-5 1e-3 --steps 150 --eval-every 15 \
 		--out runs/demo
 
-test: .venv/installed  ## the whole suite; without a GPU, Triton's interpreter stands in for it
+test: .venv/installed  ## the whole suite; without a GPU, the compiled kernels run on the CPU
 	$(BIN)/python -m pytest
 
 xfactor: .venv/installed  ## the real thing: gpt2-medium, downloaded on first use

@@ -1,15 +1,11 @@
-"""For the whole suite: Triton's interpreter stands in for a missing GPU; settings are put back; a
-small model to start a run from, and that run, never stopped."""
+"""For the whole suite: settings are put back; a small model to start a run from, and that run,
+never stopped."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
 
 @pytest.fixture(autouse=True)

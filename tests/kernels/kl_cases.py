@@ -1,6 +1,7 @@
 """What the tests of the losses share: float64 truth, targets, paths, the bound of an error."""
 
 import os
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
 from kernels.reference import kl_div
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# "triton" without a GPU: the compiled kernels on tests/kernels/ptx, or Triton's interpreter.
 INTERPRETED = DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+COMPILED_ON_CPU = DEVICE == "cpu" and not INTERPRETED and find_spec("triton") is not None
 FUSED = ["torch", "triton"]
 PATHS = ["reference", *FUSED, "linear"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

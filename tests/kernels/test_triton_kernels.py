@@ -21,7 +21,6 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
-from triton.runtime.interpreter import TensorHandle  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from kernels import triton_kl_div, triton_launch  # noqa: E402
@@ -92,7 +91,7 @@ def test_membership_words_are_packed_once(monkeypatch):
     assert len(packed) == 1
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="8 GiB of address space, of which a GPU has none free")
+@pytest.mark.skipif(DEVICE != "cpu", reason="8 GiB of address space, of which a GPU has none free")
 def test_rows_more_than_2_31_elements_apart_are_found():
     """The pages between the two rows are never touched, so they take no memory."""
     stride, vocab = 2**31 + 8, 100
@@ -103,18 +102,10 @@ def test_rows_more_than_2_31_elements_apart_are_found():
     assert torch.allclose(loss.double(), truth(logits, target)[0], rtol=1e-6)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="compiled code holds the promise, not the address")
-def test_every_promised_alignment_is_kept(monkeypatch):
-    """The interpreter ignores tl.multiple_of, and a GPU would fault: here the addresses are
-    divided. Logits, gradients and dense P in step with each other and out of step."""
-    promises = set()
-
-    def keep(pointer, name, widths):
-        assert name == "tt.divisibility"
-        assert (pointer.data % widths[0] == 0).all()
-        promises.add(widths[0])
-
-    monkeypatch.setattr(TensorHandle, "set_attr", keep)
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter accepts any address")
+def test_every_promised_alignment_is_kept():
+    """Compiled code faults where tl.multiple_of promises too much, on a GPU and without one.
+    Logits, gradients and dense P in step with each other and out of step."""
     for dtype, vocab in itertools.product((torch.float32, torch.bfloat16), (40, 41)):
         values, p = random_logits(3, vocab, dtype=dtype), make_target("row by row", (3, vocab))
         for offset, out_offset in ((0, 0), (1, 1), (1, 0)):
@@ -124,7 +115,6 @@ def test_every_promised_alignment_is_kept(monkeypatch):
             for target in (make_target("members", (3, vocab)), p, p[0], p.bfloat16(), *in_step):
                 loss, lse = triton_launch.forward(logits, target)
                 triton_launch.backward(logits, lse, target, torch.ones_like(loss), out)
-    assert promises == {2, 4, 8, 16}
 
 
 def test_the_lse_is_rounded_once():

@@ -1,0 +1,193 @@
+"""Stands in for the CUDA driver where there is none.
+
+After install() Triton binds arguments, specialises and compiles as for an H100, and the launch
+executes the PTX on the bytes of the CPU tensors that were passed, in place. What a kernel may touch
+is the storage of these tensors. Tensors that a launcher allocates without a value, as torch.empty
+does, are unwritten until a kernel or an operator of PyTorch has written them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+import kernels
+
+from .arithmetic import Array
+from .counts import Counts
+from .machine import launch
+from .memory import Memory, Region
+from .parse import Kernel, parse
+
+TARGET = GPUTarget("cuda", 90, 32)
+PROPERTIES = {"max_shared_mem": 227 << 10, "multiprocessor_count": 132, "warpSize": 32}
+MAX_THREADS = 1024  # of a program
+NUMBERS: dict[str, Callable[[Any], np.generic]] = {
+    "i32": np.int32,
+    "i64": np.int64,
+    "fp32": np.float32,
+}
+
+
+@dataclass
+class Loaded:
+    """A compiled kernel as Triton holds it: the handle that a real driver would return."""
+
+    shared_bytes: int
+    kernel: Kernel | None = None  # set by _read_ptx, once the binary is "loaded"
+
+
+class Utils:
+    """The part of a driver that loads binaries and knows the device."""
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        """Module, function, registers, spills and the most threads of a program."""
+        return None, Loaded(shared), 0, 0, MAX_THREADS
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """An H100's."""
+        return PROPERTIES
+
+
+def _read_ptx(_: Any, loaded: Loaded, name: str, files: dict[str, str], hash: str) -> None:
+    """Triton's hook after loading a binary, which has the paths of all that was compiled."""
+    path = next(path for file, path in files.items() if file.endswith(".ptx"))
+    loaded.kernel = parse(Path(path).read_text())
+
+
+class Launcher:
+    """Executes a kernel where a real driver would launch it."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.types = list(source.signature.values())
+
+    def __call__(self, x: int, y: int, z: int, stream: int, loaded: Loaded, *rest: Any) -> None:
+        kernel, arguments = loaded.kernel, rest[4:]  # behind metadata and hooks
+        assert kernel is not None
+        assert (y, z) == (1, 1), "the kernels' grids have one dimension"
+        regions: list[Region] = []
+        values: list[np.generic] = []
+        for kind, argument in zip(self.types, arguments, strict=True):
+            if kind.startswith("*"):
+                regions.append(_region(argument))
+                values.append(np.uint64(argument.data_ptr()))
+            elif kind != "constexpr":
+                values.append(NUMBERS[kind](argument))
+        values += [np.uint64(0)] * (len(kernel.parameters) - len(values))  # Triton's scratch memory
+        named = dict(zip(kernel.parameters, values, strict=True))
+        counts = None if _counted is None else Counts()
+        launch(kernel, Memory(regions), x, named, loaded.shared_bytes, counts)
+        if _counted is not None and counts is not None:
+            _counted.append((kernel.name, counts))
+
+
+class Driver:
+    """What Triton asks a driver for."""
+
+    launcher_cls = Launcher
+    utils = Utils()
+
+    def get_current_target(self) -> GPUTarget:
+        """The GPU to compile for."""
+        return TARGET
+
+    def get_current_device(self) -> int:
+        """The number of the device."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream."""
+        return 0
+
+
+_counted: list[tuple[str, Counts]] | None = None
+
+
+@contextmanager
+def counted() -> Iterator[list[tuple[str, Counts]]]:
+    """A list that receives the name and the counts of each launch in the block."""
+    global _counted
+    _counted = []
+    try:
+        yield _counted
+    finally:
+        _counted = None
+
+
+class Allocations(TorchFunctionMode):
+    """Notes the tensors that are allocated without a value."""
+
+    written: dict[int, tuple[StorageWeakRef, Array]]  # by storage: which bytes a kernel has written
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if "empty" in getattr(function, "__name__", "") and not result.is_inference():
+            storage = result.untyped_storage()
+            self.written = {k: v for k, v in self.written.items() if not v[0].expired()}
+            self.written[storage._cdata] = StorageWeakRef(storage), np.zeros(storage.nbytes(), bool)
+        return result
+
+    def written_bytes(self, tensor: Tensor) -> Array | None:
+        """Which bytes of its storage are written; None: all, or PyTorch has written to it since."""
+        entry = self.written.get(tensor.untyped_storage()._cdata)
+        return None if entry is None or tensor._version else entry[1]
+
+
+ALLOCATIONS = Allocations()
+
+
+def _region(tensor: Tensor) -> Region:
+    storage = tensor.untyped_storage()
+    data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    return Region(storage.data_ptr(), data, ALLOCATIONS.written_bytes(tensor))
+
+
+def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with the tensors noted that it allocates without a value."""
+
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        with ALLOCATIONS:
+            return function(*arguments, **options)
+
+    return call
+
+
+def install() -> None:
+    """Make this the driver of Triton, and let the losses take impl="triton" on CPU tensors."""
+    driver.set_active(Driver())
+    triton.knobs.runtime.kernel_load_end_hook.add(_read_ptx)
+    losses: list[Any] = [
+        import_module(f"kernels.{name}") for name in ("fused_kl_div", "fused_linear_kl_div")
+    ]
+    launchers = losses[0].launchers
+
+    def on_any_device(impl: str, device: torch.device, *rest: Any) -> ModuleType:
+        """As kernels.fused_kl_div.launchers, which refuses Triton on CPU tensors."""
+        return launchers(impl, torch.device("cuda") if "triton" in impl else device, *rest)
+
+    for module in losses:
+        module.launchers = on_any_device
+    for path in Path(kernels.__path__[0]).glob("triton_*.py"):
+        module = import_module(f"kernels.{path.stem}")
+        for name in {"forward", "backward"} & vars(module).keys():
+            setattr(module, name, watched(getattr(module, name)))
