@@ -1,0 +1,27 @@
+"""The table of python -m tests.kernels.count: what a launch asks of a GPU's memory."""
+
+from itertools import takewhile
+
+import pytest
+
+from tests.kernels.kl_cases import COMPILED_ON_CPU
+
+pytestmark = pytest.mark.skipif(not COMPILED_ON_CPU, reason="for compiled kernels without a GPU")
+pytest.importorskip("triton")
+
+
+def test_logits_are_read_once_in_each_direction_and_by_whole_sectors():
+    """Two-level targets: the rest is at most a bit per logit, twice, and a few numbers per row; and
+    of the sectors that a request touches, at most one in 20 is not used whole."""
+    from tests.kernels import count
+
+    logits = count.ROWS * count.VOCAB
+    rows = list(takewhile(lambda row: row[0].startswith("two-level"), count.launches()))
+    assert len(rows) == 2 * 2 * 2
+    for name, dtype, kernel, counts in rows:
+        size = count.DTYPES[dtype].itemsize
+        backward = counts.stores.bytes > logits
+        assert size <= counts.loads.bytes / logits <= size + 0.3, (name, dtype, kernel)
+        assert counts.stores.bytes == logits * size if backward else counts.stores.bytes < 100
+        for traffic in (counts.loads, counts.stores) if backward else (counts.loads,):
+            assert traffic.bytes / (32 * traffic.sectors) > 0.95, (name, dtype, kernel)
