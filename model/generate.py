@@ -1,57 +1,104 @@
 """Autoregressive sampling with a key/value cache: each new token costs one position, not T."""
 
+from collections.abc import Iterator
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .gpt2 import GPT2
 
+Prompts = TypeVar("Prompts", Tensor, list[list[int]])
+GREEDY = 1e-30  # below this temperature logits / temperature could overflow float32
 
-@torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
+
 def generate(
     model: GPT2,
-    tokens: Tensor,
+    tokens: Prompts,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continue a batch of prompts; always to full length, <|endoftext|> does not end it.
+    stop: int | None = None,
+) -> Prompts:
+    """Continues a batch of prompts.
 
     Args:
-        model: left in the mode it was in; dropout is off while sampling.
-        tokens: prompts of equal length, int64 (B, T), T >= 1, on the model's device.
+        model: dropout is off while sampling; then the model's mode is restored.
+        tokens: int64 (B, T) on the model's device; or a list of lists of ids, which may have
+            different lengths: each is continued as if it were alone. No prompt may be empty.
         max_new_tokens: T + max_new_tokens may not exceed the model's n_positions.
         temperature: logits are divided by it before the softmax; 0 takes the likeliest token.
         top_k: sample among the k likeliest tokens only; None means all of them.
         generator: on the model's device; the same seed gives the same text. None: torch's own.
+        stop: the token that ends a row, such as 50256, <|endoftext|>; None for full length.
 
     Returns:
-        int64 (B, T + max_new_tokens): the prompts and their continuations.
+        The prompts with their continuations: for a tensor int64 (B, T + max_new_tokens), with
+        `stop` repeated where a row has ended, and no columns after the last row has; for a list
+        a list of lists, each cut after its `stop`.
 
     Raises:
         ValueError: an argument out of its range, or an id outside the vocabulary.
     """
+    options = max_new_tokens, temperature, top_k, generator, stop
+    steps: list[Tensor] = list(stream(model, tokens, *options))
+    if isinstance(tokens, Tensor):
+        return torch.cat((tokens, *steps), dim=1)
+    new = torch.cat(steps, dim=1).tolist() if steps else [[] for _ in tokens]
+    ends = [row.index(stop) + 1 if stop in row else len(row) for row in new]
+    return [prompt + row[:end] for prompt, row, end in zip(tokens, new, ends, strict=True)]
+
+
+@torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
+def stream(
+    model: GPT2,
+    tokens: Tensor | list[list[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+    stop: int | None = None,
+) -> Iterator[Tensor]:
+    """Yields the new tokens, one per row, int64 (B, 1), as they are sampled; else as `generate`."""
+    padding = None
+    if not isinstance(tokens, Tensor):
+        tokens, padding = _pad(tokens, model.wte.weight.device)
     _check(model, tokens, max_new_tokens, temperature, top_k)
     was_training = model.training
     model.eval()
     try:
-        cache = model.new_cache(tokens.shape[1] + max_new_tokens)
-        newest = tokens  # first the whole prompt, then one token at a time
+        cache = model.new_cache(tokens.shape[-1] + max_new_tokens)
+        ended = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
-            hidden = model.hidden_states(newest, cache)[:, -1]  # (B, C): the last is enough
+            hidden = model.hidden_states(tokens, cache, padding)[:, -1]  # (B, C)
             logits = F.linear(hidden, model.wte.weight)  # (B, V)
-            newest = _pick(logits, temperature, top_k, generator)  # (B, 1)
-            tokens = torch.cat((tokens, newest), dim=1)
+            tokens = _pick(logits, temperature, top_k, generator)  # (B, 1)
+            if stop is not None:
+                tokens = tokens.masked_fill(ended, stop)
+                ended = tokens == stop
+            yield tokens
+            if stop is not None and ended.all():
+                return
     finally:
         model.train(was_training)
-    return tokens
+
+
+def _pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The prompts on the right of (B, T), and the width (B,) of the padding on their left."""
+    T = max(map(len, prompts), default=0)
+    widths = [T - len(prompt) for prompt in prompts]
+    rows = [[0] * width + prompt for width, prompt in zip(widths, prompts, strict=True)]
+    if T in widths:
+        raise ValueError("tokens: got an empty prompt; without text it is [50256], <|endoftext|>")
+    return torch.tensor(rows, device=device), torch.tensor(widths, device=device)
 
 
 def _pick(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
-    if temperature == 0:
+    if temperature < GREEDY:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is None or top_k >= logits.shape[-1]:
@@ -63,23 +110,16 @@ def _pick(
 def _check(
     model: GPT2, tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None
 ) -> None:
-    config = model.config
-    if tokens.dim() != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
+    T, limit, V = tokens.shape[-1], model.config.n_positions, model.config.vocab_size
+    if not 0 <= max_new_tokens <= limit - T:
         raise ValueError(
-            f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, expected torch.int64 of "
-            "shape (B, T), neither of them 0; an empty prompt is [[50256]], <|endoftext|>"
-        )
-    if max_new_tokens < 0 or tokens.shape[1] + max_new_tokens > config.n_positions:
-        raise ValueError(
-            f"max_new_tokens: got {max_new_tokens} after a prompt of {tokens.shape[1]}, expected 0 "
-            f"to {config.n_positions - tokens.shape[1]}: there are {config.n_positions} positions"
+            f"max_new_tokens: got {max_new_tokens} after a prompt of {T}, expected 0 to "
+            f"{limit - T}: there are {limit} positions"
         )
     if not temperature >= 0:
         raise ValueError(f"temperature: got {temperature}, expected 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: got {top_k}, expected at least 1, or None for all tokens")
-    if not tokens.is_meta and bool(((tokens < 0) | (tokens >= config.vocab_size)).any()):
+    if not tokens.is_meta and bool(((tokens < 0) | (tokens >= V)).any()):
         low, high = int(tokens.min()), int(tokens.max())
-        raise ValueError(
-            f"tokens: got ids from {low} to {high}, expected them in [0, {config.vocab_size})"
-        )
+        raise ValueError(f"tokens: got ids from {low} to {high}, expected them in [0, {V})")

@@ -115,14 +115,8 @@ class Attention(nn.Module):
         is_causal = mask is None and (cache is None or cache.length == 0)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
-        y = F.scaled_dot_product_attention(  # (B, H, T, D)
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.attn_pdrop if self.training else 0.0,
-            is_causal=is_causal,
-        )
+        dropout_p = self.attn_pdrop if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))  # (B, T, C)
 
@@ -180,13 +174,20 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self._init_parameters()
 
-    def hidden_states(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        cache: list[KVCache] | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
         """The normalised output of the last block.
 
         Args:
             tokens: ids, int64 (B, T). Ids outside the vocabulary are refused where they enter
-                (generate, the training inputs): to look at them here would wait for the device.
+                (generate, the training inputs): checking them here would wait for the device.
             cache: from `new_cache`; the tokens then follow those already in it.
+            padding: for prompts of different lengths, int64 (B,): the first positions of each row,
+                counted from the start of the cache, that are not part of its text.
 
         Returns:
             (B, T, C); logits = hidden @ wte.weight.T.
@@ -194,24 +195,29 @@ class GPT2(nn.Module):
         Raises:
             ValueError: tokens of another rank or dtype, none at all, or past the last position.
         """
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
             raise ValueError(
-                f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, "
-                "expected torch.int64 of shape (B, T); one sequence is tokens[None]"
+                f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, expected torch.int64 "
+                "of shape (B, T), neither of them 0; one sequence is tokens[None]"
             )
         T = tokens.shape[1]
         past = cache[0].length if cache else 0
         limit = min(self.config.n_positions, cache[0].max_positions if cache else math.inf)
-        if not 1 <= T <= limit - past:
+        if past + T > limit:
             raise ValueError(
-                f"tokens: got T = {T} after {past} cached positions, expected 1 to "
+                f"tokens: got T = {T} after {past} cached positions, expected at most "
                 f"{limit - past}: there are {limit} positions; crop the sequence"
             )
         positions = torch.arange(past, past + T, device=tokens.device)  # (T,)
-        x = self.embd_dropout(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         mask = None
-        if past and T > 1:  # query t, at position past + t, sees keys 0 to past + t
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)  # (T, S)
+        if padding is not None or (past and T > 1):
+            keys = torch.arange(past + T, device=tokens.device)  # (S,)
+            mask = keys <= positions[:, None]  # (T, S)
+            if padding is not None:
+                # Padding sees itself and nothing else: a softmax over no key at all is NaN.
+                mask = mask & (keys >= padding.view(-1, 1, 1, 1)) | (keys == positions[:, None])
+                positions = (positions - padding[:, None]).clamp(min=0)  # (B, T); mask (B, 1, T, S)
+        x = self.embd_dropout(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None, mask)
         return self.ln_f(x)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT2, GPT2Config
-from model.generate import generate
+from model.generate import generate, stream
 from tests.model.oracle import official_names, oracle, shake
 
 CONFIG = GPT2Config(vocab_size=301, n_positions=64, n_embd=128, n_layer=2, n_head=2)
@@ -82,6 +82,86 @@ def test_top_k_draws_from_the_k_likeliest_only(model: GPT2, prompts: torch.Tenso
     assert torch.equal(every, untruncated)
 
 
+PROMPTS = [[5], [7, 290, 31, 4, 4, 18, 3], [100, 200, 300]]
+
+
+def test_prompts_of_different_lengths_continue_as_if_alone(model: GPT2) -> None:
+    """Greedy, a batch of three against each prompt in a batch of its own; the longest is moved to
+    the last positions that there are."""
+    long = [n % 301 for n in range(40)]
+    for prompts in (PROMPTS, [*PROMPTS, long], PROMPTS[1:]):
+        got = generate(model, prompts, 24, temperature=0)
+        for prompt, row in zip(prompts, got, strict=True):
+            assert row == generate(model, torch.tensor([prompt]), 24, temperature=0)[0].tolist()
+
+
+@torch.no_grad()
+def test_padding_changes_no_hidden_state(model: GPT2) -> None:
+    """Against the row alone, at every position of a prompt and of one more token in the cache; what
+    the padding holds does not matter, and nothing in the batch is NaN."""
+    padding = torch.tensor([6, 0, 4])
+    for filler in (0, 300):
+        rows = [[filler] * (7 - len(prompt)) + prompt for prompt in PROMPTS]
+        cache = model.new_cache(8)
+        hidden = model.hidden_states(torch.tensor(rows), cache, padding)
+        one_more = model.hidden_states(torch.tensor([[9], [9], [9]]), cache, padding)
+        assert hidden.isfinite().all()
+        for row, prompt in enumerate(PROMPTS):
+            alone = model.hidden_states(torch.tensor([[*prompt, 9]]))[0]
+            batched = torch.cat((hidden[row, padding[row] :], one_more[row]))
+            torch.testing.assert_close(batched, alone, atol=2e-5, rtol=1e-5)
+
+
+def test_a_row_ends_at_its_stop_token_and_the_others_go_on(model: GPT2) -> None:
+    """Against the continuation without stop, cut by hand; all tokens of the first row are tried."""
+    free = generate(model, PROMPTS, 12, temperature=0)
+    for stop in set(free[0][1:]):
+        cut = []
+        for prompt, row in zip(PROMPTS, free, strict=True):
+            new = row[len(prompt) :]
+            cut.append(prompt + (new[: new.index(stop) + 1] if stop in new else new))
+        assert generate(model, PROMPTS, 12, temperature=0, stop=stop) == cut
+    same = torch.tensor([PROMPTS[1], PROMPTS[1]])
+    first = free[1][7]
+    ended = generate(model, same, 12, temperature=0, stop=first)
+    assert ended.tolist() == [[*PROMPTS[1], first]] * 2  # nobody is left: no further column
+
+
+def test_a_row_that_has_ended_repeats_its_stop_token(model: GPT2) -> None:
+    """A batch of equal prompts, sampled so that the rows end at different steps."""
+    prompt = torch.full((40, 1), 5)
+    options = {"temperature": 0.8, "generator": seeded(0)}
+    rows = generate(model, prompt, 20, **options)[:, 1:]
+    stop = int(rows.flatten().mode().values)
+    options["generator"] = seeded(0)
+    stopped = generate(model, prompt, 20, **options, stop=stop)[:, 1:]
+    for free, row in zip(rows.tolist(), stopped.tolist(), strict=True):
+        end = free.index(stop) + 1 if stop in free else 20
+        assert row[:end] == free[:end]
+        assert set(row[end:]) <= {stop}
+    assert len({row.index(stop) for row in stopped.tolist() if stop in row}) > 3
+
+
+def test_a_stream_gives_the_tokens_as_they_are_sampled(model: GPT2, prompts: torch.Tensor) -> None:
+    """Against generate; dropped halfway, it leaves the model in the mode that it was in."""
+    steps = [*stream(model, prompts, 9, generator=seeded(2))]
+    assert torch.equal(torch.cat(steps, 1), generate(model, prompts, 9, generator=seeded(2))[:, 7:])
+    model.train()
+    tokens = stream(model, prompts, 9)
+    next(tokens)
+    tokens.close()
+    assert model.training
+    model.eval()
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e-31, 1e-29])
+def test_a_temperature_near_zero_is_greedy(model: GPT2, prompts: torch.Tensor, temperature) -> None:
+    """Where logits / temperature would overflow, and where they just do not."""
+    greedy = generate(model, prompts, 20, temperature=0)
+    sampled = generate(model, prompts, 20, temperature=temperature, generator=seeded(0))
+    assert torch.equal(sampled, greedy)
+
+
 def test_generate_leaves_the_model_as_it_was_and_samples_without_dropout() -> None:
     """In training mode with dropout 0.5 the greedy text is that of evaluation mode."""
     model = GPT2(GPT2Config(**{**vars(CONFIG), "resid_pdrop": 0.5}))
@@ -127,7 +207,23 @@ def test_a_meta_model_generates_meta_tokens() -> None:
     ],
 )
 def test_bad_arguments_are_refused(model: GPT2, tokens: list, options: dict, message: str) -> None:
-    """ValueError that names the argument, what was got and what was expected."""
+    """A ValueError that names the argument, what was got and what was expected."""
     dtype = None if tokens == [[1.5]] else torch.int64
     with pytest.raises(ValueError, match=message):
         generate(model, torch.tensor(tokens, dtype=dtype), **{"max_new_tokens": 4, **options})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1, 2], []], "empty prompt"),
+        ([], "expected torch.int64"),
+        ([[1, 301], [2]], "ids from 0 to 301"),
+        ([[1.5, 1.5], [2]], "float32"),
+        ([[1], [2] * 61], "expected 0 to 3"),
+    ],
+)
+def test_bad_lists_of_prompts_are_refused(model: GPT2, prompts: list, message: str) -> None:
+    """Padding must not hide what a prompt lacks or holds too much of."""
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, 4)
