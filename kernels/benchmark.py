@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
-from kernels.measure import copy_bandwidth, milliseconds, peak_megabytes
-from kernels.reference import kl_div
-from kernels.results import Row, format_table, plot
+from . import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+from .measure import copy_bandwidth, milliseconds, peak_megabytes
+from .reference import kl_div
+from .results import Row, format_table, plot
 
 ERROR_ROWS = 16
 

@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import membership, triton_kl_div, triton_launch
+from . import membership, triton_kl_div, triton_launch
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),

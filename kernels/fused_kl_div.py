@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import reference, torch_kl_div
-from kernels.reference import check_logits, compute_dtype, reduce_rows, resolve_target
-from kernels.target import Target, TwoLevelTarget
+from . import reference, torch_kl_div
+from .reference import check_logits, compute_dtype, reduce_rows, resolve_target
+from .target import Target, TwoLevelTarget
 
 IMPLS = ("triton", "torch", "reference")
 
@@ -127,7 +127,7 @@ def launchers(impl: str, device: torch.device) -> ModuleType:
     try:
         import triton  # here and not above: the package works without it
 
-        from kernels import triton_launch
+        from . import triton_launch
     except ImportError as error:
         raise RuntimeError(
             'impl="triton" needs Triton, which is not installed; install it or pass impl="torch"'

@@ -48,10 +48,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
-from kernels.fused_kl_div import launchers, pack, resolve_impl, unpack
-from kernels.reference import compute_dtype, resolve_target
-from kernels.target import Target
+from . import reference
+from .fused_kl_div import launchers, pack, resolve_impl, unpack
+from .reference import compute_dtype, resolve_target
+from .target import Target
 
 CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
 VOCAB_BLOCK = 8192  # rows of dW converted to float32 at a time

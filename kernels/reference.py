@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.target import Target, TwoLevelTarget
+from .target import Target, TwoLevelTarget
 
 REDUCTIONS = ("batchmean", "sum", "none")
 

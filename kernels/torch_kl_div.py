@@ -39,8 +39,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.reference import compute_dtype
-from kernels.target import Target, TwoLevelTarget
+from .reference import compute_dtype
+from .target import Target, TwoLevelTarget
 
 TILE_ELEMENTS = 1 << 19  # 2 MB of float32: ten rows of 50,257, in two L2 caches of 1 MB each
 HUGE_PAGE = 2 << 20  # bytes

@@ -133,7 +133,7 @@ multiprocessors leave some idle.
 import triton
 import triton.language as tl
 
-from kernels import membership
+from . import membership
 
 LANES = tl.constexpr(membership.LANES)
 SLOTS = tl.constexpr(membership.SLOTS)

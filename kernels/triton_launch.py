@@ -8,8 +8,8 @@ scalars.
 import torch
 from torch import Tensor
 
-from kernels import membership, triton_kl_div
-from kernels.target import Target, TwoLevelTarget
+from . import membership, triton_kl_div
+from .target import Target, TwoLevelTarget
 
 
 def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("model", "kernels", "weights", "train")
 MAY_IMPORT = {
     "model": set(),  # a leaf names itself by relative imports only, so it works under any name
-    "kernels": {"kernels"},
+    "kernels": set(),
     "weights": set(),
     "train": {"train", "model", "kernels", "weights"},
 }
@@ -43,12 +43,24 @@ def test_the_three_leaves_import_nothing_of_each_other(folder: str) -> None:
         assert imported_folders(path) <= MAY_IMPORT[folder], path
 
 
-@pytest.mark.parametrize("folder", ["model", "weights"])
+USES = {
+    "model": "borrowed.GPT2Config()",
+    "kernels": """
+mask = torch.arange(9) < 3
+loss = borrowed.fused_kl_div(torch.zeros(2, 9), borrowed.TwoLevelTarget(mask))
+torch.testing.assert_close(loss, torch.tensor(3.0).log())""",
+    "weights": "borrowed.load_weights('tiny')",
+}
+
+
+@pytest.mark.parametrize("folder", USES)
 def test_a_leaf_works_as_a_copy_under_another_name(folder: str, tmp_path: Path) -> None:
-    """Every module of the copy is imported where the project itself cannot be found."""
+    """Every module of the copy is imported, and the copy used, where the project itself cannot be
+    found: log(9 / 3) is the loss of level logits."""
     shutil.copytree(ROOT / folder, tmp_path / "borrowed")
     stems = [path.stem for path in (ROOT / folder).glob("*.py")]
-    code = "\n".join(f"import borrowed.{stem}" for stem in stems if not stem.startswith("__"))
+    imports = (f"import borrowed.{stem}" for stem in stems if not stem.startswith("__"))
+    code = "\n".join(["import borrowed, torch", *imports, USES[folder]])
     environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
     command = [sys.executable, "-S", "-c", code]  # -S: without the installed project
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
