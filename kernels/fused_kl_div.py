@@ -6,34 +6,24 @@ Three operators stand below it, all on logits of shape (N, V):
     kernels::kl_div_backward   -> dKL/dz times grad_loss, a new tensor (N, V)
     kernels::kl_div_backward_  the same, written over the logits (inplace_backward)
 
-They are registered with torch.library, each with a fake kernel (the shapes alone), so torch.compile
-sees one opaque call instead of breaking the graph, and losses run on the meta device. An operator
-takes tensors and numbers only: a target travels as `target` (bool members, or probabilities),
-`index` (positions of the members), alpha and beta. `impl` names the path: "triton" or "torch".
-
-The second derivative is the first derivative of kl_div_backward, written below in ordinary PyTorch
-operations: right to any order, and not fused. With q = softmax(z) and g the upstream gradient of a
-row's loss, that operator gives G = g (|P| q - P). For an upstream gradient v of G, (N, V),
-
-    d<G, v>/dz = g |P| q (v - <q, v>),    |P| = sum P,    <a, b> = sum of a b over the row   (1)
-    d<G, v>/dg = |P| <q, v> - <P, v>                                                         (2)
-
-Guarded. The test in tests/ that fails when the line is wrong:
-
-    (1) (2)  test_autograd.py::test_first_and_second_derivatives_pass_gradcheck
+They are registered with torch.library, each with a fake kernel (shapes only), so torch.compile sees
+one opaque call instead of breaking the graph, and losses run on the meta device. An operator takes
+tensors and numbers only: a target travels as `target` (its mask, or probabilities), `index` (ids of
+the target tokens), alpha and beta. `impl` names the path: "triton" or "torch".
 """
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import reference, torch_kl_div
-from .reference import check_logits, compute_dtype, reduce_rows, resolve_target
+from . import torch_kl_div
+from .reference import compute_dtype
 from .target import Target, TwoLevelTarget
 
-IMPLS = ("triton", "torch", "reference")
+IMPLS = ("triton", "torch")
+REDUCTIONS = ("batchmean", "sum", "none")
 
 
 def fused_kl_div(
@@ -43,38 +33,77 @@ def fused_kl_div(
     inplace_backward: bool = False,
     impl: str | None = None,
 ) -> Tensor:
-    """KL(P || softmax(logits)) in nats, P the target; log-softmax and KL in one pass.
+    """KL(P || softmax(logits)) in nats, where P is the target; log-softmax and KL in one pass.
 
     Args:
-        logits: (..., V), float32, bfloat16, float16 or (not with Triton) float64. Read where they
-            lie if the last dimension is contiguous and the rows lie at one stride, else copied.
+        logits: (..., V), float32, bfloat16, float16 or (not with Triton) float64. Read without a
+            copy if the last dimension is contiguous and one stride spans the rows.
         target: a TwoLevelTarget, or probabilities (V,) or (..., V). No gradient flows to it.
-        reduction: "batchmean" (mean over all rows), "sum", or "none" (one value a row, (...)).
+        reduction: "batchmean" (mean over all rows), "sum", or "none" (one value per row, (...)).
         inplace_backward: the backward writes the gradient over the logits, which saves a tensor of
             their size. They are lost then: a second backward, or one that needs them, raises.
-        impl: "triton" (the default for CUDA tensors), "torch" (for all others) or "reference".
+        impl: "triton" (the default for CUDA tensors) or "torch" (for all others).
 
     Returns:
-        The loss in float32 (float64 for float64 logits).
+        The loss in float32 (float64 for float64 logits), first derivatives only.
 
     Raises:
-        TypeError, ValueError: what was got, what was expected.
-        RuntimeError: the path asked for cannot run here; none falls back to another silently.
+        TypeError, ValueError: a bad argument: what was got, what was expected.
+        RuntimeError: the path asked for cannot run here (nothing falls back silently), or a second
+            derivative is asked for.
     """
-    check_logits(logits)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = getattr(logits, "dtype", type(logits).__name__)
+        raise TypeError(f"logits must be a floating-point tensor (..., V), got {got}")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     target = resolve_target(target, logits.shape, logits.device, reduction)
     impl = resolve_impl(impl, logits.device, logits.dtype)
-    if impl == "reference":
-        if inplace_backward:
-            raise ValueError('inplace_backward=True needs a fused path, got impl="reference"')
-        return reference.kl_div(logits, target, reduction)
     rows = _as_rows(logits, inplace_backward)
     loss, _ = kl_div_forward(rows, *pack(target, rows.shape), inplace_backward, impl)
-    return reduce_rows(loss.view(logits.shape[:-1]), reduction)
+    if reduction == "none":
+        return loss.view(logits.shape[:-1])
+    # Not loss.mean(): the gradient of a sum is one number, which the backward reads as such.
+    return loss.sum() if reduction == "sum" else loss.sum() / loss.shape[0]
+
+
+def resolve_target(
+    target: Target, shape: torch.Size, device: torch.device, reduction: str
+) -> Target:
+    """Return the target on the device of logits of this shape (..., V); TypeError or ValueError if
+    it cannot be theirs, or if there is no such reduction."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    vocab = shape[-1]
+    if isinstance(target, TwoLevelTarget):
+        if target.vocab_size != vocab:
+            raise ValueError(
+                f"the target's vocabulary must be that of the logits, {vocab}; "
+                f"got a mask of {target.vocab_size} tokens"
+            )
+        return target.to(device)
+    if not isinstance(target, Tensor) or not target.is_floating_point():
+        got = getattr(target, "dtype", type(target).__name__)
+        raise TypeError(
+            "target must be a TwoLevelTarget or a floating-point tensor of probabilities, "
+            f"got {got}; wrap a mask as TwoLevelTarget(mask)"
+        )
+    if target.shape not in ((vocab,), shape):
+        raise ValueError(
+            f"a dense target must have shape ({vocab},) or that of the logits, {tuple(shape)}; "
+            f"got {tuple(target.shape)}"
+        )
+    if target.device != device:
+        raise ValueError(
+            f"target is on {target.device}, logits on {device}; move it once, outside the loop"
+        )
+    if target.requires_grad:
+        raise ValueError("target requires grad, but no gradient flows to it; pass target.detach()")
+    return target
 
 
 def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The path for logits of this device and dtype; ValueError or TypeError if there is none."""
+    """Name the path for logits of this device and dtype; ValueError or TypeError if none."""
     if impl is None:
         impl = "triton" if device.type == "cuda" else "torch"
     if impl not in IMPLS:
@@ -107,9 +136,9 @@ def _as_rows(logits: Tensor, inplace: bool) -> Tensor:
 
 
 def pack(target: Target, shape: torch.Size) -> tuple[Tensor, Tensor | None, float, float]:
-    """The target of logits of this shape (N, V), as the operators take it."""
+    """Take a target of logits of this shape (N, V) apart, as the operators take it."""
     if isinstance(target, TwoLevelTarget):
-        return target.members, target.index, target.alpha, target.beta
+        return target.mask, target.index, target.alpha, target.beta
     return (target if target.ndim == 1 else target.reshape(shape)), None, 0.0, 0.0
 
 
@@ -121,7 +150,8 @@ def unpack(target: Tensor, index: Tensor | None, alpha: float, beta: float) -> T
 
 
 def launchers(impl: str, device: torch.device) -> ModuleType:
-    """The module with forward(logits, target) and backward(logits, lse, target, grad_loss, out)."""
+    """Import the module that has forward(logits, target) and
+    backward(logits, lse, target, grad_loss, out)."""
     if impl == "torch":
         return torch_kl_div
     try:
@@ -150,7 +180,7 @@ def kl_div_forward(
     inplace_backward: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of each row, (N,) each."""
+    """Loss and log-sum-exp per row, (N,) each."""
     return launchers(impl, logits.device).forward(logits, unpack(target, index, alpha, beta))
 
 
@@ -210,34 +240,19 @@ def _first_derivative(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | 
     arguments = lse, target, index, ctx.alpha, ctx.beta, grad_loss, ctx.impl
     if not ctx.inplace:
         return kl_div_backward(logits, *arguments), *(None,) * 6
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "inplace_backward=True overwrites the logits that a second derivative needs; "
-            "pass inplace_backward=False where create_graph=True"
-        )
+    if torch.is_grad_enabled():  # create_graph=True would keep logits that are overwritten here
+        _refuse_second_derivative()
     grad = logits.detach()
     kl_div_backward_(grad, *arguments)
     return grad, *(None,) * 6
 
 
-def _save_for_second_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    logits, _, target, index, ctx.alpha, ctx.beta, grad_loss, _ = inputs
-    ctx.save_for_backward(logits, target, index, grad_loss)
-
-
-def _second_derivative(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    """(1) for the logits and (2) for grad_loss."""
-    logits, target, index, grad_loss = ctx.saved_tensors
-    p = unpack(target, index, ctx.alpha, ctx.beta)
-    dtype = compute_dtype(logits.dtype)
-    p = p.dense(dtype) if isinstance(p, TwoLevelTarget) else p.to(dtype)
-    sum_p = p.sum(-1, keepdim=True)
-    q, v = torch.softmax(logits, -1, dtype=dtype), v.to(dtype)
-    qv = (q * v).sum(-1, keepdim=True)
-    grad_logits = grad_loss.unsqueeze(-1) * sum_p * q * (v - qv)  # (1)
-    grad_grad = (sum_p * qv).squeeze(-1) - (p * v).sum(-1)  # (2)
-    return grad_logits.to(logits.dtype), *(None,) * 5, grad_grad, None
+def _refuse_second_derivative(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "fused_kl_div has first derivatives only, got a request for a second one "
+        "(create_graph=True); use kernels.reference.kl_div, which has all"
+    )
 
 
 kl_div_forward.register_autograd(_first_derivative, setup_context=_save_for_backward)
-kl_div_backward.register_autograd(_second_derivative, setup_context=_save_for_second_backward)
+kl_div_backward.register_autograd(_refuse_second_derivative)

@@ -33,24 +33,15 @@ Traffic of loss and gradients in float32, N C left out. With n = N / chunk_rows 
 
 F.linear and the unfused loss take 16 and 3 (kernels/triton_kl_div.py has the 13 of the loss): what
 chunks save is memory, and what they cost is V C.
-
-Guarded. The test in tests/ that fails when the line is wrong:
-
-    (1) (3)  test_linear.py::test_loss_and_gradients_are_as_exact_as_the_unfused_ones
-    (2) |P|  test_kl_div_values.py::test_the_gradient_of_an_unnormalised_target_uses_its_sum
-    chunks   test_kl_div_values.py::test_the_size_of_a_chunk_changes_nothing_beyond_rounding
-    traffic  test_walkthrough.py::test_traffic_of_the_fused_head_grows_by_the_chunk
 """
 
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .fused_kl_div import launchers, pack, resolve_impl, unpack
-from .reference import compute_dtype, resolve_target
+from .fused_kl_div import launchers, pack, resolve_impl, resolve_target, unpack
+from .reference import compute_dtype
 from .target import Target
 
 CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
@@ -99,8 +90,7 @@ def fused_linear_kl_div(
         target: a TwoLevelTarget, or probabilities (V,) or (..., V). No gradient flows to it.
         reduction: "batchmean" (mean over all rows), "sum", or "none" (one value a row, (...)).
         chunk_rows: rows whose logits exist at a time; 512 if None.
-        impl: "triton" (the default for CUDA tensors), "torch" (for all others) or "reference",
-            which is the definition, with whole logits.
+        impl: "triton" (the default for CUDA tensors) or "torch" (for all others).
         return_lse: give back each row's log-sum-exp too, so that e^(z - lse) is the probability
             of any token whose logit z the caller works out. It carries no gradient.
 
@@ -120,11 +110,6 @@ def fused_linear_kl_div(
         chunk_rows = CHUNK_ROWS
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    if impl == "reference":
-        logits = F.linear(hidden, weight)
-        loss = reference.kl_div(logits, target, reduction)
-        lse = logits.detach().to(loss.dtype).logsumexp(-1)
-        return (loss, lse) if return_lse else loss
     rows = hidden.reshape(-1, hidden.shape[-1])
     sum_rows = reduction != "none"
     early = sum_rows and dtype != torch.float16 and torch.is_grad_enabled()
@@ -260,7 +245,7 @@ class _LinearKlDiv(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fused_linear_kl_div has first derivatives only, and create_graph=True asks for "
-                "more; use fused_kl_div(F.linear(hidden, weight), target)"
+                "more; use kernels.reference.kl_div(F.linear(hidden, weight), target)"
             )
         needs = ctx.needs_input_grad[:2]
         grads, ctx.early = ctx.early, None  # scaled in place, so one backward alone may have them

@@ -90,8 +90,8 @@ def _arguments(logits: Tensor, target: Target) -> tuple[tuple, dict[str, int]]:
     warp_size = 64 if torch.version.hip else 32
     rows = logits, logits.stride(0), logits.shape[1]
     if isinstance(target, TwoLevelTarget):
-        words = membership.membership_words(target.members, vec)
-        members = target.members.view(torch.uint8)
+        words = membership.membership_words(target.mask, vec)
+        members = target.mask.view(torch.uint8)
         arguments = (*rows, words, 0, members, target.alpha, target.beta / target.alpha)
         return arguments, meta(logits.dtype, dense=False, warp_size=warp_size)
     if target.dtype == torch.float64 or target.stride(-1) != 1:

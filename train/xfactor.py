@@ -135,7 +135,7 @@ class Experiment:
 
     def measure(self, model: GPT2) -> Evaluation:
         """R and the perplexities of a model, and its samples."""
-        seed, members = self.options.seed, self.target.members
+        seed, members = self.options.seed, self.target.mask
         self.start.to(self.device)  # only meanwhile: a step needs the memory for itself
         try:
             return evaluate(model, self.start, self.tokenizer, members, seed)

@@ -1,4 +1,4 @@
-"""What the tests of the losses share: float64 truth, targets, paths, the bound of an error."""
+"""Shared by the tests of the losses: float64 truth, targets, paths, error bounds."""
 
 import os
 from importlib.util import find_spec
@@ -22,14 +22,14 @@ TARGETS = ["members", "members and beta", "shared row", "row by row"]
 
 
 def random_logits(*shape, dtype=torch.float32, seed=0, scale=3.0):
-    """The same values on every device."""
+    """Draw the same values on every device."""
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
 
 
 def in_buffer(values, row_stride, offset=0):
-    """The same rows at this row stride and storage offset, and the buffer that they lie in: NaN
-    before, between and after them."""
+    """Copy the rows to this row stride and storage offset; return them and the buffer they lie in,
+    which is NaN before, between and after them."""
     rows, vocab = values.shape
     buffer = values.new_full((offset + rows * row_stride + 8,), float("nan"))
     view = buffer.as_strided((rows, vocab), (row_stride, 1), offset)
@@ -37,12 +37,12 @@ def in_buffer(values, row_stride, offset=0):
 
 
 def two_level(vocab, alpha=1.0, beta=0.0):
-    """Every third token is a member; the first is, the last may be."""
+    """Every third token is a target token, beginning with the first."""
     return TwoLevelTarget(torch.arange(vocab, device=DEVICE) % 3 == 0, alpha, beta)
 
 
 def make_target(kind, shape):
-    """Of logits of this shape; the dense ones hold exact zeros."""
+    """Make a target for logits of this shape; the dense ones hold exact zeros."""
     if kind == "members":
         return two_level(shape[-1])
     if kind == "members and beta":
@@ -58,7 +58,7 @@ def dense64(target):
 
 
 def truth(logits, target):
-    """Loss of each row and its gradient, in float64; a term of probability zero counts zero."""
+    """Loss and gradient per row in float64; a term of probability zero counts zero."""
     p, z = dense64(target).expand(logits.shape), logits.detach().double()
     log_q = torch.log_softmax(z, -1)
     loss = torch.where(p > 0, p * (p.log() - log_q), 0.0).sum(-1)
@@ -66,7 +66,7 @@ def truth(logits, target):
 
 
 def rows_and_gradient(path, logits, target, upstream=None):
-    """Loss of each row, and the gradient of the logits for an upstream of ones (or this one).
+    """Loss per row, and the gradient of the logits for an upstream of ones (or this one).
 
     "linear" multiplies by the identity, so that the hidden states are the logits.
     """
@@ -74,6 +74,8 @@ def rows_and_gradient(path, logits, target, upstream=None):
     if path == "linear":
         head = torch.eye(logits.shape[-1], dtype=logits.dtype, device=DEVICE)
         loss = fused_linear_kl_div(leaf, head, target, "none", chunk_rows=4)
+    elif path == "reference":
+        loss = kl_div(leaf, target, "none")
     else:
         loss = fused_kl_div(leaf, target, "none", impl=path)
     loss.backward(torch.ones_like(loss) if upstream is None else upstream)
@@ -81,7 +83,7 @@ def rows_and_gradient(path, logits, target, upstream=None):
 
 
 def assert_as_exact(got, reference, exact, eps):
-    """|error| <= the reference's own error + eps, by the largest row and by the RMS."""
+    """Assert |error| <= the reference's own error + eps, for the largest row and for the RMS."""
     assert got.shape == exact.shape
     if got.numel() == 0:
         return
@@ -100,7 +102,7 @@ def loss_eps(logits):
 
 
 def gradient_eps(logits, target, gradient, path="torch"):
-    """The same for the largest row of softmax(z), whose exponent carries the rounding of lse.
+    """The same times the largest row of softmax(z), whose exponent carries the rounding of lse.
 
     Triton's interpreter truncates where hardware rounds to nearest: one ulp of bfloat16 more.
     """
@@ -121,11 +123,11 @@ def hidden_and_head(*leading, vocab=211, dtype=torch.float32):
 
 
 def unfused_linear(hidden, weight, target, reduction="batchmean", **_):
-    """What fused_linear_kl_div stands for; the options that it has besides change nothing."""
+    """The definition of fused_linear_kl_div, whose other options change nothing."""
     return kl_div(F.linear(hidden, weight), target, reduction)
 
 
 def loss_and_gradients(loss, hidden, weight, *arguments, upstream=None, **options):
-    """The value of a loss with an LM head, and its gradients of hidden states and head."""
+    """Value of a loss with an LM head, and its gradients of hidden states and head."""
     value = loss(hidden, weight, *arguments, **options)
     return value.detach(), *torch.autograd.grad(value, (hidden, weight), upstream)

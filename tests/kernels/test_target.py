@@ -1,4 +1,4 @@
-"""TwoLevelTarget: what it normalises, what it refuses; and the reference against closed forms."""
+"""TwoLevelTarget: normalisation, copies, refusals; and the reference against closed forms."""
 
 import math
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import TwoLevelTarget
+from kernels import TwoLevelTarget, fused_kl_div
 from kernels.reference import kl_div
-from tests.kernels.kl_cases import DEVICE, random_logits, two_level
+from tests.kernels.kl_cases import DEVICE, random_logits, rows_and_gradient, two_level
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (3.0, 1.0), (1e308, 1e-300), (5e-324, 0.0)])
@@ -18,9 +18,9 @@ def test_levels_are_probabilities(weights):
     dense = target.dense(torch.float64)
     assert math.isclose(dense.sum().item(), 1.0, rel_tol=1e-12)
     assert math.isclose(target.beta / target.alpha, weights[1] / weights[0], abs_tol=1e-300)
-    assert torch.equal(dense == target.alpha, target.members)
+    assert torch.equal(dense == target.alpha, target.mask)
     assert target.dense().dtype == torch.float32
-    assert torch.equal(target.index, target.members.nonzero().squeeze(1))
+    assert torch.equal(target.index, target.mask.nonzero().squeeze(1))
     assert (target.size, target.vocab_size) == (334, 1000)
 
 
@@ -33,17 +33,38 @@ def test_the_negative_entropy_is_that_of_the_dense_form(beta):
 
 
 def test_a_target_on_another_device_is_made_once():
-    """Without members there to count: the meta device holds none."""
+    """Without counting the target tokens there: the meta device has no data."""
     target = two_level(30, 2.0, 1.0)
     there = target.to("meta")
     assert there is target.to(torch.device("meta"))
-    assert there.members.is_meta
+    assert there.mask.is_meta
     assert (there.size, there.alpha, there.sum_p_log_p) == (10, target.alpha, target.sum_p_log_p)
-    assert target.to(target.members.device) is target
+    assert target.to(target.mask.device) is target
+
+
+def test_the_callers_mask_may_change_afterwards():
+    """The target has a copy: its loss, gradient and dense form stay."""
+    mask, logits = torch.arange(30, device=DEVICE) < 5, random_logits(2, 30)
+    target = TwoLevelTarget(mask)
+    before = target.dense(), *rows_and_gradient("torch", logits, target)
+    mask.fill_(True)
+    after = target.dense(), *rows_and_gradient("torch", logits, target)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_target_made_in_inference_mode_trains_afterwards():
+    """Autograd refuses to save an inference tensor: neither the target nor a copy may hold one."""
+    with torch.inference_mode():
+        target = TwoLevelTarget(torch.arange(30, device=DEVICE) < 5)
+        target.to("meta")
+    for device in (DEVICE, "meta"):
+        logits = torch.zeros(2, 30, device=device, requires_grad=True)
+        fused_kl_div(logits, target, impl="torch").backward()
+        assert logits.grad.shape == (2, 30)
 
 
 def test_what_cannot_be_a_target_is_refused():
-    """No member, no other token, weights out of order or range, members of the wrong kind."""
+    """No token or all, weights out of order or range, a mask of a wrong dtype, shape or device."""
     some = torch.arange(10) < 3
     refused = [
         (TypeError, "bool", (some.float(),)),
@@ -80,8 +101,8 @@ def test_batchmean_is_the_mean_over_all_rows():
     torch.testing.assert_close(kl_div(logits, target), trap / 7)
 
 
-def test_mass_on_the_members_is_at_least_exp_of_minus_the_loss():
-    """-KL = mean over S of log q + log |S| <= log of the mass (Jensen), for every row."""
+def test_the_target_probability_is_at_least_exp_of_minus_the_loss():
+    """-KL = mean over S of log q + log |S| <= log of the probability on S (Jensen), per row."""
     logits, target = random_logits(50, 300), two_level(300)
-    mass = logits.softmax(-1)[:, target.members.to(DEVICE)].sum(-1)
-    assert (mass >= torch.exp(-kl_div(logits, target, "none")) - 1e-6).all()
+    probability = logits.softmax(-1)[:, target.mask.to(DEVICE)].sum(-1)
+    assert (probability >= torch.exp(-kl_div(logits, target, "none")) - 1e-6).all()
