@@ -92,35 +92,6 @@ Hazards.
 - Specialised on no argument: one compiled variant a dtype and kind of target (for a dense P also
   its dtype, and whether it is in step), whatever N, V and strides are.
 
-Guarded. The test in tests/ that fails when the line is wrong: equations, the cuts of a row, traffic
-and widths, what is promised to the compiler, hazards:
-
-    (1)      test_kl_div_values.py::test_level_logits_have_the_loss_of_the_closed_form
-    (1) (2)  test_kl_div.py::test_loss_and_gradient_are_as_exact_as_the_reference
-    |P|      test_kl_div_values.py::test_the_gradient_of_an_unnormalised_target_uses_its_sum
-             test_triton_kernels.py::test_a_dense_target_sums_to_what_it_sums_to
-    (3)      test_kl_div_values.py::test_properties_hold_for_any_logits_and_target
-    bits     test_triton_kernels.py::test_membership_words_hold_the_bit_of_every_column_in_a_vector
-    cuts     test_triton_kernels.py::test_every_head_and_tail_is_exact_and_nothing_else_is_touched
-    (4) (5)  test_kl_div_values.py::test_saturated_and_level_logits_are_exact
-    (5)      test_kl_div.py::test_nothing_is_written_outside_the_outputs
-             test_triton_kernels.py::test_the_lse_is_rounded_once
-    (6) (7)  test_kl_div_values.py::test_logits_that_give_the_target_have_no_loss_and_no_gradient
-    (6)      test_kl_div.py::test_a_vocabulary_of_any_size_is_exact
-    traffic  test_walkthrough.py::test_traffic_is_what_the_operators_read_and_write
-    widths   test_compile_report.py::test_main_loops_read_and_write_logits_by_128_bits
-    lanes    test_compile_report.py::test_no_lane_waits_for_another_inside_a_main_loop
-    promise  test_triton_kernels.py::test_every_promised_alignment_is_kept
-    FLOOR    test_kl_div_values.py::test_a_whole_tile_of_minus_infinity_is_exact
-    0 inf    test_kl_div_values.py::test_minus_infinity_where_the_target_is_zero_costs_nothing
-    NaN      test_kl_div_values.py::test_nan_and_infinity_stay_in_their_row
-    -inf     test_kl_div_values.py::test_minus_infinity_where_the_target_is_positive_gives_infinity
-    int64    test_triton_kernels.py::test_rows_more_than_2_31_elements_apart_are_found
-             test_compile_report.py::test_rows_are_addressed_in_64_bits
-    once     test_kl_div_values.py::test_the_gradient_near_convergence_is_rounded_once
-    z - lse  test_triton_kernels.py::test_the_gradient_adds_no_error_of_the_size_of_lse
-    variant  test_triton_kernels.py::test_one_variant_serves_all_rows_strides_and_vocabularies
-
 What this does not do. No float64 logits, and no double backward. The gradient's relative error is
 that of lse in float32, 6e-8 |lse|. Rows are not split over programs: fewer rows than
 multiprocessors leave some idle.

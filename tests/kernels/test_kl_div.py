@@ -33,7 +33,8 @@ LONG_SHAPES = [(2, 50256), (3, 50257), (1, 2, 50264), (2, 50304), (1, 65537)]
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("path", PATHS)
 def test_loss_and_gradient_are_as_exact_as_the_reference(path, kind, dtype):
-    """Against float64, on every short shape; the reference in the same dtype sets the bound."""
+    """torch_kl_div (1) (2), triton_kl_div (1) (2): against float64, on every short shape; the
+    reference in the same dtype sets the bound."""
     for shape in SHAPES:
         check(path, random_logits(*shape, dtype=dtype), make_target(kind, shape))
 
@@ -42,7 +43,8 @@ def test_loss_and_gradient_are_as_exact_as_the_reference(path, kind, dtype):
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("path", FUSED)
 def test_a_vocabulary_of_any_size_is_exact(path, kind, shape):
-    """As above, a few rows at full length; one dtype for each shape, float32 for GPT-2's."""
+    """triton_kl_div (6): as above, a few rows at full length; one dtype per shape, float32 for
+    GPT-2's."""
     dtype = DTYPES[(LONG_SHAPES.index(shape) + 2) % 3]
     check(path, random_logits(*shape, dtype=dtype), make_target(kind, shape))
 
