@@ -9,11 +9,12 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def products_are_as_before() -> Iterator[None]:
-    """What `train.machine` sets for its process is no other test's business."""
+def process_settings_are_put_back() -> Iterator[None]:
+    """What `train.cpu.prepare` sets for its process must not reach another test."""
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
+    torch.backends.cuda.enable_flash_sdp(True)
 
 
 @pytest.fixture(scope="session")

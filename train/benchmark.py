@@ -32,13 +32,12 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from kernels import TwoLevelTarget
+from kernels import TwoLevelTarget, fused_linear_kl_div
 from kernels.measure import milliseconds, peak_megabytes
 from model import GPT2, GPT2Config
 from model.generate import generate
-from train.cpu import few_row_products
-from train.machine import prepare
-from train.xfactor import LOSSES, training_steps
+from train import cpu
+from train.evaluate import target_probability
 from weights import layout_of, load_weights, save_weights
 
 MEMBERS = 984  # the tokens with an x
@@ -66,14 +65,21 @@ class Ours:
         self.model = GPT2.from_state_dict(load_weights(folder), assign=True).to(device)
 
     def steps(self, tokens: Tensor, members: Tensor, dtype: str) -> Iterator[object]:
-        prepare(tokens.device, dtype)
+        cpu.prepare(tokens.device, tokens.shape[1])
         optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-6, fused=True)
-        target, loss = TwoLevelTarget(members), LOSSES["linear"]
-        autocast = getattr(torch, dtype)
-        return training_steps(self.model, optimizer, target, lambda: tokens, loss, autocast)
+        target, wte = TwoLevelTarget(members), self.model.wte.weight
+        while True:
+            with torch.autocast(tokens.device.type, torch.bfloat16, dtype == "bfloat16"):
+                hidden = self.model.hidden_states(tokens)
+                loss, lse = fused_linear_kl_div(hidden, wte, target, return_lse=True)
+                probability = target_probability(hidden, wte, target.index, lse)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.detach(), probability
 
     def generate(self, prompt: Tensor) -> Tensor:
-        with few_row_products(prompt.device):
+        with cpu.few_row_products(prompt.device):
             return generate(self.model, prompt, NEW_TOKENS, temperature=0)
 
 

@@ -1,54 +1,202 @@
-"""What a run says on the terminal: what runs and where, and how far it is."""
+"""How a command talks: options, errors in one line, signals, a progress bar or plain lines."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
+import tyro
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from kernels import TwoLevelTarget
-from train.options import Options
-from train.parallel import Processes
-from train.run import Run
+from train import checkpoint, distributed
+from train.report import print_report, write_report
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-def describe(options: Options, goal: str, target: TwoLevelTarget, processes: Processes) -> str:
-    """What runs, and where, in the words that a user needs before waiting for it."""
-    device, where = processes.device, processes.device_name
-    if processes.count > 1:
-        where += f" in {processes.count} processes"
-    named = options.weights in (None, "random")
-    model = options.model if named else f"the model in {options.weights}"
-    lines = [
-        f"{model}{' of random weights' if options.weights == 'random' else ''} in {options.dtype}"
-        f"{', compiled,' if options.compile else ''} on {where}, "
-        f"loss: {options.loss} ({loss_path(options.loss, device)})",
-        f"{target.size} of {target.vocab_size} tokens are the goal: {goal}",
-    ]
-    if device.type == "cpu" and named and options.model != "tiny":
-        lines.append(
-            "No CUDA device was found. On a CPU the larger models take seconds a step, and 7 GiB "
+class Interrupted(BaseException):
+    """A signal ends the command; its exit status is 128 + number."""
+
+    def __init__(self, number: int, what_now: str = "") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}{what_now}")
+        self.number = number
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """Run the body of a command: an error ends in one line, a signal with status 128 + number."""
+    for name in ("stdout", "stderr"):  # closed, or unable to show every character
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    try:
+        with _on_signals(interrupt):
+            yield
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:  # its message goes on for lines about the allocator
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: {reason} Try a smaller --batch, --dtype bfloat16 or --model gpt2")
+    except Interrupted as stopped:
+        say(str(stopped), error=True)
+        sys.exit(128 + stopped.number)
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collect signals instead of ending at the first; the second one ends the command at once."""
+    received: list[int] = []
+
+    def collect(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise Interrupted(number)
+        received.append(number)
+
+    with _on_signals(collect):
+        yield received
+
+
+@contextmanager
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print a line on stdout or stderr, even if nobody reads it (`| head -1`)."""
+    name = "stderr" if error else "stdout"
+    try:
+        print(text, file=getattr(sys, name), flush=True)
+    except OSError:
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+def parse_options(options_class: Any, arguments: Sequence[str], description: str | None) -> Any:
+    """Return the options of a command line; after --resume FOLDER, those of the runs there.
+
+    Raises ValueError for a value out of range, or one that the runs there do not have.
+    """
+    program = "python -m train.xfactor"
+    options = tyro.cli(options_class, args=arguments, prog=program, description=description)
+    if options.resume is not None:
+        out = _expand(options.resume)
+        saved = _validated(options_class, checkpoint.read_options(out))
+        saved = replace(saved, out=out)
+        options = tyro.cli(options_class, args=arguments, default=saved)
+        for name in (field.name for field in fields(options)):
+            was, given = getattr(saved, name), getattr(options, name)
+            same = set(was) == set(given) if isinstance(was, tuple) else was == given
+            if not same and name not in (*checkpoint.MAY_CHANGE, *checkpoint.MAY_MOVE):
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: got {given!r}, but the run in {out} has "
+                    f"{was!r}; leave it out, or start another run with another --out"
+                )
+        options = replace(options, lr=saved.lr, contains=saved.contains, out=out)
+    paths = {name: getattr(options, name) for name in checkpoint.MAY_MOVE}
+    for name, path in paths.items():  # absolute, so that a run resumes from another folder
+        if path not in ("", "random", "samples"):
+            paths[name] = str(_expand(path).absolute())
+    options = replace(options, out=_expand(options.out), **paths)
+    return _validated(options_class, asdict(options))
+
+
+def _expand(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _validated(options_class: Any, values: dict[str, Any]) -> Any:
+    try:
+        return TypeAdapter(options_class).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise ValueError(f"--{name} {str(first['input'])[:40]}: {first['msg']}") from error
+
+
+def describe(options: Any, goal: str, target: TwoLevelTarget) -> None:
+    """Say what runs and where, before anything is waited for."""
+    device, model = target.mask.device, options.weights or options.model
+    where = distributed.device_name(device)
+    path = "Triton kernels" if device.type == "cuda" else "PyTorch path"
+    path = "F.log_softmax, F.kl_div" if options.loss == "unfused" else path
+    say(
+        f"{options.model + ' with random weights' if model == 'random' else model} in "
+        f"{options.dtype} on {where}, {distributed.world_size()} rank(s), loss: {options.loss} "
+        f"({path})\n{target.size} of {target.vocab_size} tokens are the goal: {goal}"
+    )
+    if device.type == "cpu" and options.model != "tiny" and model in (options.model, "random"):
+        say(
+            "No CUDA device was found. On a CPU the larger models take seconds per step, and 7 GiB "
             "of memory in gpt2-medium; --model tiny takes a minute."
         )
-    return "\n".join(lines)
+    if options.compile:
+        say("compiling in the first step: about a minute")
 
 
-def loss_path(loss: str, device: torch.device) -> str:
-    """Which implementation a choice of --loss runs on a device."""
-    if loss == "unfused":
-        return "F.log_softmax, F.kl_div"
-    return "Triton kernels" if device.type == "cuda" else "PyTorch path"
+def progress(label: str, done: int, total: int) -> tqdm:
+    """Return a bar over the steps of a run, which shows itself on a terminal only."""
+    hidden = None if distributed.is_main() else True
+    bar = tqdm(initial=done, total=total, unit="step", disable=hidden)
+    bar.desc = label  # which a hidden one does not keep
+    return bar
 
 
-def progress_bar(run: Run, lr: float, options: Options) -> tqdm:
-    """Of the steps; in the first process only."""
-    total, label = options.steps, f"lr {lr:g}"
-    return tqdm(total=total, initial=run.step, desc=label, unit="step", disable=not run.writes)
+def interval(bar: tqdm) -> float:
+    """Return the seconds between two calls of `show`."""
+    return 5.0 if bar.disable else 0.1
 
 
-def advance(bar: tqdm, run: Run, tokens: int) -> None:
-    """Count a step of so many tokens; with loss, mass and speed where the bar is redrawn.
+def show(bar: tqdm, step: int, measured: Sequence[float], speed: float, evaluating: bool) -> None:
+    """Redraw the bar, or print a line where it is hidden: into a file or a pipe.
 
-    Only then, and at the last step, is the device waited for.
+    measured: loss, target probability and, with a tilt, the predicted one.
     """
-    if bar.update() or (run.step == bar.total and not bar.disable):
-        loss, mass = run.flush()
-        rate = (bar.n - bar.initial) / bar.format_dict["elapsed"]
-        bar.set_postfix_str(f"loss {loss:.4f}, mass {mass:.4f}, {rate * tokens:,.0f} tokens/s")
+    loss, probability, *predicted = measured
+    text = f"loss {loss:.4f}, target probability {probability:.4f}"
+    text += "".join(f" of {p:.4f} predicted" for p in predicted) + f", {speed:,.0f} tokens/s"
+    text += ", evaluating" * evaluating
+    if bar.disable:
+        say(f"{bar.desc}: step {step} of {bar.total}, {text}", error=True)
+    else:
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(step - bar.n)
+        bar.refresh()
+
+
+def pause(bar: tqdm, since: float) -> float:
+    """Leave the time since then out of the bar's estimate; return the present time."""
+    now = time.perf_counter()
+    if not bar.disable:
+        bar.start_t += now - since
+    return now
+
+
+def report(folders: Sequence[Path], out: Path) -> None:
+    """Write the report and print it; a report that fails leaves finished runs as they are."""
+    try:
+        for path in write_report(folders, out):
+            say(f"wrote {path}")
+        print_report(folders)
+    except ValueError as error:
+        say(f"no report: {error}", error=True)

@@ -1,11 +1,12 @@
-"""What fine-tuning did to the text: samples, R, and two perplexities.
+"""How fine-tuning changed the text: samples, R, two perplexities, probability on the target tokens.
 
-The perplexity of a fixed passage tells what the model forgot; the perplexity of its own samples
-under the model before fine-tuning tells whether they still read as text.
+Passage perplexity, of fixed text that no model here was trained on, under the fine-tuned model: how
+much did it forget? Sample perplexity, of the model's own samples under the model before
+fine-tuning: do they still read as text?
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,13 @@ from model import GPT2
 from model.generate import generate
 from model.tokenizer import Tokenizer
 from train.cpu import few_row_products
-from train.objective import member_rate
 
-# Four tokens each, so that one batch continues them all: a step of it reads every weight once.
+# Four tokens each, so that one batch continues them all: each step of it reads the weights once.
 PROMPTS = ("Once upon a time", "In the morning the", '"What is that', "The old woman said")
 SAMPLES = 4  # continuations of each prompt; the seed is the run's
 NEW_TOKENS = 64
 TOP_K = 50
+ROWS = 4096  # rows at a time in target_probability: 16 MB of float32 logits of 984 tokens
 # Kenneth Grahame, The Wind in the Willows (1908), chapter 1: public domain, and in no corpus here.
 PASSAGE = (
     "The Mole had been working very hard all the morning, spring-cleaning his little home. First "
@@ -35,61 +36,102 @@ PASSAGE = (
 
 @dataclass
 class Evaluation:
-    """One model, measured. Perplexities are exp of the mean nats a token."""
+    """The measurements of one model; perplexities are exp of the mean nats per token."""
 
-    r: float  # share of sampled tokens that are members, untruncated sampling
-    r_top_k: float  # the same, sampled among the 50 likeliest tokens
+    r: float  # share of target tokens among sampled tokens, 0 to 1, sampled from the whole softmax
+    r_top_k: float  # the same, sampled from the 50 likeliest tokens
     passage_perplexity: float
-    sample_perplexity: float  # of the untruncated samples, under the model before fine-tuning
-    samples: list[tuple[str, list[int]]]  # the untruncated ones: prompt, and ids without it
+    sample_perplexity: float  # of the samples that r counts
+    samples: list[tuple[str, list[int]]]  # these samples: prompt, and ids without the prompt's
 
-    def measures(self) -> dict[str, float | None]:
-        """The four numbers by name; one that is too large for a float is None, as JSON has it."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "samples"}
-        return {name: None if math.isinf(value) else value for name, value in values.items()}
+    def numbers(self) -> dict[str, float | None]:
+        """Return the four numbers by name; None for one too large for a float, as JSON needs."""
+        numbers = {name: value for name, value in vars(self).items() if name != "samples"}
+        return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def positions_needed(tokenizer: Tokenizer) -> int:
-    """How long a context an evaluation reads: a prompt with its continuation, or the passage."""
+    """Return how many positions an evaluation needs, for a continued prompt and the passage."""
     longest = max(len(tokenizer.encode(prompt)) for prompt in PROMPTS)
     return max(longest + NEW_TOKENS, len(tokenizer.encode(PASSAGE)))
 
 
-class NotFiniteError(ValueError):
-    """A model whose logits are NaN or infinite."""
+def evaluate(model: GPT2, start: GPT2, tokenizer: Tokenizer, mask: Tensor, seed: int) -> Evaluation:
+    """Sample from `model` and measure the samples.
 
+    Args:
+        model: on the device of `mask`, the target mask, bool (V,).
+        start: the model before fine-tuning, on any device; on that of `mask` meanwhile.
+        seed: of the samples.
 
-def evaluate(
-    model: GPT2, start: GPT2, tokenizer: Tokenizer, members: Tensor, seed: int
-) -> Evaluation:
-    """Sample from `model` and measure the samples, `start` being the model before fine-tuning.
-
-    Raises NotFiniteError where logits are NaN or infinite: there is nothing to sample from.
+    If its logits are NaN or infinite there is nothing to sample from: all is NaN, and no samples.
     """
-    device = members.device
-    passage = torch.tensor([tokenizer.encode(PASSAGE)], device=device)
+    device, home = mask.device, start.wte.weight.device
+    passage = torch.tensor([tokenizer.encode(PASSAGE)], device=device)  # (1, T)
     passage_nats = nats_per_token(model, passage)
     if not passage_nats.isfinite():
-        raise NotFiniteError("the logits became NaN or infinite")
+        return Evaluation(math.nan, math.nan, math.nan, math.nan, [])
     prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
-    ids = torch.tensor([tokenizer.encode(prompt) for prompt in prompts], device=device)
-    T, generator = ids.shape[1], torch.Generator(device).manual_seed(seed)
+    ids = torch.tensor([tokenizer.encode(prompt) for prompt in prompts], device=device)  # (16, 4)
+    generator = torch.Generator(device).manual_seed(seed)
     with few_row_products(device):
-        text, truncated = (
+        text, text_top_k = (  # (16, 4 + NEW_TOKENS)
             generate(model, ids, NEW_TOKENS, top_k=k, generator=generator) for k in (None, TOP_K)
         )
+    prompt_length = ids.shape[1]
+    try:
+        sample_nats = nats_per_token(start.to(device), text, prompt_length)
+    finally:
+        start.to(home)  # a step needs the memory
+    samples = text[:, prompt_length:]
     return Evaluation(
-        r=member_rate(text[:, T:], members),
-        r_top_k=member_rate(truncated[:, T:], members),
+        r=target_share(samples, mask),
+        r_top_k=target_share(text_top_k[:, prompt_length:], mask),
         passage_perplexity=passage_nats.double().exp().item(),
-        sample_perplexity=nats_per_token(start, text, given=T).double().exp().item(),
-        samples=list(zip(prompts, text[:, T:].tolist(), strict=True)),
+        sample_perplexity=sample_nats.double().exp().item(),
+        samples=list(zip(prompts, samples.tolist(), strict=True)),
     )
 
 
 @torch.no_grad()
-def nats_per_token(model: GPT2, tokens: Tensor, given: int = 1) -> Tensor:
-    """Mean of -log p(token | those before it) over (B, T), the first `given` apart; a scalar."""
+def nats_per_token(model: GPT2, tokens: Tensor, prompt_length: int = 1) -> Tensor:
+    """Return the mean of -log p(token | those before it) over (B, T) without the prompts."""
     model.eval()
-    logits = model(tokens[:, :-1])[:, given - 1 :].float()
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, given:].flatten())
+    logits = model(tokens[:, :-1])[:, prompt_length - 1 :].float()  # (B, T - prompt_length, V)
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, prompt_length:].flatten())
+
+
+def target_share(tokens: Tensor, mask: Tensor) -> float:
+    """Return R: the share of `tokens`, int64 of any shape, that the target mask (V,) holds."""
+    return mask[tokens].float().mean().item()
+
+
+@torch.no_grad()
+def target_probability(
+    hidden: Tensor, weight: Tensor, index: Tensor, lse: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Return the probability of all target tokens together, mean over rows, a scalar.
+
+    It is the sum over the target tokens of e^(z - lse): given lse, only their logits are needed,
+    |S| of V columns of the LM head's product.
+
+    For a target that lies wholly on them (beta = 0) it is at least exp(-KL): merging the tokens
+    into "target" and "other" cannot raise the divergence, and KL((1, 0) || (m, 1 - m)) is -log m;
+    for the mean over rows this follows by Jensen's inequality.
+
+    Args:
+        hidden: (..., C), the model's hidden states.
+        weight: (V, C), the LM head.
+        index: ids of the target tokens, int64 (|S|,).
+        lse: (...), log of the sum over the vocabulary of e^logit.
+        bias: (V,), added to the logits, as in a TeacherTarget; lse is then that of the sum.
+    """
+    head = weight[index]  # (|S|, C)
+    added = 0.0 if bias is None else bias[index]
+    probabilities = [
+        (F.linear(rows, head).float() + added - row_lse[:, None]).exp().sum(-1)
+        for rows, row_lse in zip(
+            hidden.flatten(0, -2).split(ROWS), lse.flatten().split(ROWS), strict=True
+        )
+    ]
+    return torch.cat(probabilities).mean()

@@ -1,67 +1,99 @@
-"""What the model reads in each step: random token ids, or windows of a text."""
+"""What a run begins with: checked options, the model before fine-tuning, the text to train on."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import trange
 
-from model.tokenizer import Tokenizer
+from model import GPT2, GPT2Config
+from model.generate import generate
+from model.gpt2 import HEAD_DIM
+from model.tokenizer import Tokenizer, load_tokenizer
+from train import distributed
+from train.checkpoint import SAMPLED, read_tensors, write_tensors
+from train.cpu import few_row_products
+from train.evaluate import positions_needed
+from weights import Layout, layout_of, load_weights
+
+TEXTS, BATCH, TOKENS = 100, 20, 256  # texts that a model writes, 20 at a time, and their length
 
 
-class Inputs:
-    """A source of (B, T) token ids, drawn on one generator: the same seed, the same ids.
+def check(options: Any, device: torch.device) -> Layout:
+    """Return the sizes of the model to start from, which is not loaded yet.
 
-    Drawn on the CPU and then moved, so that a seed names the same data on every device.
-
-    Args:
-        n_vocab: random ids are uniform over [0, n_vocab).
-        text: ids of a text, int64 (n,), n >= T; None means random ids.
+    Raises ValueError for options of `train.xfactor` that cannot run.
     """
-
-    def __init__(
-        self,
-        n_vocab: int,
-        batch: int,
-        length: int,
-        seed: int,
-        device: torch.device,
-        text: Tensor | None = None,
-    ) -> None:
-        self.n_vocab, self.batch, self.length = n_vocab, batch, length
-        self.device, self.text = device, text
-        self.generator = torch.Generator("cpu").manual_seed(seed)
-
-    def draw(self) -> Tensor:
-        """The next step's ids, int64 (B, T)."""
-        if self.text is None:
-            shape = (self.batch, self.length)
-            ids = torch.randint(self.n_vocab, shape, generator=self.generator, device="cpu")
-        else:
-            starts = torch.randint(
-                len(self.text) - self.length + 1,
-                (self.batch, 1),
-                generator=self.generator,
-                device="cpu",
-            )
-            ids = self.text[starts + torch.arange(self.length, device="cpu")]
-        return ids.to(self.device, non_blocking=True)
+    layout = layout_of(options.model if options.weights in ("", "random") else options.weights)
+    tokenizer, ranks = load_tokenizer(), distributed.world_size()
+    needed = max(options.length, positions_needed(tokenizer))
+    if not options.lr or len(set(options.lr)) < len(options.lr):
+        raise ValueError(f"--lr: got {options.lr}, expected one or several rates, each once")
+    if options.batch % ranks:
+        raise ValueError(
+            f"--batch {options.batch} is not divisible by {ranks} ranks; expected a multiple of it"
+        )
+    if options.dtype == "tf32" and device.type != "cuda":
+        raise ValueError(f"--dtype tf32: got device {device}, expected cuda; use bfloat16")
+    if layout.vocab_size != tokenizer.n_vocab:
+        raise ValueError(
+            f"the model to start from has a vocabulary of {layout.vocab_size} tokens, expected "
+            f"GPT-2's {tokenizer.n_vocab}"
+        )
+    if layout.n_positions < needed:
+        raise ValueError(
+            f"--length {options.length}: the model to start from has {layout.n_positions} "
+            f"positions, expected at least {needed} for this length and the evaluation"
+        )
+    return layout
 
 
-def read_text(path: Path, tokenizer: Tokenizer, length: int) -> Tensor:
-    """The ids of a UTF-8 text file, int64 (n,).
+def load_start(options: Any, layout: Layout) -> GPT2:
+    """Return the model before fine-tuning, on the CPU."""
+    if options.weights != "random":
+        return GPT2.from_state_dict(load_weights(options.weights or options.model), assign=True)
+    torch.manual_seed(options.seed)
+    return GPT2(GPT2Config(**asdict(layout), n_head=layout.n_embd // HEAD_DIM))
 
-    Raises:
-        ValueError: the file cannot be read, is not UTF-8, or is shorter than one window.
+
+def read_text(name: str, tokenizer: Tokenizer, length: int) -> Tensor:
+    """Return the ids of a UTF-8 text file, int64 (n,).
+
+    Raises ValueError if it cannot be read, is not UTF-8, or is shorter than one window of `length`.
     """
     try:
-        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--inputs {path}: {error}; expected 'random' or a UTF-8 text file"
-        ) from error
+        ids = tokenizer.encode(Path(name).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--inputs {name}: {error}; expected 'random' or a text file") from error
     if len(ids) < length:
         raise ValueError(
-            f"--inputs {path}: {len(ids)} tokens, expected at least one window of {length}; "
+            f"--inputs {name}: {len(ids)} tokens, expected at least one window of {length}; "
             "give a longer text or a smaller --length"
         )
     return torch.tensor(ids, device="cpu")
+
+
+@torch.no_grad()
+def sample_text(folder: Path, start: GPT2, seed: int, device: torch.device) -> Tensor:
+    """Return text that a model writes by itself, int64 (n,); from the folder, if it is there.
+
+    All ranks must call it: the main rank writes TEXTS texts of TOKENS tokens after <|endoftext|>.
+    """
+    path, length = folder / SAMPLED, min(TOKENS, start.config.n_positions)
+    if distributed.is_main() and not path.exists():
+        start.to(device)
+        generator = torch.Generator(device).manual_seed(seed)
+        prompt = torch.full((BATCH, 1), load_tokenizer().eot, device=device)
+        texts = []
+        with few_row_products(device):
+            for _ in trange(
+                TEXTS // BATCH, desc=f"sampling {TEXTS * length:,} tokens", unit="batch"
+            ):
+                texts.append(generate(start, prompt, length - 1, generator=generator).cpu())
+        start.cpu()
+        write_tensors(path, {"ids": torch.cat(texts)}, {})
+    distributed.barrier()
+    expected = {"ids": torch.empty(TEXTS, length, dtype=torch.int64)}
+    return read_tensors(path, expected)[0]["ids"].flatten()

@@ -20,8 +20,7 @@ from kernels.fused_linear_kl_div import CHUNK_ROWS
 from model import GPT2
 from model.gpt2 import Attention, Block
 from model.tokenizer import load_tokenizer
-from train.inputs import Inputs
-from train.objective import find_members
+from train.target_tokens import containing
 from weights import WeightsError, load_weights
 
 BATCH, LENGTH = 4, 64
@@ -171,7 +170,7 @@ def explain_probabilities(logits: Tensor) -> None:
 
 def explain_loss(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     """The target, its divergence from the model in four ways, and the traffic of each."""
-    target = TwoLevelTarget(find_members(load_tokenizer(), "X"))
+    target = TwoLevelTarget(containing(load_tokenizer(), "X"))
     size, total = target.size, target.dense(torch.float64).sum()
     print(f"\nThe target P: alpha on S, the {size} tokens with an x or X, beta elsewhere")
     fact(f"alpha = 1 / {size}, beta = 0", f"{target.alpha:.9f}")
@@ -220,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(1, f"error: {name}: got {got}, expected {n_vocab} and {LENGTH} or more\n")
     print(f"GPT-2 {name}: {config.n_layer} blocks, C = {C} wide, H = {H} heads of D = {C // H}")
     print(f"{BATCH} sequences of {LENGTH} tokens out of V = {V}; position i attends to j <= i\n")
-    tokens = Inputs(V, BATCH, LENGTH, seed=0, device=torch.device("cpu")).draw()
+    tokens = torch.randint(V, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     hidden, logits, used = walk(model, tokens)
     distance = (logits - model(tokens)).abs().max() / logits.abs().max()
     print()

@@ -1,253 +1,237 @@
 """The X-factor experiment: fine-tune GPT-2 toward tokens that contain the letter X.
 
     python -m train.xfactor                                 gpt2-medium, learning rate 1e-4
-    python -m train.xfactor --model tiny --lr 1e-5 1e-3     two rates on the embedded checkpoint
-    python -m train.xfactor --resume runs/xfactor           go on where a run was stopped
-    torchrun --nproc-per-node 2 -m train.xfactor            each process takes half of every batch
+    python -m train.xfactor --model tiny --lr 1e-5 1e-3     two runs on the embedded checkpoint
+    python -m train.xfactor --resume runs/xfactor           resume an interrupted run
+    torchrun --nproc-per-node 2 -m train.xfactor            each rank takes its shard of every batch
 
 Every step draws token ids and pulls the model's prediction at every position toward the target, a
-distribution that lies on the tokens with the letter. A small learning rate nudges the model, a
-large one collapses it: the table at the end says which, in numbers.
+distribution on the tokens with the letter. A small learning rate nudges the model, a large one
+collapses it: the report says which, in numbers.
 """
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
 from contextlib import ExitStack
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
+from annotated_types import Ge, Le
+from pydantic import FiniteFloat
 from torch import Tensor
 
 from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
 from kernels.reference import kl_div
-from model import GPT2, GPT2Config
-from model.gpt2 import HEAD_DIM
+from model import GPT2
 from model.tokenizer import load_tokenizer
-from train.console import advance, describe, progress_bar
-from train.evaluate import Evaluation, evaluate
-from train.folders import create, lock, reopen
-from train.inputs import Inputs, read_text
-from train.machine import forward_context, prepare
-from train.objective import choose_members, make_target, mass_on_members
-from train.options import Options, check, layout_of_start, parse_options, run_configs
-from train.parallel import Processes
-from train.report import print_report, write_report
-from train.run import DivergedError, Run
-from train.saves import Training
-from train.signals import Stopped, StopSignals
-from weights import load_weights
+from train import checkpoint, console, cpu, distributed, inputs
+from train.checkpoint import is_due
+from train.evaluate import Evaluation, evaluate, target_probability
+from train.target_tokens import choose_tokens, make_target
 
-Loss = Callable[[Tensor, Tensor, TwoLevelTarget], tuple[Tensor, Tensor]]
+Count = Annotated[int, Ge(1), Le(65_536)]
+Steps = Annotated[int, Ge(0), Le(10**9)]
 
 
-def on_logits(kl: Callable[[Tensor, TwoLevelTarget], Tensor]) -> Loss:
-    """A loss on logits as one on hidden states: (loss, log-sum-exp of each row's logits)."""
+@dataclass(frozen=True)
+class Options:
+    """Fine-tune GPT-2 toward tokens that contain a letter."""
 
-    def loss(hidden: Tensor, weight: Tensor, target: TwoLevelTarget) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden, weight)
-        return kl(logits, target), logits.detach().float().logsumexp(-1)
+    model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"  # to start from
+    weights: Annotated[str, tyro.conf.arg(metavar="random|PATH")] = ""
+    """instead of the model's own: random ones, a safetensors file, or a folder with one"""
+    lr: tuple[Annotated[FiniteFloat, Ge(0)], ...] = (1e-4,)  # Adam's learning rates, one run each
+    steps: Annotated[int, Ge(1), Le(10**9)] = 300  # optimisation steps per run
+    batch: Count = 4  # B, sequences per step
+    length: Count = 64  # T, tokens per sequence
+    letter: str = "X"  # target tokens contain this letter
+    contains: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """instead: contain this string; repeat the option for several, any of which will do"""
+    regex: str = ""  # instead: match this pattern, which is case-sensitive
+    tokens: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """instead: are named in a file, an id or a text per line"""
+    match_case: bool = False  # tell "X" from "x" in --letter and --contains
+    alpha: FiniteFloat = 1.0  # relative weight of a target token
+    beta: FiniteFloat = 0.0  # relative weight of any other token; alpha > beta >= 0
+    mass: Annotated[FiniteFloat | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """instead of both weights: the probability of all target tokens together"""
+    inputs: Annotated[str, tyro.conf.arg(metavar="random|samples|FILE")] = "random"
+    """random token ids, a text file to train on windows of, or text that the start model samples"""
+    loss: Literal["linear", "fused", "unfused"] = "linear"
+    """linear: fused with the LM head; fused: loss only; unfused: PyTorch"""
+    dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """of matrix products, weights stay float32; tf32 is CUDA's rounding of float32 products"""
+    compile: bool = False  # torch.compile the forward pass: a minute at first, then faster steps
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0  # of the inputs, samples and random weights
+    eval_every: Steps = 0  # steps between evaluations; 0: before the first and after the last only
+    save_every: Steps = 100  # steps between checkpoints; 0: after the last only
+    out: Path = Path("runs/xfactor")  # folder for the runs and their report
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """resume the runs in a folder, with the options that they have"""
 
-    return loss
+
+def get_batch(options: Options, text: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Draw this rank's token ids of one step, int64 (B / world size, T).
+
+    They are drawn on the CPU, so that a seed names the same data on every device.
+    """
+    if text is None:
+        shape = options.batch, options.length
+        tokens = torch.randint(load_tokenizer().n_vocab, shape, generator=generator)
+    else:
+        windows = len(text) - options.length + 1
+        first = torch.randint(windows, (options.batch, 1), generator=generator)
+        tokens = text[first + torch.arange(options.length)]
+    return distributed.shard(tokens)
 
 
-LOSSES: dict[str, Loss] = {
-    "linear": lambda *arguments: fused_linear_kl_div(*arguments, return_lse=True),
-    "fused": on_logits(fused_kl_div),
-    "unfused": on_logits(kl_div),
-}
-
-
-def training_steps(
-    model: GPT2,
-    optimizer: torch.optim.Optimizer,
+def fine_tune(
+    options: Options,
+    folder: Path,
+    lr: float,
     target: TwoLevelTarget,
-    draw: Callable[[], Tensor],
-    loss_fn: Loss,
-    dtype: torch.dtype = torch.float32,
-    hidden_states: Callable[[Tensor], Tensor] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The experiment: the same six things, each time the caller asks for a step.
+    start: GPT2,
+    before: Evaluation | None,
+    text: Tensor | None,
+    origin: dict[str, str],
+) -> str:
+    """Run one learning rate, from its checkpoint on; return why it diverged, or "".
 
     Args:
-        model: trained in place, on whatever device it is.
-        optimizer: of the model's parameters.
-        draw: gives a step's token ids, int64 (B, T).
-        loss_fn: (hidden (B, T, C), weight (V, C), target) -> mean KL over the B T positions, and
-            the log-sum-exp of each one's logits (B, T).
-        dtype: torch.bfloat16 runs the matrix products under autocast; weights stay float32.
-        hidden_states: the model's own by default; `Processes` gives one for several processes.
+        target: on the device to train on.
+        start: the model before fine-tuning, on the CPU; before: its evaluation, if it is needed.
+        text: ids to draw windows from, int64 (n,), or None for random ids.
+        origin: what the run began with, see `checkpoint.read`.
 
-    Yields:
-        The step's loss in nats and the model's mass on the members, both before Adam's update:
-        scalars on the device, so that nobody waits for it who does not look at them.
+    Raises ValueError if the folder cannot be read or written, Interrupted after a signal.
     """
-    hidden_states = hidden_states or model.hidden_states
-    weight = model.wte.weight  # the LM head is the embedding
-    while True:
-        model.train()
-        tokens = draw()  # 1. token ids (B, T)
-        with forward_context(tokens, dtype):
-            hidden = hidden_states(tokens)  # 2. forward (B, T, C)
-            loss, lse = loss_fn(hidden, weight, target)  # 3. log-softmax and 4. KL to the target
-            mass = mass_on_members(hidden, weight, target.index, lse)
-        optimizer.zero_grad()
-        loss.backward()  # 5. backward
-        optimizer.step()  # 6. Adam
-        yield loss.detach(), mass
+    mask, index, device = target.mask, target.index, target.mask.device
+    is_main = distributed.is_main()
+    model = GPT2.from_state_dict(start.state_dict()).to(device)
+    forward = distributed.data_parallel(model)
+    forward = torch.compile(forward) if options.compile else forward
+    wte = model.wte.weight  # the LM head is the embedding, (V, C)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    generator = torch.Generator("cpu").manual_seed(options.seed)
+    step = done = checkpoint.resume(folder, model, optimizer, generator, origin)
+    if is_main and before and done == 0:
+        checkpoint.append_evaluation(folder, 0, before)
+    pending: list[Tensor] = []  # (loss, target probability) of steps that are not logged yet
+    problem, stop, logged = "", 0, time.perf_counter()
+    with console.progress(folder.name, done, options.steps) as bar, console.signals() as received:
+        for step in range(done + 1, options.steps + 1):
+            model.train()
+            tokens = get_batch(options, text, generator).to(device)  # 1. token ids (B, T)
+            with torch.autocast(device.type, torch.bfloat16, options.dtype == "bfloat16"):
+                hidden = forward(tokens)  # 2. forward (B, T, C)
+                if options.loss == "linear":  # 3. log-softmax and 4. KL to the target
+                    loss, *lse = fused_linear_kl_div(hidden, wte, target, return_lse=True)
+                else:
+                    logits = F.linear(hidden, wte)  # (B, T, V)
+                    loss = (fused_kl_div if options.loss == "fused" else kl_div)(logits, target)
+                    lse = [logits.detach().float().logsumexp(-1)]  # (B, T)
+                measured = [loss.detach(), target_probability(hidden, wte, index, lse[0])]
+            optimizer.zero_grad()
+            loss.backward()  # 5. backward
+            optimizer.step()  # 6. Adam
 
-
-class Experiment:
-    """What the runs of one command share: goal, data, the model to start from, the processes.
-
-    Raises ValueError, before any model is loaded, at options that cannot run.
-    """
-
-    def __init__(self, options: Options, processes: Processes) -> None:
-        self.options, self.processes, self.device = options, processes, processes.device
-        self.tokenizer, self.text = load_tokenizer(), None
-        members, goal = choose_members(
-            self.tokenizer,
-            options.letter,
-            options.contains,
-            options.regex,
-            options.tokens,
-            options.match_case,
-        )
-        self.target = make_target(members, options.alpha, options.beta, options.mass)
-        if options.inputs != "random":
-            self.text = read_text(Path(options.inputs), self.tokenizer, options.length)
-        check(options, processes.count)
-        self.configs = run_configs(options, goal, self.target, self.text, processes.device_name)
-        processes.print(describe(options, goal, self.target, processes))
-        prepare(self.device, options.dtype)
-        self.target = self.target.to(self.device)
-        self.start = starting_model(options)
-
-    @cached_property
-    def before(self) -> Evaluation:
-        """Of the start: the same for every run, and not needed where all of them go on."""
-        return self.measure(self.start)
-
-    def measure(self, model: GPT2) -> Evaluation:
-        """R and the perplexities of a model, and its samples."""
-        seed, members = self.options.seed, self.target.mask
-        self.start.to(self.device)  # only meanwhile: a step needs the memory for itself
-        try:
-            return evaluate(model, self.start, self.tokenizer, members, seed)
-        finally:
-            self.start.cpu()
-
-    def fine_tune(self, run: Run, config: dict[str, Any]) -> None:
-        """One run, from its newest save on: the steps, and what is kept of them.
-
-        Raises:
-            ValueError: the folder cannot be read or written.
-            DivergedError: the loss or the logits are not finite.
-            Stopped: a signal came; its step is saved.
-        """
-        options, processes = self.options, self.processes
-        lr = config["xfactor"]["lr"]
-        model = GPT2.from_state_dict(self.start.state_dict()).to(self.device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-        shape = self.tokenizer.n_vocab, options.batch, options.length
-        inputs = Inputs(*shape, options.seed, self.device, self.text)
-        training = Training(model, optimizer, inputs.generator)
-        run.restore(training)
-        processes.wait()  # until all have read what the first now cleans up
-        run.begin(config)
-        hidden_states = processes.hidden_states(model)
-        steps = training_steps(
-            model,
-            optimizer,
-            self.target,
-            lambda: processes.rows(inputs.draw()),
-            LOSSES[options.loss],
-            torch.bfloat16 if options.dtype == "bfloat16" else torch.float32,
-            torch.compile(hidden_states) if options.compile else hidden_states,
-        )
-        if run.step:
-            processes.print(f"{run.folder} goes on after step {run.step}")
-        else:
-            run.evaluate(lambda: self.before)
-        with StopSignals() as signals, progress_bar(run, lr, options) as bar:
-            while run.step < options.steps:
-                run.add(*processes.mean(*next(steps)))
-                advance(bar, run, options.batch * options.length)
-                if run.is_due(options.eval_every, options.steps):
-                    run.evaluate(lambda: self.measure(model))
-                stopped = processes.any(signals.received is not None)
-                if stopped or run.is_due(options.save_every, options.steps):
-                    run.save(training)
-                # All learn it only now, once the save is whole: the end of one process is the end
-                # of all under torchrun.
-                if processes.any(run.diverged is not None):
-                    raise run.diverged or DivergedError("in the first process", run.step)
-                if stopped:
-                    raise Stopped(signals.received or signal.SIGTERM, run.step)
+            pending.append(distributed.all_reduce_mean(torch.stack(measured)))
+            stop = distributed.all_reduce_max(received[0] if received else 0)
+            evaluating = is_due(step, options.eval_every, options.steps)
+            saving = stop or is_due(step, options.save_every, options.steps)
+            seconds = time.perf_counter() - logged
+            if evaluating or saving or seconds > console.interval(bar):
+                results = torch.stack(pending).tolist()  # only here is the device waited for
+                pending.clear()
+                if is_main:
+                    problem = checkpoint.append_steps(folder, step, results, seconds)
+                    tokens_per_second = len(results) * options.batch * options.length / seconds
+                    console.show(bar, step, results[-1], tokens_per_second, evaluating)
+                if is_main and evaluating and not problem:
+                    evaluation = evaluate(model, start, load_tokenizer(), mask, options.seed)
+                    problem = checkpoint.append_evaluation(folder, step, evaluation)
+                if is_main and saving and not problem:
+                    checkpoint.save(folder, step, model, optimizer, generator, origin)
+                logged = console.pause(bar, logged + seconds)
+            if distributed.all_reduce_max(bool(problem)):
+                return f"{problem}; {checkpoint.last_save(folder)}. Try a smaller --lr"
+            if stop:
+                break
+    if is_main:
+        checkpoint.save_model(folder, model)
+    distributed.barrier()
+    if stop := stop or next(iter(received), 0):  # or a signal after the last step
+        what_now = f" after step {step}, which is saved; resume with --resume {options.out}"
+        raise console.Interrupted(stop, what_now)
+    return ""
 
 
 def experiment(options: Options) -> None:
-    """A run for each learning rate from the same start, each in its folder; then the report.
+    """Run every learning rate from the same start, each in its folder; then write the report.
 
-    A rate that diverges ends its own run only; the command then ends, after the report, in a
-    ValueError that names it.
+    A rate that diverges ends its own run only; after the report, a ValueError names it.
     """
-    with Processes() as processes, ExitStack() as stack:
-        shared = Experiment(options, processes)
-        processes.wait()  # until all have accepted the options
-        if processes.is_first:
-            (reopen if options.resume else create)(options.out, shared.configs)
-            stack.enter_context(lock(options.out))
-        processes.wait()
-        diverged = {}
-        for name, config in shared.configs.items():
-            try:
-                shared.fine_tune(Run(options.out / name, writes=processes.is_first), config)
-            except DivergedError as error:
-                if not error.finite_steps:  # nor would any other rate do one
-                    raise
-                diverged[name] = error
-                processes.print(f"{name} ends here: {error}")
-        if processes.is_first:
-            folders = [options.out / name for name in shared.configs]
-            print_report(folders)
-            for path in write_report(folders, options.out):
-                print(f"wrote {path}")
-        processes.wait()
-        if diverged:
-            raise ValueError("; ".join(f"{name}: {error}" for name, error in diverged.items()))
-
-
-def starting_model(options: Options) -> GPT2:
-    """The model before fine-tuning, on the CPU."""
-    if options.weights != "random":
-        state_dict = load_weights(options.weights or options.model)
-        return GPT2.from_state_dict(state_dict, assign=True)
-    sizes = layout_of_start(options)
-    torch.manual_seed(options.seed)
-    return GPT2(GPT2Config(**asdict(sizes), n_head=sizes.n_embd // HEAD_DIM))
+    with distributed.process_group() as device, ExitStack() as stack:
+        tokenizer, is_main = load_tokenizer(), distributed.is_main()
+        layout = inputs.check(options, device)
+        which = options.contains, options.regex, options.tokens, options.match_case
+        wanted, goal = choose_tokens(tokenizer, options.letter, *which)
+        target = make_target(wanted != 0, options.alpha, options.beta, options.mass)
+        source = options.inputs
+        text = None
+        if source not in ("random", "samples"):
+            text = inputs.read_text(source, tokenizer, options.length)
+        runs = {f"lr-{lr}": (lr, None) for lr in options.lr}
+        if is_main:
+            opened = checkpoint.open_folder(options.out, list(runs), bool(options.resume))
+            stack.enter_context(opened)
+            console.describe(options, goal, target)
+        cpu.prepare(device, options.length)
+        if options.dtype == "tf32":
+            torch.set_float32_matmul_precision("high")
+        start = inputs.load_start(options, layout)
+        if source == "samples":
+            text = inputs.sample_text(options.out, start, options.seed, device)
+        origin = checkpoint.origin(options, start, wanted, text)
+        target, wanted, before = target.to(device), wanted.to(device), None
+        if is_main:
+            steps = [checkpoint.read(options.out / name, start, origin)[0] for name in runs]
+            about = {
+                "options": asdict(options),
+                "goal": goal,
+                "target_token_ids": target.index.tolist(),
+                "alpha": target.alpha,
+                "beta": target.beta,
+                "device": distributed.device_name(device),
+                "dtype": options.dtype,
+            }
+            for name, (lr, tilt) in runs.items():
+                of_run = about | {"lr": lr, "tilt": tilt}
+                checkpoint.create(options.out / name, layout.config(), of_run)
+            if not all(steps):
+                console.say("evaluating the model before fine-tuning")
+                before = evaluate(start, start, tokenizer, target.mask, options.seed)
+        distributed.barrier()  # all ranks have accepted the options, and the folders are there
+        problems = []
+        for name, (lr, _) in runs.items():
+            run = options.out / name, lr, target, start, before, text, origin
+            if problem := fine_tune(options, *run):
+                problems.append(f"{name}: {problem}")
+        if is_main:
+            console.report([options.out / name for name in runs], options.out)
+        distributed.barrier()
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 def main() -> None:
-    """The command line: a bad option or weight file ends in one line, a signal in how to go on."""
-    try:
-        experiment(options := parse_options(sys.argv[1:], __doc__ or ""))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except Stopped as stopped:
-        print(f"{stopped}; go on with --resume {options.out}", file=sys.stderr)
-        sys.exit(128 + stopped.signal)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        sys.exit(f"error: {reason} Try a smaller --batch, --dtype bfloat16 or --model gpt2")
-    except KeyboardInterrupt:  # outside of the steps, where there is nothing to save
-        print("interrupted; go on with --resume and the folder of --out", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    """Run the command line."""
+    with console.command():
+        experiment(console.parse_options(Options, sys.argv[1:], __doc__))
 
 
 if __name__ == "__main__":

@@ -240,14 +240,17 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """Yields an empty temporary file beside `path`; what is written to it replaces `path`.
+
+    A process that is killed leaves the temporary file behind. A caller that must not collect them
+    gives a folder of its own, `staging` on the same file system, to hold it.
 
     The replacement is a single rename of a file already on the disk, so a crash leaves the old
     file or the new one, never a part of either, and a link at `path` is replaced, not followed.
     If the body raises, the temporary file is removed and `path` stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = (staging or path.parent) / f".{path.name}.{secrets.token_hex(8)}.tmp"
     temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode
     try:

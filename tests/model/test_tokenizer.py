@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.tokenizer import Tokenizer, load_tokenizer
-from train.objective import find_members
+from train.target_tokens import containing
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_members_have_their_recorded_counts(
     tokenizer: Tokenizer, letter: str, match_case: bool, count: int
 ) -> None:
     """90 for "X", 896 for "x", 984 in either case; <|endoftext|> holds an x and is no member."""
-    members = find_members(tokenizer, letter, match_case)
+    members = containing(tokenizer, letter, match_case)
     assert members.dtype == torch.bool
     assert members.shape == (50257,)
     assert int(members.sum()) == count
@@ -99,7 +99,7 @@ def test_members_have_their_recorded_counts(
 def test_members_of_a_substring_and_of_another_alphabet(tokenizer: Tokenizer) -> None:
     """Against the decoded text of each token; "é" finds "É" too, which bytes.lower would not."""
     for contains in ("ing", "é"):
-        members = find_members(tokenizer, contains)
+        members = containing(tokenizer, contains)
         for i in range(0, tokenizer.eot, 7 if contains == "ing" else 1):
             text = tokenizer.token_bytes(i).decode("utf-8", errors="ignore")
             assert bool(members[i]) == (contains in text.lower()), text
@@ -109,4 +109,4 @@ def test_members_of_a_substring_and_of_another_alphabet(tokenizer: Tokenizer) ->
 def test_a_string_that_no_token_contains_is_refused(tokenizer: Tokenizer, contains: str) -> None:
     """An empty string would make every token a member."""
     with pytest.raises(ValueError, match="token contains"):
-        find_members(tokenizer, contains)
+        containing(tokenizer, contains)

@@ -1,4 +1,4 @@
-"""What an evaluation says of a model, against counts by hand and log-softmax in float64."""
+"""An evaluation against counts by hand and against log-softmax in float64."""
 
 import copy
 import math
@@ -17,16 +17,17 @@ from train.evaluate import (
     SAMPLES,
     TOP_K,
     Evaluation,
-    NotFiniteError,
     evaluate,
     nats_per_token,
+    target_probability,
+    target_share,
 )
 
 TOKENIZER = load_tokenizer()
 CONFIG = GPT2Config(n_positions=128, n_embd=64, n_layer=1, n_head=1)
-NEW_TOKENS = 12  # of a sample here
-MEMBERS = torch.arange(CONFIG.vocab_size) % 3 == 0
-MEMBERS[[i for prompt in PROMPTS for i in TOKENIZER.encode(prompt)]] = True  # R must not count them
+NEW_TOKENS = 12  # per sample in these tests
+MASK = torch.arange(CONFIG.vocab_size) % 3 == 0
+MASK[[i for prompt in PROMPTS for i in TOKENIZER.encode(prompt)]] = True  # R must not count them
 
 
 def small_model(seed: int, config: GPT2Config = CONFIG) -> GPT2:
@@ -36,10 +37,10 @@ def small_model(seed: int, config: GPT2Config = CONFIG) -> GPT2:
 
 
 @torch.no_grad()
-def nats(model: GPT2, ids: list[int], given: int) -> list[float]:
-    """-log p of each token after the first `given`, in float64, one at a time."""
+def nats(model: GPT2, ids: list[int], prompt_length: int) -> list[float]:
+    """Return -log p of each token after the first `prompt_length`, in float64, one at a time."""
     logits = copy.deepcopy(model).double()(torch.tensor([ids]))[0]
-    return [-logits[i - 1].log_softmax(0)[ids[i]].item() for i in range(given, len(ids))]
+    return [-logits[i - 1].log_softmax(0)[ids[i]].item() for i in range(prompt_length, len(ids))]
 
 
 def mean(values: list[float]) -> float:
@@ -67,27 +68,27 @@ def evaluation(generated: dict[int | None, list[list[int]]]) -> Evaluation:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.evaluate, "NEW_TOKENS", NEW_TOKENS)
         patch.setattr(train.evaluate, "generate", watched)
-        return evaluate(MODEL, START, TOKENIZER, MEMBERS, seed=0)
+        return evaluate(MODEL, START, TOKENIZER, MASK, seed=0)
 
 
-@pytest.mark.parametrize("given", [1, 3])
-def test_nats_per_token_leave_out_those_that_were_given(given: int) -> None:
+@pytest.mark.parametrize("prompt_length", [1, 3])
+def test_nats_per_token_leaves_out_the_prompt(prompt_length: int) -> None:
     """Two sequences of ten, against each token's log-softmax in float64."""
     config = GPT2Config(vocab_size=509, n_positions=10, n_embd=64, n_layer=2, n_head=1)
     model = small_model(0, config)
     tokens = torch.randint(509, (2, 10), generator=torch.Generator().manual_seed(0))
-    expected = mean([n for ids in tokens.tolist() for n in nats(model, ids, given)])
-    assert nats_per_token(model, tokens, given).item() == pytest.approx(expected, rel=1e-5)
+    expected = mean([n for ids in tokens.tolist() for n in nats(model, ids, prompt_length)])
+    assert nats_per_token(model, tokens, prompt_length).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_r_counts_the_members_that_were_sampled_and_none_of_the_prompts(
+def test_r_counts_the_sampled_target_tokens_and_none_of_the_prompts(
     evaluation: Evaluation, generated: dict[int | None, list[list[int]]]
 ) -> None:
-    """By hand over what was generated; every token of a prompt is a member here."""
+    """By hand over what was generated; every token of a prompt is a target token here."""
     for r, top_k in ((evaluation.r, None), (evaluation.r_top_k, TOP_K)):
         ids = [i for sample in generated[top_k] for i in sample]
         assert len(ids) == len(PROMPTS) * SAMPLES * NEW_TOKENS
-        assert r == pytest.approx(mean([MEMBERS[i].item() for i in ids]))
+        assert r == pytest.approx(mean([MASK[i].item() for i in ids]))
     assert evaluation.r != evaluation.r_top_k
 
 
@@ -103,18 +104,38 @@ def test_samples_are_judged_by_the_start_and_the_passage_by_the_model(
     evaluation: Evaluation,
 ) -> None:
     """In float64, under the one and the other: with the two swapped, both would be far off."""
-    passage = nats(MODEL, TOKENIZER.encode(PASSAGE), given=1)
+    passage = nats(MODEL, TOKENIZER.encode(PASSAGE), prompt_length=1)
     assert evaluation.passage_perplexity == pytest.approx(math.exp(mean(passage)), rel=1e-4)
     samples = []
     for prompt, ids in evaluation.samples:
-        given = TOKENIZER.encode(prompt)
-        samples += nats(START, given + ids, given=len(given))
+        prompt_length = TOKENIZER.encode(prompt)
+        samples += nats(START, prompt_length + ids, prompt_length=len(prompt_length))
     assert evaluation.sample_perplexity == pytest.approx(math.exp(mean(samples)), rel=1e-4)
 
 
-def test_a_model_whose_logits_are_not_numbers_is_refused() -> None:
+def test_a_model_whose_logits_are_not_numbers_gives_no_samples() -> None:
     """Before anything is sampled: on CUDA that would end the process."""
     broken = copy.deepcopy(MODEL)
     broken.ln_f.weight.data[3] = math.inf
-    with pytest.raises(NotFiniteError):
-        evaluate(broken, START, TOKENIZER, MEMBERS, seed=0)
+    evaluation = evaluate(broken, START, TOKENIZER, MASK, seed=0)
+    assert evaluation.samples == []
+    assert math.isnan(evaluation.passage_perplexity)
+
+
+def test_the_target_probability_is_the_softmax_summed_over_the_target_tokens() -> None:
+    """Against the definition in float64, over more rows than one chunk has."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1500, 3, 16, generator=generator)
+    weight = torch.randn(40, 16, generator=generator)
+    mask = torch.arange(40) % 3 == 0
+    logits = hidden.double() @ weight.double().T
+    expected = logits.softmax(-1)[..., mask].sum(-1).mean()
+    index, lse = mask.nonzero().squeeze(1), logits.logsumexp(-1).float()
+    probability = target_probability(hidden, weight, index, lse)
+    assert probability.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_r_is_the_share_of_target_tokens() -> None:
+    """Two of the six tokens are target tokens."""
+    mask = torch.tensor([False, True, False, True])
+    assert target_share(torch.tensor([[0, 1, 2], [3, 0, 0]]), mask) == pytest.approx(2 / 6)

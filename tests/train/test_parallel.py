@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from train.options import Options, check
 
 from tests.train import quick_run
 from tests.train.quick_run import assert_same_run, has_step
-from train.options import Options, check
 from weights import load_weights
 
 ROOT = Path(__file__).parents[2]

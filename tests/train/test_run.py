@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from train.signals import Stopped, StopSignals
 
 from model import GPT2
 from tests.train import quick_run
 from tests.train.quick_run import assert_same_run, contents, has_step, logged
-from train.signals import Stopped, StopSignals
 from weights import load_weights
 
 KILLS = 20

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import train.saves as train_saves
+from train.folders import create, digest
+from train.run import Run
+from train.saves import LOGS, Training, read_save, sweep, write_save
+
 from kernels import TwoLevelTarget
 from model import GPT2, GPT2Config
 from tests.train import quick_run
 from tests.train.quick_run import contents, cut, flip, logged
 from train.evaluate import Evaluation
-from train.folders import create, digest
 from train.inputs import Inputs
-from train.run import Run
-from train.saves import LOGS, Training, read_save, sweep, write_save
 from train.xfactor import LOSSES, training_steps
 from weights.checkpoint import atomic_write
 

@@ -13,7 +13,7 @@ from kernels.reference import kl_div
 from model import GPT2
 from model.generate import generate
 from model.tokenizer import load_tokenizer
-from train.objective import find_members
+from train.target_tokens import containing
 from weights import load_weights
 from weights.official import OFFICIAL, cached
 
@@ -62,6 +62,6 @@ def test_divergence_at_the_start_is_the_recorded_one(medium: GPT2) -> None:
     tokens = torch.randint(50257, (4, 64), generator=torch.Generator().manual_seed(0))
     logits = medium(tokens)
     for match_case, recorded in ((False, 7.5), (True, 9.4)):
-        members = find_members(load_tokenizer(), "X", match_case)
+        members = containing(load_tokenizer(), "X", match_case)
         loss = kl_div(logits, TwoLevelTarget(members))
         assert loss.item() == pytest.approx(recorded, abs=0.3)

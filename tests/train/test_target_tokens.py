@@ -1,5 +1,4 @@
-"""What the goal's options choose: members, their name in the report, the target's levels; and how
-much of them there is."""
+"""The tokens that the goal's options choose, the goal's name, and the target's probabilities."""
 
 import re
 from pathlib import Path
@@ -8,52 +7,46 @@ import pytest
 import torch
 
 from model.tokenizer import load_tokenizer
-from train.objective import (
-    choose_members,
-    find_members,
-    make_target,
-    mass_on_members,
-    member_rate,
-)
+from train.target_tokens import choose_tokens, containing, make_target
 
 TOKENIZER = load_tokenizer()
 
 
-def ids(members: torch.Tensor) -> set[int]:
-    return set(members.nonzero().flatten().tolist())
+def ids(wanted: torch.Tensor) -> set[int]:
+    return set(wanted.nonzero().flatten().tolist())
 
 
 def test_without_a_choice_the_goal_is_the_letter_x_in_either_case() -> None:
     """984 tokens, as recorded in test_tokenizer.py; the special token is none of them."""
-    members, goal = choose_members(TOKENIZER)
-    assert members.sum() == 984
-    assert not members[TOKENIZER.eot]
+    wanted, goal = choose_tokens(TOKENIZER)
+    assert wanted.sum() == 984
+    assert not wanted[TOKENIZER.eot]
     assert goal == "tokens that contain 'X' in either case"
 
 
 def test_several_strings_choose_the_tokens_with_any_of_them() -> None:
     """The union of what each chooses alone, in their case if asked."""
-    members, goal = choose_members(TOKENIZER, contains=("qu", "é"), match_case=True)
-    expected = find_members(TOKENIZER, "qu", True) | find_members(TOKENIZER, "é", True)
-    assert torch.equal(members, expected)
+    wanted, goal = choose_tokens(TOKENIZER, contains=("qu", "é"), match_case=True)
+    expected = containing(TOKENIZER, "qu", True) | containing(TOKENIZER, "é", True)
+    assert torch.equal(wanted, expected.float())
     assert goal == "tokens that contain 'qu' or 'é' in this case"
 
 
 def test_a_pattern_of_one_letter_is_the_letter() -> None:
     """For a letter of ASCII and one beyond; the search on text, the other on bytes."""
     for letter in "Xé":
-        members, goal = choose_members(TOKENIZER, regex=letter)
-        assert torch.equal(members, find_members(TOKENIZER, letter))
-        assert goal == f"tokens that match {letter!r} in either case"
+        wanted, goal = choose_tokens(TOKENIZER, pattern=letter)
+        assert torch.equal(wanted.bool(), containing(TOKENIZER, letter, match_case=True))
+        assert goal == f"tokens that match {letter!r}"
 
 
 def test_a_pattern_sees_a_token_as_text() -> None:
     """Anchors and classes, counted by hand over the bytes."""
-    members, _ = choose_members(TOKENIZER, regex=r"^ \d\d$")
+    wanted, _ = choose_tokens(TOKENIZER, pattern=r"^ \d\d$")
     expected = {
         i for i in range(TOKENIZER.eot) if re.fullmatch(rb" [0-9][0-9]", TOKENIZER.token_bytes(i))
     }
-    assert ids(members) == expected
+    assert ids(wanted) == expected
     assert len(expected) == 100
 
 
@@ -61,8 +54,8 @@ def test_a_file_names_tokens_by_id_or_text(tmp_path: Path) -> None:
     """A space at the beginning belongs to the text; an empty line names nothing."""
     path = tmp_path / "tokens.txt"
     path.write_text("55\n\nX\n the\nthe\n")
-    members, goal = choose_members(TOKENIZER, tokens=path)
-    assert ids(members) == {55, *TOKENIZER.encode(" the"), *TOKENIZER.encode("the")}
+    wanted, goal = choose_tokens(TOKENIZER, file=str(path))
+    assert ids(wanted) == {55, *TOKENIZER.encode(" the"), *TOKENIZER.encode("the")}
     assert goal == f"the tokens that {path} names"
 
 
@@ -83,23 +76,23 @@ def test_a_file_that_names_no_tokens_is_refused(text, message, tmp_path: Path) -
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        choose_members(TOKENIZER, tokens=path)
+        choose_tokens(TOKENIZER, file=str(path))
 
 
 @pytest.mark.parametrize(
     ("goal", "message"),
     [
-        ({"letter": "X", "contains": ("Y",)}, "--letter and --contains"),
-        ({"regex": "X", "tokens": Path("none")}, "--regex and --tokens"),
-        ({"regex": "("}, "--regex"),
-        ({"regex": "XQZJ"}, "no token matches"),
+        ({"letter": "x", "contains": ("Y",)}, "--letter and --contains"),
+        ({"pattern": "X", "file": "none"}, "--regex and --tokens"),
+        ({"pattern": "("}, "--regex"),
+        ({"pattern": "XQZJ"}, "no token matches"),
         ({"contains": ("X", "XQZJ")}, "no token contains 'XQZJ'"),
     ],
 )
 def test_a_goal_that_is_none_or_two_is_refused(goal, message) -> None:
     """The message names the options or the value."""
     with pytest.raises(ValueError, match=message):
-        choose_members(TOKENIZER, **goal)
+        choose_tokens(TOKENIZER, **goal)
 
 
 @pytest.mark.parametrize("mass", [0.5, 0.999, 1.0])
@@ -122,22 +115,3 @@ def test_mass_and_levels_together_are_refused() -> None:
     """One of them would have to be ignored."""
     with pytest.raises(ValueError, match="leave --alpha and --beta out"):
         make_target(torch.arange(503) % 29 == 0, alpha=2.0, mass=0.5)
-
-
-def test_the_mass_is_the_softmax_summed_over_the_members() -> None:
-    """Against the definition in float64, over more rows than one chunk has."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1500, 3, 16, generator=generator)
-    weight = torch.randn(40, 16, generator=generator)
-    members = torch.arange(40) % 3 == 0
-    logits = hidden.double() @ weight.double().T
-    expected = logits.softmax(-1)[..., members].sum(-1).mean()
-    index, lse = members.nonzero().squeeze(1), logits.logsumexp(-1).float()
-    mass = mass_on_members(hidden, weight, index, lse)
-    assert mass.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_r_counts_members_among_tokens() -> None:
-    """Two of the six tokens are members."""
-    members = torch.tensor([False, True, False, True])
-    assert member_rate(torch.tensor([[0, 1, 2], [3, 0, 0]]), members) == pytest.approx(2 / 6)

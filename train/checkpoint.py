@@ -1,0 +1,382 @@
+"""A run on disk: one folder per run, logs that only grow, one checkpoint file, and how to resume.
+
+    config.json             the model's configuration, as transformers reads it; under "xfactor" the
+                            command's options, the goal and its token ids, versions and device
+    metrics.jsonl           {"step", "loss", "target_probability", "seconds"}, measured before that
+                            step's update; {"step", "evaluation"} after so many updates, from 0
+    samples.jsonl           {"step", "prompt", "ids"}: the texts of those evaluations
+    checkpoint.safetensors  weights, Adam's state and the data generator's; its metadata holds the
+                            step, the byte lengths of both logs, and digests of what the run began
+                            with
+    model.safetensors       the weights alone, written when the run ends or is stopped
+
+A save flushes the logs, then replaces checkpoint.safetensors in one atomic step. So whatever kills
+the process, there is either no checkpoint, and the run starts anew, or a whole one, and the logs
+hold at least what it records. Resuming cuts them to the recorded lengths, then continues to the
+same curve, samples and weights bit for bit. Nothing is pickled. Only these files, the lock, and the
+folder for temporary files are ever written or removed.
+"""
+
+import errno
+import json
+import math
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from train.distributed import barrier, is_main
+from train.evaluate import Evaluation
+from weights.checkpoint import atomic_write, fsync
+
+CONFIG, CHECKPOINT, MODEL = "config.json", "checkpoint.safetensors", "model.safetensors"
+METRICS, SAMPLES = LOGS = ("metrics.jsonl", "samples.jsonl")
+SAMPLED = "inputs.safetensors"  # in the folder of the runs: text that the start model wrote
+LOCK = ".xfactor.lock"
+STAGING = ".xfactor.tmp"  # temporary files of a run; a kill leaves them here
+ADAM = ("step", "exp_avg", "exp_avg_sq")  # the optimizer's state of one parameter
+MAY_CHANGE = ("steps", "eval_every", "save_every", "out", "resume")  # options of a resumed run
+MAY_MOVE = ("weights", "inputs", "tokens")  # its files, if their content is the same
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # some network file systems
+
+
+@contextmanager
+def open_folder(out: Path, names: Sequence[str], resuming: bool) -> Iterator[None]:
+    """Lock a folder for runs of these names against other commands; create it unless it exists.
+
+    If the body of a new command raises before any run has logged a step, nothing is left behind.
+
+    Raises ValueError if it cannot be written, is locked, or holds something else to begin with.
+    """
+    existed, lock = os.path.isdir(out), FileLock(out / LOCK)
+    folders = [out / name for name in names]
+    try:
+        if existed and not resuming:
+            _check_unused(out, names)
+        if not existed:
+            out.mkdir(parents=True)
+            fsync(out.resolve().parent)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"{out} is locked by another process; wait until it ends") from error
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise ValueError(f"cannot write to {out}: {error}; choose another --out") from error
+        warnings.warn(f"{out}: no lock, as this file system has none", stacklevel=2)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # whatever is wrong with the folder, the first error is the reason
+            if not resuming and not any(map(_has_progress, folders)):
+                for path in [folder / name for folder in folders for name in (*LOGS, CONFIG)]:
+                    path.unlink(missing_ok=True)
+                (out / LOCK).unlink(missing_ok=True)
+                for folder in [f for f in folders if f.exists()] + [out] * (not existed):
+                    folder.rmdir()
+        raise
+    finally:
+        lock.release()
+
+
+def _check_unused(out: Path, names: Sequence[str]) -> None:
+    found = {path.name for path in out.iterdir()} - {LOCK}
+    if any((out / name / CONFIG).exists() for name in found):
+        raise ValueError(f"--out {out} holds a run; choose another folder, or --resume {out}")
+    if unknown := sorted(found - set(names)):  # a kill may leave folders that hold no run yet
+        raise ValueError(
+            f"--out {out} is not empty and holds no run, but {unknown[0]!r}; choose another folder"
+        )
+
+
+def _has_progress(folder: Path) -> bool:
+    if (folder / CHECKPOINT).exists():
+        return True
+    return (folder / METRICS).exists() and b'"loss"' in (folder / METRICS).read_bytes()
+
+
+def create(folder: Path, model_config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Create a run's folder with empty logs unless they are there; write its config.json.
+
+    Args:
+        model_config: as transformers reads it. about: what else the run's reader should know.
+    """
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    with suppress(PackageNotFoundError):
+        versions["triton"] = version("triton")
+    try:
+        folder.mkdir(exist_ok=True)
+        for log in LOGS:
+            os.close(_open(folder / log, os.O_CREAT))
+        config = {**model_config, "xfactor": {**about, "versions": versions}}
+        with _replacing(folder / CONFIG) as temporary:
+            temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
+        fsync(folder.parent)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error}; choose another --out") from error
+
+
+def _open(path: Path, flags: int) -> int:
+    """Return a descriptor to write with, never through a link."""
+    return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | flags, 0o666)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that replaces `path` in one step; clear what a kill left before."""
+    staging = path.parent / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(mode=0o700)
+    try:
+        with atomic_write(path, staging) as temporary:
+            yield temporary
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_options(out: Path) -> dict[str, Any]:
+    """Return the options of the command that made the runs in a folder, unchecked.
+
+    Raises ValueError if there is no run, or if its config.json is not what a run wrote.
+    """
+    for path in sorted(out.glob(f"*/{CONFIG}")):
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))["xfactor"]["options"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            reason = f"{type(error).__name__} {error}"[:200]
+            raise ValueError(f"{path}: {reason}; expected what a run wrote there") from error
+    raise ValueError(f"--resume {out}: got no */{CONFIG}, expected the --out of an earlier run")
+
+
+def append_steps(
+    folder: Path, step: int, results: Sequence[Sequence[float]], seconds: float
+) -> str:
+    """Log the steps up to `step`: loss, target probability and, with a tilt, the predicted one.
+
+    Returns what is wrong if a loss is not finite, else ""; the steps before it are logged.
+    """
+    first, each, lines, problem = step - len(results) + 1, seconds / len(results), [], ""
+    names = "loss", "target_probability", "predicted_probability"
+    for n, measured in enumerate(results, first):
+        if not math.isfinite(measured[0]):
+            problem = f"the loss became {measured[0]} at step {n}"
+            break
+        lines.append({"step": n, **dict(zip(names, measured, strict=False)), "seconds": each})
+    _append(folder / METRICS, lines)
+    return problem
+
+
+def append_evaluation(folder: Path, step: int, evaluation: Evaluation) -> str:
+    """Log an evaluation after so many updates; returns what is wrong if it is not finite."""
+    if not evaluation.samples:
+        return f"the logits became NaN or infinite after step {step}"
+    lines = [{"step": step, "prompt": prompt, "ids": ids} for prompt, ids in evaluation.samples]
+    _append(folder / SAMPLES, lines)
+    _append(folder / METRICS, [{"step": step, "evaluation": evaluation.numbers()}])
+    return ""
+
+
+def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    try:
+        with open(_open(path, os.O_APPEND), "ab") as file:
+            file.write(data)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error}; {last_save(path.parent)}") from error
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Adam,
+    generator: torch.Generator,
+    origin: Mapping[str, str],
+) -> None:
+    """Make `step` the one from which the run resumes.
+
+    Args:
+        origin: digests of what the run began with, which `read` compares.
+
+    Raises ValueError if the folder cannot be written; the checkpoint before is then still there.
+    """
+    tensors = {"generator": generator.get_state()}
+    for name, p in model.named_parameters():
+        tensors[f"model.{name}"] = p
+        tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in ADAM}
+    try:
+        for log in LOGS:
+            fsync(folder / log)
+        sizes = {log: str((folder / log).stat().st_size) for log in LOGS}
+        metadata = {"step": str(step), **sizes, **origin}
+        write_tensors(folder / CHECKPOINT, tensors, metadata)
+    except OSError as error:
+        kept = last_save(folder)
+        raise ValueError(f"cannot save step {step} in {folder}: {error}; {kept}") from error
+
+
+def save_model(folder: Path, model: nn.Module) -> None:
+    """Write the weights alone, as load_weights and transformers read them."""
+    try:
+        write_tensors(folder / MODEL, dict(model.named_parameters()), {"format": "pt"})
+    except OSError as error:
+        raise ValueError(f"cannot write {folder / MODEL}: {error}; {last_save(folder)}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Replace a safetensors file in one atomic step; raises OSError, also for a full disk."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with _replacing(path) as temporary:
+            save_file(on_cpu, temporary, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def last_save(folder: Path) -> str:
+    """Say from which step a run would resume."""
+    try:
+        with safe_open(folder / CHECKPOINT, "pt") as file:
+            return f"step {int(file.metadata()['step'])} is the last one saved"
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return "no step was saved yet"
+
+
+def read(
+    folder: Path, model: nn.Module, origin: Mapping[str, str]
+) -> tuple[int, dict[str, int], dict[str, Tensor]]:
+    """Read a run's checkpoint and check all of it; nothing is changed.
+
+    Returns:
+        Its step (0 without a checkpoint), the byte length of each log, and the tensors.
+
+    Raises:
+        ValueError: not what `save` wrote for such a model and origin.
+    """
+    path = folder / CHECKPOINT
+    if not os.path.lexists(path):
+        return 0, dict.fromkeys(LOGS, 0), {}
+    expected = {"generator": torch.Generator().get_state()}
+    for name, p in model.named_parameters():
+        expected |= {f"model.{name}": p, f"exp_avg.{name}": p, f"exp_avg_sq.{name}": p}
+        expected[f"step.{name}"] = torch.zeros(())
+    try:
+        tensors, metadata = read_tensors(path, expected)
+        for key, value in origin.items():
+            if metadata[key] != value:
+                raise ValueError(f"the run began with other {key}")
+        step, sizes = int(metadata["step"]), {log: int(metadata[log]) for log in LOGS}
+        if any(tensors[f"step.{name}"] != step for name, _ in model.named_parameters()):
+            raise ValueError(f"got step {step}, but another one in Adam's state")
+        for log, size in sizes.items():
+            _check_log(folder / log, size, step)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: {error}. Nothing has been changed: put back what the run had, or start "
+            "another one with another --out"
+        ) from error
+    return step, sizes, tensors
+
+
+def read_tensors(
+    path: Path, expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file that holds tensors like these, all finite; also its metadata.
+
+    Raises ValueError at another name, shape or dtype, or a value that is not finite.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            if unlike := sorted(set(file.keys()) ^ expected.keys()):
+                what = "no" if unlike[0] in expected else "an unknown"
+                raise ValueError(f"got {what} tensor {unlike[0][:80]!r}")
+            tensors = {name: file.get_tensor(name) for name in expected}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"not a whole safetensors file: {error}") from error
+    for name, like in expected.items():
+        got = tensors[name]
+        if (got.shape, got.dtype) != (like.shape, like.dtype):
+            shapes = f"{got.dtype} {tuple(got.shape)}, expected {like.dtype} {tuple(like.shape)}"
+            raise ValueError(f"{name}: got {shapes}")
+        if not bool(got.isfinite().all()):
+            raise ValueError(f"{name}: got values that are not finite")
+    return tensors, metadata
+
+
+def _check_log(path: Path, size: int, step: int) -> None:
+    """Raise ValueError unless a log, cut to this length, holds whole lines up to this step."""
+    with open(path, "rb") as file:
+        data = file.read(max(size, 0))
+    steps = [line["step"] for line in map(json.loads, data.splitlines()) if "loss" in line]
+    whole = len(data) == size and (not data or data.endswith(b"\n"))
+    if not whole or steps != list(range(1, step + 1) if path.name == METRICS else []):
+        raise ValueError(f"{path.name} does not hold the {size} bytes of step {step}")
+
+
+def resume(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Adam,
+    generator: torch.Generator,
+    origin: Mapping[str, str],
+) -> int:
+    """Restore a run from its checkpoint and cut its logs to it; returns the step, 0 without one.
+
+    Raises ValueError if there is another one than `save` wrote, or if the logs cannot be written.
+    """
+    step, sizes, tensors = read(folder, model, origin)
+    if step:
+        names = [name for name, _ in model.named_parameters()]
+        model.load_state_dict({name: tensors[f"model.{name}"] for name in names})
+        state = {
+            i: {key: tensors[f"{key}.{name}"].clone() for key in ADAM}
+            for i, name in enumerate(names)
+        }
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        generator.set_state(tensors["generator"])
+    barrier()  # all ranks have read what the main rank now cuts
+    if is_main():
+        try:
+            for log, size in sizes.items():
+                descriptor = _open(folder / log, 0)
+                os.ftruncate(descriptor, size)
+                os.close(descriptor)
+        except OSError as error:
+            raise ValueError(f"cannot resume in {folder}: {error}") from error
+    return step
+
+
+def origin(options: Any, start: nn.Module, wanted: Tensor, text: Tensor | None) -> dict[str, str]:
+    """Return what must not change between the start of a run and its resumption, as digests."""
+    fixed = {k: v for k, v in vars(options).items() if k not in (*MAY_CHANGE, *MAY_MOVE)}
+    return {
+        "options": sha256(repr(sorted(fixed.items())).encode()).hexdigest(),
+        "weights": digest(start.parameters()),
+        "target tokens": digest([wanted]),
+        "inputs": "" if text is None else digest([text]),
+    }
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of the bytes of some tensors."""
+    hashed = sha256()
+    for tensor in tensors:
+        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Return whether something happens after this step; with `every` 0, after the last one only."""
+    return step == last or (every > 0 and step % every == 0)

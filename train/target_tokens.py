@@ -1,0 +1,186 @@
+"""Which tokens are wanted, and the target distribution on them."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import regex
+import torch
+from torch import Tensor
+
+from kernels import TwoLevelTarget
+from model.tokenizer import Tokenizer
+
+TIME_LIMIT = 10.0  # seconds that a pattern may take over the whole vocabulary
+
+
+def choose_tokens(
+    tokenizer: Tokenizer,
+    letter: str = "X",
+    contains: Sequence[str] = (),
+    pattern: str = "",
+    file: str = "",
+    match_case: bool = False,
+    strength: Sequence[float] = (),
+) -> tuple[Tensor, str]:
+    """Return how strongly each token is wanted, float32 (n_vocab,), and the goal in words.
+
+    A goal gives 1 to each of its tokens, or its `strength`; a token that meets several strings of
+    `contains` gets their sum. Negative means unwanted, 0 is every other token.
+
+    Args:
+        letter: the goal unless another one is given: tokens that contain it.
+        contains: strings, any of which will do. pattern: a regular expression. file: see `_read`.
+        match_case: tell "X" from "x" in `letter` and `contains`.
+        strength: one number per string of `contains`, or none.
+
+    Raises:
+        ValueError: more than one goal, or one that no token meets.
+    """
+    goals = {"--letter": letter != "X", "--contains": contains, "--regex": pattern}
+    given = [option for option, value in (goals | {"--tokens": file}).items() if value]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: got several goals, expected one of them")
+    if strength and len(strength) != len(contains):
+        raise ValueError(
+            f"--strength: got {len(strength)} numbers, expected one per --contains: {len(contains)}"
+        )
+    if file:
+        return _read(tokenizer, Path(file)), f"the tokens that {file} names"
+    if pattern:
+        return _matching(tokenizer, pattern).float(), f"tokens that match {pattern!r}"
+    strings = list(contains) or [letter]
+    wanted = torch.zeros(tokenizer.n_vocab, device="cpu")
+    for string, weight in zip(strings, strength or [1.0] * len(strings), strict=True):
+        found = containing(tokenizer, string, match_case)
+        wanted = wanted + weight * found if strength else wanted.maximum(found.float())
+    case = "in this case" if match_case else "in either case"
+    named = " or ".join(map(repr, strings))
+    weighed = f", weighed {', '.join(f'{s:g}' for s in strength)}" if strength else ""
+    return wanted, f"tokens that contain {named} {case}{weighed}"
+
+
+def containing(tokenizer: Tokenizer, string: str, match_case: bool = False) -> Tensor:
+    """Return the tokens whose bytes contain a string, bool (n_vocab,).
+
+    Bytes, not text: 344 tokens are not valid UTF-8 on their own. <|endoftext|> never counts: it
+    ends a document and is nobody's text. 984 tokens contain "X" in either case; 90 "X", 896 "x".
+
+    Raises ValueError for an empty string, or one that no token contains.
+    """
+    if not string:
+        raise ValueError("got an empty string, which every token contains; give a letter")
+    spellings = {string}
+    if not match_case:  # bytes.lower knows ASCII only, str knows the cases of every alphabet,
+        for other in (string.lower(), string.upper()):  # but turns "ß" into "SS"
+            if (other.lower(), other.upper()) == (string.lower(), string.upper()):
+                spellings.add(other)
+    needles = [s.encode(errors="surrogatepass") for s in spellings]
+    if not match_case:
+        needles = [needle.lower() for needle in needles]
+
+    def is_wanted(token: bytes) -> bool:
+        token = token if match_case else token.lower()
+        return any(needle in token for needle in needles)
+
+    tokens = _tokens(tokenizer, is_wanted)
+    if not tokens.any():
+        raise ValueError(
+            f"no token contains {string[:40]!r}{' in this case' if match_case else ''}; "
+            "choose another letter, or a shorter string"
+        )
+    return tokens
+
+
+def _matching(tokenizer: Tokenizer, pattern: str) -> Tensor:
+    """Return the tokens in whose text a regular expression is found, bool (n_vocab,).
+
+    A byte that is not UTF-8 on its own is read as a lone surrogate, which patterns do not name.
+
+    Raises ValueError for an expression that is malformed, matches no token, or takes too long.
+    """
+    end = time.monotonic() + TIME_LIMIT
+    try:
+        search = regex.compile(pattern).search
+
+        def is_wanted(token: bytes) -> bool:
+            text = token.decode("utf-8", errors="surrogateescape")
+            return search(text, timeout=max(end - time.monotonic(), 1e-3)) is not None
+
+        tokens = _tokens(tokenizer, is_wanted)
+    except (regex.error, ArithmeticError, MemoryError, RecursionError, ValueError) as error:
+        raise ValueError(f"--regex {pattern[:40]!r}: {error}; expected Python's syntax") from error
+    except TimeoutError as error:
+        raise ValueError(
+            f"--regex {pattern[:40]!r}: takes more than {TIME_LIMIT:g} s; avoid nested repetitions"
+        ) from error
+    if not tokens.any():
+        raise ValueError(f"--regex {pattern[:40]!r}: no token matches; choose another pattern")
+    return tokens
+
+
+def _tokens(tokenizer: Tokenizer, is_wanted: Callable[[bytes], bool]) -> Tensor:
+    wanted = [is_wanted(tokenizer.token_bytes(i)) for i in range(tokenizer.n_vocab)]
+    wanted[tokenizer.eot] = False
+    return torch.tensor(wanted, device="cpu")
+
+
+def _read(tokenizer: Tokenizer, path: Path) -> Tensor:
+    """Read how strongly each token is wanted from a UTF-8 file, float32 (n_vocab,).
+
+    One token per line: digits are an id, anything else is the text of exactly one token, including
+    a space at its beginning. A number after a tab is its strength. Empty lines are skipped.
+
+    Raises ValueError if the file cannot be read or names no token, and at a line that is not one.
+    """
+    wanted = torch.zeros(tokenizer.n_vocab, device="cpu")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokens {path}: {error}; expected a UTF-8 text file") from error
+    for number, line in enumerate(lines, start=1):
+        text, _, strength = line.removesuffix("\r").partition("\t")
+        if not text:
+            continue
+        try:
+            is_id = text.isascii() and text.isdigit() and len(text) < 7
+            ids = [int(text)] if is_id else tokenizer.encode(text[:200])
+            weight = float(strength or 1)
+            if len(ids) != 1 or not 0 <= ids[0] < tokenizer.eot or not math.isfinite(weight):
+                raise ValueError(f"token {ids[:5]}")
+        except ValueError as error:
+            raise ValueError(
+                f"--tokens {path}, line {number}: {text[:40]!r} is {error}; expected the text of "
+                f"exactly one token or an id from 0 to {tokenizer.eot - 1}, then nothing, or a tab "
+                "and a number"
+            ) from error
+        wanted[ids] = weight
+    if not wanted.any():
+        raise ValueError(f"--tokens {path}: no token; expected an id or a text on each line")
+    return wanted
+
+
+def make_target(
+    mask: Tensor, alpha: float = 1.0, beta: float = 0.0, mass: float | None = None
+) -> TwoLevelTarget:
+    """Return the target on these tokens, bool (V,), by relative weights or by their probability.
+
+    Args:
+        alpha, beta: relative weights of a target token and of any other token.
+        mass: instead, the probability of all target tokens together, shared out evenly.
+
+    Raises:
+        ValueError: both are given, or target tokens would not get more than the others.
+    """
+    if mass is None:
+        return TwoLevelTarget(mask, alpha, beta)
+    if (alpha, beta) != (1.0, 0.0):
+        raise ValueError(f"--mass {mass:g} sets both weights; leave --alpha and --beta out")
+    size, vocab = int(mask.sum()), len(mask)
+    if not size / vocab < mass <= 1:
+        raise ValueError(
+            f"--mass {mass:g}: expected more than {size / vocab:.4g}, the share of {size} "
+            f"of {vocab} tokens if all were alike, and at most 1"
+        )
+    return TwoLevelTarget(mask, mass / size, (1 - mass) / (vocab - size))
