@@ -1,7 +1,12 @@
-"""How the embedded checkpoint is made: the loss, the shared vocabulary, stopping and going on."""
+"""How the embedded checkpoint is made: the loss, the shared vocabulary, stopping and resuming."""
 
 import dataclasses
+import json
 import math
+import os
+import shlex
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,116 +15,166 @@ import torch.nn.functional as F
 
 from model import GPT2
 from model.tokenizer import load_tokenizer
-from train.pretrain import Options, Pretraining, main
-from train.shared_vocabulary import CrossEntropy, SharedVocabulary
+from tests.model.oracle import shake
+from train.pretrain import __main__ as pretrain
+from train.pretrain.shared_vocabulary import SharedVocabulary, backpropagate_cross_entropy
 from weights import load_weights
 
 STORY = "The fox said to the fox: a box of six foxes is a box of foxes. " * 12
+OPTIONS = pretrain.Options(
+    text=Path("story.txt"),
+    held_out=Path("story.txt"),
+    out=Path("out"),
+    n_layer=1,
+    n_embd=64,
+    n_positions=16,
+    steps=6,
+    batch=2,
+    warmup=2,
+    eval_every=3,
+)
+COMMAND = (
+    "pretrain --text story.txt --held-out story.txt --out out --n-layer 1 --n-embd 64 "
+    "--n-positions 16 --steps 6 --batch 2 --warmup 2 --eval-every 3"
+)
 
 
-def options(tmp_path: Path, **changes: object) -> Options:
-    (tmp_path / "story.txt").write_text(STORY)
-    base = Options(
-        text=tmp_path / "story.txt",
-        held_out=tmp_path / "story.txt",
-        out=tmp_path / "out",
-        n_layer=1,
-        n_embd=64,
-        n_positions=16,
-        steps=6,
-        batch=2,
-        warmup=2,
-        eval_every=3,
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def run(tmp_path: Path, **changes: object) -> Pretraining:
-    ids = torch.tensor(load_tokenizer().encode(STORY))
-    return Pretraining(options(tmp_path, **changes), ids, 50257)
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a text in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", shlex.split(COMMAND))
+    Path("story.txt").write_text(STORY)
+    return tmp_path
 
 
 def test_cross_entropy_and_its_gradients_are_those_of_pytorch() -> None:
     """Against F.cross_entropy in float64; the buffer's float32 sets the tolerance."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(37, 16, generator=generator, requires_grad=True)
+    hidden = torch.randn(1, 37, 16, generator=generator, requires_grad=True)
     weight = torch.randn(101, 16, generator=generator, requires_grad=True)
     bias = torch.randn(101, generator=generator)
-    target = torch.randint(101, (37,), generator=generator)
-    loss = CrossEntropy.apply(hidden, weight, bias, target, torch.empty(37, 101))
-    got = torch.autograd.grad(3 * loss, (hidden, weight))
-    exact = F.cross_entropy(hidden.double() @ weight.double().T + bias.double(), target)
+    target = torch.randint(101, (1, 37), generator=generator)
+    loss = backpropagate_cross_entropy(hidden, weight, bias, target, torch.empty(37, 101))
+    exact = F.cross_entropy((hidden.double() @ weight.double().T + bias.double())[0], target[0])
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
-    for ours, theirs in zip(got, torch.autograd.grad(3 * exact, (hidden, weight)), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    inputs = (hidden, weight)
+    for ours, theirs in zip(inputs, torch.autograd.grad(exact, inputs), strict=True):
+        torch.testing.assert_close(ours.grad, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_the_shared_row_counts_as_all_unused_tokens(tmp_path: Path) -> None:
+def test_the_shared_row_counts_as_all_unused_tokens() -> None:
     """The held-out loss with one row for all unused tokens equals that of the expanded model.
 
-    The text has tokens that the corpus lacks, so both sides of the softmax are tested.
+    The held-out text has tokens that the corpus lacks, so both sides of the softmax are tested.
     """
-    pretraining = run(tmp_path, dropout=0.0)
-    for _ in range(4):
-        pretraining.train_step()
-    held_out = torch.tensor(load_tokenizer().encode("The fox met a dragon; the box is new."))
-    state = {k: v.detach().clone() for k, v in pretraining.model.state_dict().items()}
-    state["wte.weight"] = pretraining.vocabulary.expand(state["wte.weight"])
-    full = GPT2.from_state_dict(state)
+    ids, held_out = (
+        torch.tensor(load_tokenizer().encode(text))
+        for text in (STORY, "The fox met a dragon; the box is new.")
+    )
+    vocabulary = SharedVocabulary(ids, 50257)
+    model, _ = pretrain.make_model(OPTIONS, vocabulary.size)
+    shake(model, seed=0)
+    state = model.state_dict()
+    full = GPT2.from_state_dict(state | {"wte.weight": vocabulary.expand(state["wte.weight"])})
     assert full.config.vocab_size == 50257
     with torch.no_grad():
         exact = F.cross_entropy(full(held_out[None, :-1])[0], held_out[1:])
-    assert pretraining.held_out_loss(held_out) == pytest.approx(exact.item(), rel=1e-5)
+    got = pretrain.held_out_loss(model, vocabulary, held_out)
+    assert got == pytest.approx(exact.item(), rel=1e-5)
 
 
-def test_the_shared_vocabulary_numbers_what_occurs() -> None:
-    """Ids that occur are told apart; all others share the last id, and the last row."""
+def test_the_shared_vocabulary_numbers_the_tokens_that_occur() -> None:
+    """Each token that occurs has its own id; all others share the last id, and the last row."""
     vocabulary = SharedVocabulary(torch.tensor([7, 3, 7, 9]), 12)
     assert vocabulary.size == 4
-    assert vocabulary.n_unused == 9
+    assert vocabulary.bias.tolist() == pytest.approx([0, 0, 0, math.log(9)])
     assert vocabulary.compact(torch.tensor([3, 7, 9, 0, 11])).tolist() == [0, 1, 2, 3, 3]
     wte = torch.tensor([[3.0], [7.0], [9.0], [-1.0]])
     expanded = vocabulary.expand(wte)[:, 0].tolist()
     assert expanded == [-1, -1, -1, 3, -1, -1, -1, 7, -1, 9, -1, -1]
 
 
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth(tmp_path: Path) -> None:
-    """Linear for `warmup` steps, half a cosine after."""
-    pretraining = run(tmp_path, steps=102, warmup=2, lr=1.0)
-    rates = []
-    for pretraining.step in range(103):
-        rates.append(pretraining.learning_rate())
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth() -> None:
+    """Linear for `warmup` steps, half a cosine after them."""
+    options = dataclasses.replace(OPTIONS, steps=102, warmup=2, lr=1.0)
+    rates = [pretrain.learning_rate(options, step) for step in range(103)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[52] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, capsys) -> None:
-    """Three steps, a new process's worth of state from the file, three more: bitwise the same."""
-    whole = run(tmp_path)
-    for _ in range(6):
-        whole.train_step()
-    first = run(tmp_path)
-    for _ in range(3):
-        first.train_step()
-    first.best = {n: p.detach().clone() for n, p in first.model.named_parameters()}
-    first.save(tmp_path / "state.safetensors")
-    second = run(tmp_path)
-    second.load(tmp_path / "state.safetensors")
-    assert second.step == 3
-    for _ in range(3):
-        second.train_step()
-    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(a, b)
+def test_a_stopped_command_given_again_ends_with_the_same_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM in the fifth of six steps, after a save at the third: bit for bit the same."""
+    pretrain.pretrain(dataclasses.replace(OPTIONS, out=Path("whole")))
+    rate = pretrain.learning_rate
+
+    def stop_in_step_5(options: pretrain.Options, step: int) -> float:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(options, step)
+
+    monkeypatch.setattr(pretrain, "learning_rate", stop_in_step_5)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main()
+    monkeypatch.setattr(pretrain, "learning_rate", rate)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert len(Path("out/log.jsonl").read_text().splitlines()) == 1
+    capsys.readouterr()
+    pretrain.main()
+    assert "resuming after step 3" in capsys.readouterr().out
+    for file in ("model.safetensors", "state.safetensors", "log.jsonl", "config.json"):
+        assert Path("out", file).read_bytes() == Path("whole", file).read_bytes(), file
 
 
-def test_the_command_learns_and_leaves_a_checkpoint(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--n-layer 2", "got no tensor"),
+        ("--n-positions 8", r"wpe.weight: got torch.float32 \(16, 64\), expected"),
+        ("--text none.txt", "none.txt: .*expected a text file in UTF-8"),
+        ("--held-out bytes", "bytes: .*expected a text file in UTF-8"),
+        ("--n-positions 1000", "story.txt: got 2.. tokens, expected more than 1000"),
+        ("--out story.txt", "story.txt"),
+        ("--out new --lr 1e38", "step 3: the held-out loss is nan"),
+    ],
+)
+def test_errors_are_one_line_and_change_nothing(
+    change: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of another shape, texts that cannot be read, an --out that is a file, a high rate."""
+    pretrain.main()
+    Path("bytes").write_bytes(b"\xff\xfe")
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    monkeypatch.setattr(sys, "argv", shlex.split(f"{COMMAND} {change}"))
+    with pytest.raises(SystemExit, match=f"^error: .*{message}.*$"):
+        pretrain.main()
+    assert before == {path: path.read_bytes() for path in Path("out").iterdir()}
+
+
+def test_the_command_learns_and_leaves_a_checkpoint() -> None:
     """From ln(50257) to below 5 nats on a sentence it repeats; float16 and whole on disk."""
-    main(options(tmp_path, steps=40, lr=1e-2, eval_every=20))
-    best = float(capsys.readouterr().out.split("held-out loss ")[-1].split()[0])
-    assert best < 5 < math.log(50257)
-    state_dict = load_weights(tmp_path / "out")
-    assert state_dict["wte.weight"].shape == (50257, 64)
-    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 2.1 * 50257 * 64 + 200_000
-    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
-    assert len(lines) == 2
+    pretrain.pretrain(dataclasses.replace(OPTIONS, steps=40, lr=1e-2, eval_every=20))
+    log = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [20, 40]
+    assert log[-1]["held_out"] < 5 < math.log(50257)
+    assert load_weights("out")["wte.weight"].shape == (50257, 64)
+    assert Path("out/model.safetensors").stat().st_size < 2.1 * 50257 * 64 + 200_000
+
+
+def test_the_weights_kept_are_those_with_the_least_held_out_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of three evaluations whose losses are given, the second."""
+    seen, losses = [], iter([3.0, 1.0, 2.0])
+
+    def given_loss(model: GPT2, *rest: object) -> float:
+        seen.append(model.ln_f.weight.detach().half().float())
+        return next(losses)
+
+    monkeypatch.setattr(pretrain, "held_out_loss", given_loss)
+    pretrain.pretrain(dataclasses.replace(OPTIONS, eval_every=2, lr=0.1))
+    kept = load_weights("out")["ln_f.weight"]
+    assert [torch.equal(kept, weight) for weight in seen] == [False, True, False]

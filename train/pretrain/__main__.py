@@ -1,0 +1,180 @@
+"""Pretrain a small GPT-2 from scratch: how the embedded checkpoint was made.
+
+    python -m train.pretrain --text corpus.txt --held-out heldout.txt
+
+Next-token cross-entropy over all 50,257 tokens, AdamW, warm-up and cosine, bf16 autocast, dropout;
+on the CPU. Stop it at any time: the same command resumes from the last save, with the same batches,
+because the batch and the dropout of a step are drawn from (seed, step) alone.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from model import GPT2, GPT2Config
+from model.gpt2 import HEAD_DIM
+from model.tokenizer import load_tokenizer
+from train.checkpoint import is_due, read_tensors, write_tensors
+from train.console import command, progress, say
+from train.pretrain.shared_vocabulary import SharedVocabulary, backpropagate_cross_entropy
+from weights import save_weights
+
+
+@dataclass(frozen=True)
+class Options:
+    """The corpus and the recipe; the defaults are those of the embedded checkpoint."""
+
+    text: Path  # training text, UTF-8; <|endoftext|> ends a document
+    held_out: Path  # text for the held-out loss, by which the best checkpoint is chosen
+    out: Path = Path("runs/pretrain")  # folder for the best checkpoint, the state and the log
+    n_layer: int = 10  # blocks
+    n_embd: int = 128  # width, a multiple of 64
+    n_positions: int = 256  # positions, and the length of a training window
+    steps: int = 2200  # optimisation steps
+    batch: int = 16  # windows per step
+    lr: float = 3e-3  # peak learning rate; the cosine ends at a tenth of it
+    warmup: int = 200  # steps of linear warm-up
+    weight_decay: float = 0.1  # of matrices; biases and LayerNorms have none
+    dropout: float = 0.1  # of the embedding sum and of the two residual outputs of a block
+    eval_every: int = 250  # steps between held-out losses; the state is saved after each
+    seed: int = 0  # of the initial weights, the batches and the dropout
+
+
+def read_ids(path: Path, length: int) -> Tensor:
+    """Return the ids of a text file, (n,); ValueError if it cannot be read or is too short."""
+    try:
+        ids = load_tokenizer().encode(path.expanduser().read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: {error}; expected a text file in UTF-8") from error
+    if len(ids) <= length:
+        raise ValueError(f"{path}: got {len(ids)} tokens, expected more than {length}")
+    return torch.tensor(ids)
+
+
+def make_model(options: Options, vocab_size: int) -> tuple[GPT2, torch.optim.AdamW]:
+    """Return a model with random weights, and AdamW with weight decay on the matrices only."""
+    o = options
+    config = GPT2Config(vocab_size, o.n_positions, o.n_embd, o.n_layer, o.n_embd // HEAD_DIM)
+    torch.manual_seed(o.seed)
+    model = GPT2(replace(config, embd_pdrop=o.dropout, resid_pdrop=o.dropout))
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": o.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return model, torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
+def named_state(model: GPT2, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Return every tensor that training changes, always in place: the weights and AdamW's state."""
+    state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros(()), **moments}
+        state |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+    return state
+
+
+def resume(path: Path, state: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Restore the last save, if any, and return its log; ValueError if it does not fit."""
+    if not path.exists():
+        return []
+    try:
+        tensors, metadata = read_tensors(path, state)
+        log = json.loads(metadata["log"])
+        say(f"resuming after step {log[-1]['step']}, the last one saved in {path.parent}")
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: {error}; expected a save of the same command") from error
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
+    return log
+
+
+def learning_rate(options: Options, step: int) -> float:
+    """Return the rate of a step, from 0: linear warm-up, then half a cosine down to a tenth."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    progress = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return options.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def held_out_loss(model: GPT2, vocabulary: SharedVocabulary, ids: Tensor) -> float:
+    """Return nats per token of GPT-2's ids (n,), in float32, over windows that do not overlap."""
+    model.eval()
+    T, total = model.config.n_positions, 0.0
+    for start in tqdm(range(0, len(ids) - 1, T), "held-out loss", leave=False, disable=None):
+        window = vocabulary.compact(ids[start : start + T + 1])  # (T + 1,)
+        logits = model(window[None, :-1])[0] + vocabulary.bias  # (T, size)
+        total += float(F.cross_entropy(logits, window[1:], reduction="sum"))
+        total += float(vocabulary.bias[window[1:]].sum())  # an unused token is one of n_unused
+    return total / (len(ids) - 1)
+
+
+def pretrain(options: Options) -> None:
+    """Train, or resume training, and keep the weights with the least held-out loss.
+
+    Raises ValueError for texts or a save that cannot be used, and for a loss of NaN.
+    """
+    B, T, out = options.batch, options.n_positions, options.out.expanduser()
+    text, held_out = read_ids(options.text, T), read_ids(options.held_out, 1)
+    vocabulary = SharedVocabulary(text, load_tokenizer().n_vocab)
+    corpus = vocabulary.compact(text)
+    model, optimizer = make_model(options, vocabulary.size)
+    state = named_state(model, optimizer)
+    log = resume(out / "state.safetensors", state)
+    buffer = torch.empty(B * T, vocabulary.size, dtype=torch.bfloat16)
+    losses = []
+    out.mkdir(parents=True, exist_ok=True)
+    done = log[-1]["step"] if log else 0
+    with progress("pretrain", done, options.steps) as bar:
+        for step in range(done, options.steps):
+            model.train()
+            torch.manual_seed(options.seed + step)  # of the batch and the dropout
+            starts = torch.randint(len(corpus) - T, (B, 1))
+            windows = corpus[starts + torch.arange(T + 1)]  # (B, T + 1)
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = model.hidden_states(windows[:, :-1])  # (B, T, C)
+            wte, bias, targets = model.wte.weight, vocabulary.bias, windows[:, 1:]
+            optimizer.zero_grad(set_to_none=False)
+            losses.append(backpropagate_cross_entropy(hidden, wte, bias, targets, buffer))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(options, step)
+            optimizer.step()
+            bar.update()
+            if not is_due(done := step + 1, options.eval_every, options.steps):
+                continue
+            mean, nats = torch.stack(losses).mean(), held_out_loss(model, vocabulary, held_out)
+            losses.clear()
+            bar.clear()
+            if not math.isfinite(nats):
+                raise ValueError(f"step {done}: the held-out loss is {nats}; try a smaller --lr")
+            if nats < min((record["held_out"] for record in log), default=math.inf):
+                best = {name: p.half() for name, p in model.state_dict().items()}
+                save_weights(best | {"wte.weight": vocabulary.expand(best["wte.weight"])}, out)
+            log.append({"step": done, "training": mean.item(), "held_out": nats})
+            write_tensors(out / "state.safetensors", state, {"log": json.dumps(log)})
+            (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+            say(f"step {done}: training {mean:.4f}, held out {nats:.4f} nats per token")
+    say(f"the checkpoint with the least held-out loss is in {out}")
+
+
+def main() -> None:
+    """Run the command line."""
+    with command():
+        try:
+            pretrain(tyro.cli(Options, prog="python -m train.pretrain", description=__doc__))
+        except OSError as error:
+            raise ValueError(f"{error}; the save before is kept") from error
+
+
+if __name__ == "__main__":
+    main()
