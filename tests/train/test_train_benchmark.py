@@ -6,40 +6,55 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import GPT2, GPT2Config
 from train import benchmark
-from train.benchmark import CONTENDERS, NEW_TOKENS, Options, main
-from weights import save_weights
+from train.benchmark import CONTENDERS, NEW_TOKENS, Options
+from weights import layout_of
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> str:
-    torch.manual_seed(0)
-    model = GPT2(GPT2Config(n_positions=64, n_embd=64, n_layer=1, n_head=1))
-    save_weights(model.state_dict(), tmp_path)
-    return str(tmp_path)
+def options(small_start: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
+    """Sizes that take seconds: those of the small model."""
+    monkeypatch.setattr(benchmark, "layout_of", lambda name: layout_of(small_start))
+    return Options(model="tiny", batch=1, length=8, repetitions=2, device="cpu")
 
 
-def test_both_contenders_train_on_the_same_loss_and_write_the_same_text(folder: str) -> None:
+def test_both_contenders_train_on_the_same_loss_and_write_the_same_text(small_start: Path) -> None:
     """Two steps' losses and a greedy text, each against the other's."""
     tokens = torch.randint(50257, (2, 8), generator=torch.Generator().manual_seed(0))
-    members = torch.arange(50257) < 984
-    models = [contender(folder, torch.device("cpu")) for contender in CONTENDERS]
-    text, other = (m.generate(tokens[:1]) for m in models)
+    both = [make(str(small_start), torch.device("cpu")) for make in CONTENDERS.values()]
+    text, other = (contender.generate(tokens[:1]) for contender in both)
     assert torch.equal(text, other)
     assert text.shape == (1, 8 + NEW_TOKENS)
-    turns = [m.steps(tokens, members, "float32") for m in models]
+    steps = [contender.train(tokens, "float32") for contender in both]
     for _ in range(2):
-        (loss, _), theirs = (next(t) for t in turns)
-        torch.testing.assert_close(loss, theirs, atol=1e-5, rtol=1e-5)
+        ours, theirs = (next(s) for s in steps)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_the_table_is_whole_and_ends_in_json(folder: str, monkeypatch, capsys) -> None:
+def test_the_table_is_whole_and_ends_in_json(
+    options: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every quantity for both contenders, each a positive number."""
-    monkeypatch.setattr(benchmark, "layout_of", lambda name, real=benchmark.layout_of: real(folder))
-    main(Options(model="tiny", batch=1, length=8, repetitions=2, device="cpu"))
+    benchmark.benchmark(options)
     results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     assert len(results) == 6
     for quantity, values in results.items():
         assert set(values) == {"ours", "transformers"}, quantity
         assert all(value > 0 for value in values.values()), quantity
+
+
+def test_a_measurement_repeats_after_one_that_warms_up(small_start: Path, options: Options) -> None:
+    """Two repetitions are three of each, but for the memory of a first step, which happens once."""
+    names = [name for name, _ in benchmark.measurements("ours", str(small_start), options)]
+    counts = {name.split(",")[0]: names.count(name) for name in names}
+    steps = {"memory in bfloat16": 1, "step in bfloat16": 3, "memory in float32": 1}
+    assert counts == {"load": 3, "generate": 3, **steps, "step in float32": 3}
+
+
+def test_without_transformers_the_command_says_what_to_install(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, before anything is measured."""
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^transformers is not installed; run: pip install .*$"):
+        benchmark.benchmark(options)
