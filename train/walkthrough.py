@@ -1,18 +1,20 @@
-"""One batch followed from token ids to the loss: a line a stage, a number to check by hand.
+"""Follow one batch from token ids to the loss: one line per stage, with a number to check by hand.
 
     python -m train.walkthrough                        the embedded checkpoint
     python -m train.walkthrough --model gpt2-medium    or any file that load_weights takes
 
-The first block is taken step by step, by the names of `gpt2.py`; the others repeat it. Attention,
-one fused call there, is written out here, so the walk is a second opinion: its logits must equal
-`model(tokens)`.
+The first block is shown step by step, in the names of `gpt2.py`; the others repeat it. Attention,
+one fused call there, is written out here, so this is also an independent check: the logits must
+equal `model(tokens)`.
 """
 
-import argparse
 import math
+from collections.abc import Generator, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
 
 from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div, reference
@@ -20,127 +22,125 @@ from kernels.fused_linear_kl_div import CHUNK_ROWS
 from model import GPT2
 from model.gpt2 import Attention, Block
 from model.tokenizer import load_tokenizer
+from train.console import command, say
 from train.target_tokens import containing
-from weights import WeightsError, load_weights
+from weights import load_weights
 
 BATCH, LENGTH = 4, 64
 LINE = "{:11} {:23} {:15} {:26} {}"
+Stage = tuple[str, str, Tensor, str, nn.Module | None]  # name, formula, x, check, module behind it
+Walk = Generator[Stage, None, Tensor]  # returns the last x
 
 
-class Table:
-    """Prints each stage as the walk reaches it, and adds up the parameters used so far."""
-
-    def __init__(self) -> None:
-        self.parameters = 0
-        print(LINE.format("stage", "formula", "shape", "parameters", "check by hand"))
-
-    def add(self, name: str, formula: str, x: Tensor, check: str, *made_by: nn.Module) -> None:
-        """A line for the tensor x; its parameters are those of the module that made it, if any."""
-        used = [p for module in made_by for p in module.parameters()]
-        count = sum(p.numel() for p in used)
-        self.parameters += count
-        product = "+".join("*".join(map(str, p.shape)) for p in used)
-        if any(isinstance(module, Block) for module in made_by):
+def print_table(stages: Iterable[Stage]) -> tuple[Tensor, Tensor, int]:
+    """Print a line per stage; return hidden states, logits and the number of parameters used."""
+    say(LINE.format("stage", "formula", "shape", "parameters", "check by hand"))
+    used, hidden, logits = 0, torch.empty(0), torch.empty(0)
+    for name, formula, x, check, module in stages:
+        shapes = [p.shape for p in module.parameters()] if module else []
+        count = sum(map(math.prod, shapes))
+        product = "+".join("*".join(map(str, shape)) for shape in shapes)
+        if isinstance(module, Block):
             product = "12C^2+13C"  # matrices of 3, 1, 4 and 4 C^2; the first block lists them all
-        cost = f"{product} = {count:,}" if used else ""
-        print(LINE.format(name, formula, str([*x.shape]), cost, check).rstrip())
+        cost = f"{product} = {count:,}" if module else ""
+        say(LINE.format(name, formula, str([*x.shape]), cost, check).rstrip())
+        used, hidden, logits = used + count, logits, x
+    return hidden, logits, used
 
 
-def walk(model: GPT2, tokens: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Print every stage; returns hidden states (B, T, C), logits (B, T, V), parameters used."""
-    table = Table()
+def walk(model: GPT2, tokens: Tensor) -> Walk:
+    """Yield every stage; the last two are the hidden states (B, T, C) and the logits (B, T, V)."""
     T, corner = tokens.shape[1], int(tokens[0, 0])
-    table.add("tokens", "ids drawn at random", tokens, f"[0, 0] is {corner}")
-    x = model.wte(tokens)
+    yield "tokens", "random ids", tokens, f"[0, 0] is {corner}", None
+    x = model.wte(tokens)  # (B, T, C)
     assert torch.equal(x[0, 0], model.wte.weight[corner])
-    table.add("wte", "x = wte[tokens]", x, f"[0, 0] is wte[{corner}]", model.wte)
+    yield "wte", "x = wte[tokens]", x, f"[0, 0] is wte[{corner}]", model.wte
     x = x + model.wpe(torch.arange(T))
-    table.add("wpe", f"x = x + wpe[0..{T - 1}]", x, norm(x), model.wpe)
-    first = model.h[0]
-    assert isinstance(first, Block)
-    x = walk_block(first, x, table)
-    for n, block in enumerate(model.h[1:], start=1):
+    yield "wpe", f"x = x + wpe[0..{T - 1}]", x, norm(x), model.wpe
+    first, *others = model.h
+    x = yield from walk_block(first, x)
+    for n, block in enumerate(others, start=1):
         x = block(x)
-        table.add(f"h.{n}", "x = block(x), as h.0", x, norm(x), block)
-    hidden = walk_layer_norm("ln_f", model.ln_f, x, table)
-    z = hidden @ model.wte.weight.T
-    size = f"{z.nbytes / 1e6:.1f} MB, {z.itemsize} B each"
-    table.add("logits", "z = h wte^T: no bias", z, size)
-    return hidden, z, table.parameters
+        yield f"h.{n}", "x = block(x), as h.0", x, norm(x), block
+    hidden = yield from walk_layer_norm("ln_f", model.ln_f, x)
+    z = hidden @ model.wte.weight.T  # (B, T, V)
+    yield "logits", "z = h wte^T: no bias", z, f"{z.nbytes / 1e6:.1f} MB, {z.itemsize} B each", None
+    return z
 
 
-def walk_block(block: Block, x: Tensor, table: Table) -> Tensor:
-    """What each half of h.0 adds to the residual stream x (B, T, C)."""
-    x = x + walk_attention(block.attn, walk_layer_norm("h.0.ln_1", block.ln_1, x, table), table)
-    table.add("", "x = x + attn(ln_1(x))", x, norm(x))
-    y = block.mlp.c_fc(walk_layer_norm("h.0.ln_2", block.ln_2, x, table))
+def walk_block(block: Any, x: Tensor) -> Walk:
+    """Yield the stages of h.0, each half of which adds to the residual stream x, (B, T, C)."""
+    y = yield from walk_layer_norm("h.0.ln_1", block.ln_1, x)
+    x = x + (yield from walk_attention(block.attn, y))
+    yield "", "x = x + attn(ln_1(x))", x, norm(x), None
+    y = yield from walk_layer_norm("h.0.ln_2", block.ln_2, x)
+    y = block.mlp.c_fc(y)  # (B, T, 4C)
     before = y[0, 0, 0].item()
-    table.add("mlp.c_fc", "y W + b", y, f"[0, 0, 0] is {before:.3f}", block.mlp.c_fc)
+    yield "mlp.c_fc", "y W + b", y, f"[0, 0, 0] is {before:.3f}", block.mlp.c_fc
     y = F.gelu(y, approximate="tanh")
-    table.add("", "gelu(y)", y, f"gelu({before:.3f}) = {y[0, 0, 0]:.3f}")
-    y = block.mlp.c_proj(y)
-    table.add("mlp.c_proj", "y W + b", y, norm(y), block.mlp.c_proj)
+    yield "", "gelu(y)", y, f"gelu({before:.3f}) = {y[0, 0, 0]:.3f}", None
+    y = block.mlp.c_proj(y)  # (B, T, C)
+    yield "mlp.c_proj", "y W + b", y, norm(y), block.mlp.c_proj
     x = x + y
-    table.add("", "x = x + mlp(ln_2(x))", x, norm(x))
+    yield "", "x = x + mlp(ln_2(x))", x, norm(x), None
     return x
 
 
-def walk_layer_norm(name: str, ln: nn.LayerNorm, x: Tensor, table: Table) -> Tensor:
-    """ln(x), (B, T, C); to check: mean 0 and variance 1 at each position before gain and bias."""
+def walk_layer_norm(name: str, ln: nn.LayerNorm, x: Tensor) -> Walk:
+    """Yield ln(x); before gain and bias each position has mean 0 and variance 1."""
     bare = F.layer_norm(x, x.shape[-1:], eps=ln.eps)
     mean, variance = bare.mean(-1).abs().max(), bare.var(-1, correction=0).mean()
     y = ln(x)
-    table.add(name, "g (x-m)/sqrt(v+eps) + b", y, f"mean {mean:.3f}, var {variance:.3f}", ln)
+    yield name, "g (x-m)/sqrt(v+eps) + b", y, f"mean {mean:.3f}, var {variance:.3f}", ln
     return y
 
 
-def walk_attention(attn: Attention, y: Tensor, table: Table) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v, spelled out: (B, T, C) -> (B, T, C)."""
+def walk_attention(attn: Attention, y: Tensor) -> Walk:
+    """Yield the stages of softmax(q k^T / sqrt(D) + mask) v, (B, T, C) -> (B, T, C)."""
     B, T, C = y.shape
     H, D = attn.n_head, C // attn.n_head
-    y = attn.c_attn(y)
-    table.add("attn.c_attn", "y W + b: q, k, v", y, f"{3 * C} = 3 * {C}", attn.c_attn)
+    y = attn.c_attn(y)  # (B, T, 3C)
+    yield "attn.c_attn", "y W + b: q, k, v", y, f"{3 * C} = 3 * {C}", attn.c_attn
     q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in y.split(C, dim=2))
-    table.add("", "q, k, v each in H heads", q, f"{H} * {D} = {C}")
-    s = q @ k.transpose(2, 3) / math.sqrt(D)
+    yield "", "q, k, v in H heads each", q, f"{H} * {D} = {C}", None
+    s = q @ k.transpose(2, 3) / math.sqrt(D)  # (B, H, T, T)
     s = s.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
     masked = int((s[0, 0] == -math.inf).sum())
-    table.add("", "s = q k^T/sqrt(D), j<=i", s, f"{masked} = {T}*{T - 1}/2 -inf")
+    yield "", "s = q k^T/sqrt(D), j<=i", s, f"{masked} = {T}*{T - 1}/2 -inf", None
     a = s.softmax(-1)
-    sums, above = a.sum(-1).min(), a.triu(1).sum()
-    table.add("", "a = softmax of rows", a, f"sum_j {sums:.4f}, j>i {above:g}")
-    y = a @ v
-    off = (y[:, :, 0] - v[:, :, 0]).abs().max()
-    table.add("", "a v; row 0 sees itself", y, f"row 0 - v[0] = {off:g}")
+    yield "", "a = softmax over j", a, f"sum_j {a.sum(-1).min():.4f}, j>i {a.triu(1).sum():g}", None
+    y = a @ v  # (B, H, T, D)
+    difference = (y[:, :, 0] - v[:, :, 0]).abs().max()
+    yield "", "y = a v; 0 sees itself", y, f"y[0] - v[0] = {difference:g}", None
     y = attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
-    table.add("attn.c_proj", "y W + b, heads joined", y, norm(y), attn.c_proj)
+    yield "attn.c_proj", "y W + b, heads joined", y, norm(y), attn.c_proj
     return y
 
 
 def norm(x: Tensor) -> str:
-    """The length of a position's vector, mean over positions, in words."""
+    """Say how long the vectors of the positions are, on average."""
     return f"mean norm {x.norm(dim=-1).mean():.3f}"
 
 
 def divergences(h: Tensor, weight: Tensor, z: Tensor, target: TwoLevelTarget) -> dict[str, Tensor]:
-    """KL(P || softmax(z)) in nats, mean over all positions, in four ways; z = h weight^T."""
-    log_q = z.double().log_softmax(-1)[..., target.index]  # off S, P = 0 and the term is 0
+    """Return KL(P || softmax(z)) in nats, mean over all positions, in four ways; z = h weight^T."""
+    log_q = z.double().log_softmax(-1)[..., target.index]  # elsewhere P = 0, and the term is 0
     terms = target.alpha * (math.log(target.alpha) - log_q)
     return {
         "definition: sum over S of alpha (log alpha - log q)": terms.sum(-1).mean(),
-        "kernels.reference: log_softmax, then kl_div": reference.kl_div(z, target),
-        "fused_kl_div: one pass over z, by kernels.torch_kl_div": fused_kl_div(z, target),
-        "fused_linear_kl_div: from h and wte, likewise": fused_linear_kl_div(h, weight, target),
+        "kernels.reference: F.log_softmax, then F.kl_div": reference.kl_div(z, target),
+        "fused_kl_div: one pass over z": fused_kl_div(z, target),
+        "fused_linear_kl_div: from h and wte": fused_linear_kl_div(h, weight, target),
     }
 
 
 def traffic(rows: int) -> dict[str, tuple[int, int]]:
-    """How often loss and gradients read or write a tensor of N V elements, and one of V C.
+    """Count how often loss and gradients read or write N V elements, and V C elements.
 
-    The loss alone as kernels/triton_kl_div.py counts it. The LM head adds a write of the logits and
-    two reads of their gradient; two reads of its weight and a write of that one's gradient.
-    fused_linear_kl_div reads the weight twice a chunk; the weight's gradient is written by the
-    first chunk, read and written by every other, and once more to scale it at the end.
+    The loss alone is counted in kernels/triton_kl_div.py. The LM head adds a write of the logits,
+    two reads of their gradient, two reads of its weight and a write of the weight's gradient.
+    fused_linear_kl_div reads the weight twice per chunk; the first chunk writes the weight's
+    gradient, every other reads and writes it, and the end reads and writes it once, to scale it.
     """
     chunks = math.ceil(rows / CHUNK_ROWS)
     return {
@@ -153,82 +153,74 @@ def traffic(rows: int) -> dict[str, tuple[int, int]]:
 
 
 def explain_probabilities(logits: Tensor) -> None:
-    """Logits are no distribution, their exponentials neither; log-softmax makes one of them."""
+    """Print that neither logits nor their exponentials are normalised, but log-softmax is."""
     B, T, V = logits.shape
     z, lse = logits[-1, -1], logits[-1, -1].logsumexp(-1)
-    print(f"\nFrom logits to probabilities: the {V} logits z at [{B - 1}, {T - 1}]")
+    say(f"\nFrom logits to probabilities: the {V} logits z at [{B - 1}, {T - 1}]")
     fact("sum of z", f"{z.sum():.1f}")
     fact("sum of exp(z)", f"{z.double().exp().sum():.4g}")
-    fact("lse(z), the logarithm of that", f"{lse:.6f}")
+    fact("lse(z) = log(sum of exp(z))", f"{lse:.6f}")
     fact("sum of exp(z - lse(z))", f"{(z - lse).exp().sum():.7f}")
-    fact("sum of exp(F.log_softmax(z)), float64", f"{z.double().log_softmax(-1).exp().sum():.7f}")
-    fact(
-        "  in float32, which ATen adds in few accumulators", f"{z.log_softmax(-1).exp().sum():.7f}"
-    )
-    fact("each position is a row", f"{[B, T, V]} -> {[*logits.flatten(0, 1).shape]}")
+    fact("sum of exp(F.log_softmax(z)) in float64", f"{z.double().log_softmax(-1).exp().sum():.7f}")
+    fact("sum of exp(F.log_softmax(z)) in float32", f"{z.log_softmax(-1).exp().sum():.7f}")
+    fact("one row per position", f"{[B, T, V]} -> {[*logits.flatten(0, 1).shape]}")
 
 
 def explain_loss(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
-    """The target, its divergence from the model in four ways, and the traffic of each."""
+    """Print the target, its divergence from the model in four ways, and the traffic of each."""
     target = TwoLevelTarget(containing(load_tokenizer(), "X"))
-    size, total = target.size, target.dense(torch.float64).sum()
-    print(f"\nThe target P: alpha on S, the {size} tokens with an x or X, beta elsewhere")
+    size, others = target.size, target.vocab_size - target.size
+    say(f"\nThe target P: alpha on each of S, the {size} tokens with an x or X, beta on the others")
     fact(f"alpha = 1 / {size}, beta = 0", f"{target.alpha:.9f}")
-    fact(f"sum of P = {size} alpha + {target.vocab_size - size} beta", f"{total:.7f}")
-    print(
-        "\nKL(P || q) in nats, q = softmax(z), mean over rows; distance from the first; on the CPU"
+    total = target.dense(torch.float64).sum()
+    fact(f"sum of P = {size} alpha + {others} beta", f"{total:.7f}")
+    say(
+        "\nKL(P || q) in nats, q = softmax(z), mean over rows; and its distance from the first line"
     )
     kls = divergences(hidden, weight, logits, target)
     exact, *_ = kls.values()
     for name, kl in kls.items():
         fact(name, f"{kl:.6f}  {kl - exact:+.1e}")
     N, (V, C) = logits[..., 0].numel(), weight.shape
-    print(f"\nMemory traffic of loss and gradients, float32: N = {N}, V = {V}, C = {C}")
+    say(f"\nMemory traffic of loss and gradients, float32: N = {N}, V = {V}, C = {C}")
     for name, (nv, vc) in traffic(N).items():
         formula = f"4 B * ({nv} N V + {vc} V C)" if vc else f"4 B * {nv} N V"
         fact(f"{name:26} {formula}", f"{4e-6 * (nv * N * V + vc * V * C):.1f} MB")
-    print(
-        "  Counts by formula, not timings; N C left out. What fused_linear_kl_div saves is memory:"
-    )
-    print(
-        f"  logits of {CHUNK_ROWS} rows at most, where the others keep N rows and their gradient."
-    )
+    say("  Counted, not timed; N C is left out. fused_linear_kl_div saves memory, not traffic: it")
+    say(f"  holds the logits of {CHUNK_ROWS} rows at most, the others N rows and their gradient.")
 
 
 def fact(name: str, value: str) -> None:
-    """Print a line of the analysis: what it is, and its value at the right."""
-    print(f"  {name:56} {value:>28}")
+    """Print a quantity and, on the right, its value."""
+    say(f"  {name:56} {value:>28}")
 
 
 @torch.no_grad()
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: weights that cannot be had or walked end with status 1 and why."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.walkthrough", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--model", default="tiny", help="tiny, gpt2-medium or a path")
-    name = parser.parse_args(arguments).model
-    try:
-        model = GPT2.from_state_dict(load_weights(name), assign=True)
-    except WeightsError as error:
-        parser.exit(1, f"error: {error}\n")
-    config, n_vocab = model.config, load_tokenizer().n_vocab
+def walkthrough(model: str = "tiny") -> None:
+    """Print everything. Raises ValueError for weights that cannot be loaded or shown.
+
+    Args:
+        model: tiny, gpt2-medium or a path
+    """
+    gpt2 = GPT2.from_state_dict(load_weights(model), assign=True)
+    config, n_vocab = gpt2.config, load_tokenizer().n_vocab
     V, C, H = config.vocab_size, config.n_embd, config.n_head
     if n_vocab != V or config.n_positions < LENGTH:
         got = f"{V} tokens and {config.n_positions} positions"
-        parser.exit(1, f"error: {name}: got {got}, expected {n_vocab} and {LENGTH} or more\n")
-    print(f"GPT-2 {name}: {config.n_layer} blocks, C = {C} wide, H = {H} heads of D = {C // H}")
-    print(f"{BATCH} sequences of {LENGTH} tokens out of V = {V}; position i attends to j <= i\n")
+        raise ValueError(f"{model}: got {got}, expected {n_vocab} and {LENGTH} or more")
+    say(f"GPT-2 {model}: {config.n_layer} blocks, C = {C} wide, H = {H} heads of D = {C // H}")
+    say(f"{BATCH} sequences of {LENGTH} tokens, V = {V}; position i attends to j <= i\n")
     tokens = torch.randint(V, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    hidden, logits, used = walk(model, tokens)
-    distance = (logits - model(tokens)).abs().max() / logits.abs().max()
-    print()
+    hidden, logits, used = print_table(walk(gpt2, tokens))
+    difference = (logits - gpt2(tokens)).abs().max() / logits.abs().max()
+    say("")
     fact("parameters used above", f"{used:,}")
-    fact("parameters of the model", f"{sum(p.numel() for p in model.parameters()):,}")
-    fact("distance from model(tokens), over the largest logit", f"{distance:.1e}")
+    fact("parameters of the model", f"{sum(p.numel() for p in gpt2.parameters()):,}")
+    fact("largest difference from model(tokens), relative", f"{difference:.1e}")
     explain_probabilities(logits)
-    explain_loss(hidden, model.wte.weight, logits)
+    explain_loss(hidden, gpt2.wte.weight, logits)
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        tyro.cli(walkthrough, prog="python -m train.walkthrough", description=__doc__)

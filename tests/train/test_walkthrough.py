@@ -1,4 +1,4 @@
-"""The guided tour: what it prints is what the real modules, losses and operators do."""
+"""The walkthrough: what it prints is what the modules, the losses and the operators do."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div, reference
 from model import GPT2, GPT2Config
 from tests.model.oracle import shake
-from train.walkthrough import divergences, main, traffic, walk
+from train.walkthrough import divergences, print_table, traffic, walk, walkthrough
 from weights import save_weights
 
 ROOT = Path(__file__).parents[2]
@@ -48,8 +48,8 @@ def model() -> GPT2:
 
 @pytest.fixture
 def table(model: GPT2, capsys: pytest.CaptureFixture[str]) -> list[Row]:
-    """A walk through the small model, cut at the columns of the heading."""
-    walk(model, TOKENS)
+    """The table of the small model, cut at the columns of its heading."""
+    print_table(walk(model, TOKENS))
     heading, *lines = capsys.readouterr().out.splitlines()
     starts = [heading.index(name) for name in ("stage", "formula", "shape", "parameters", "check")]
     cuts = list(itertools.pairwise([*starts, None]))
@@ -57,23 +57,23 @@ def table(model: GPT2, capsys: pytest.CaptureFixture[str]) -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def tour() -> str:
-    """What the command prints about the embedded checkpoint."""
+def printed() -> str:
+    """Everything that the command prints about the embedded checkpoint."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        main([])
+        walkthrough()
     return out.getvalue()
 
 
-def number(tour: str, name: str) -> float:
-    """The value of the line that starts with a name."""
-    (value,) = re.findall(rf"^ *{re.escape(name)} +(\S+)", tour, re.M)
+def number(printed: str, name: str) -> float:
+    """Return the value on the line that starts with a name."""
+    (value,) = re.findall(rf"^ *{re.escape(name)} +(\S+)", printed, re.M)
     return float(value.replace(",", ""))
 
 
-def test_the_walk_arrives_where_the_model_does(model: GPT2) -> None:
-    """Attention spelled out against the model's fused call, in float64."""
+def test_the_walk_ends_with_the_model_s_own_logits(model: GPT2) -> None:
+    """Attention written out against the model's fused call, in float64."""
     exact = copy.deepcopy(model).double()
-    hidden, logits, _ = walk(exact, TOKENS)
+    hidden, logits, _ = print_table(walk(exact, TOKENS))
     torch.testing.assert_close(hidden, exact.hidden_states(TOKENS), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(logits, exact(TOKENS), rtol=1e-12, atol=1e-12)
 
@@ -81,7 +81,7 @@ def test_the_walk_arrives_where_the_model_does(model: GPT2) -> None:
 def test_each_named_stage_has_the_shape_that_its_module_returns(
     model: GPT2, table: list[Row]
 ) -> None:
-    """Against hooks on the model's own forward; at wpe the two embeddings are added already."""
+    """Against hooks on the model's own forward pass; wpe shows the sum of both embeddings."""
     shapes = {"tokens": [B, T], "wpe": [B, T, SMALL.n_embd], "logits": [B, T, SMALL.vocab_size]}
     watched = copy.deepcopy(model)
     for name, module in watched.named_modules():
@@ -101,14 +101,14 @@ def test_each_named_stage_has_the_shape_that_its_module_returns(
 
 
 def test_queries_scores_and_weights_have_the_shapes_of_the_formulas(table: list[Row]) -> None:
-    """H = 3 heads of D = 64; one score for each query and key; a v is a vector of D again."""
+    """H = 3 heads of D = 64; one score per query and key; a v has D elements per head again."""
     heads, scores, stream = f"[{B}, 3, {T}, 64]", f"[{B}, 3, {T}, {T}]", f"[{B}, {T}, 192]"
     expected = [heads, scores, scores, heads, stream, f"[{B}, {T}, 768]", stream]
     assert [row.shape for row in table if not row.stage] == expected
 
 
-def test_products_are_their_counts_and_add_up_to_the_model(model: GPT2, table: list[Row]) -> None:
-    """Each product multiplied out, each parameter counted once."""
+def test_parameter_counts_are_their_products_and_add_up(model: GPT2, table: list[Row]) -> None:
+    """Each product is multiplied out; the sum is the model's, so each parameter counts once."""
     total = 0
     for row in table:
         if row.parameters:
@@ -120,15 +120,15 @@ def test_products_are_their_counts_and_add_up_to_the_model(model: GPT2, table: l
     assert total == sum(p.numel() for p in model.parameters())
 
 
-def test_attention_weighs_no_later_position_and_rows_sum_to_one(table: list[Row]) -> None:
-    """5 * 4 / 2 = 10 pairs lie above the diagonal; the first row sees itself alone."""
+def test_attention_ignores_later_positions_and_its_weights_sum_to_one(table: list[Row]) -> None:
+    """5 * 4 / 2 = 10 pairs lie above the diagonal; position 0 sees itself alone."""
     checks = [row.check for row in table]
     assert "10 = 5*4/2 -inf" in checks
     assert "sum_j 1.0000, j>i 0" in checks
-    assert "row 0 - v[0] = 0" in checks
+    assert "y[0] - v[0] = 0" in checks
 
 
-def test_the_four_divergences_agree_and_are_the_closed_form_at_no_logits() -> None:
+def test_the_four_divergences_agree_and_have_a_closed_form_at_zero_logits() -> None:
     """At h = 0 every token has q = 1/V, so KL = log(V / |S|)."""
     target = TwoLevelTarget(torch.arange(509) % 3 == 0)
     weight = torch.randn(509, 16, generator=torch.Generator().manual_seed(0))
@@ -141,7 +141,7 @@ def test_the_four_divergences_agree_and_are_the_closed_form_at_no_logits() -> No
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the tensors of a given size that operators read or write; views move nothing."""
+    """Counts the tensors of one size that operators read or write; views move nothing."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ LOSSES = {
 
 
 def count_traffic(name: str, rows: int, vocab: int, width: int) -> list[int]:
-    """Tensors of rows * vocab and of vocab * width elements moved by a loss and its gradients."""
+    """Count tensors of (rows, vocab) and of (vocab, width) moved by a loss and its gradients."""
     counts = []
     for elements in (rows * vocab, vocab * width):
         shapes = (rows, vocab), (rows, width), (vocab, width)
@@ -179,7 +179,7 @@ def count_traffic(name: str, rows: int, vocab: int, width: int) -> list[int]:
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "fused_linear_kl_div"])
 def test_traffic_is_what_the_operators_read_and_write(name: str) -> None:
-    """Each operator of forward and backward watched, and its large tensors counted."""
+    """The large tensors of every operator in forward and backward are counted."""
     assert count_traffic(name, rows=6, vocab=101, width=64) == list(traffic(6)[name])
 
 
@@ -187,46 +187,49 @@ def test_traffic_is_what_the_operators_read_and_write(name: str) -> None:
 def test_traffic_of_the_fused_head_grows_by_the_chunk(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its reads and writes of V C, likewise; 513 rows are two chunks. An operator is opaque to the
-    watch, so its body is called in its place; a chunk's logits are too many tiles to count."""
+    """Reads and writes of V C elements, counted alike; 513 rows are two chunks.
+
+    The counter cannot see inside a custom operator, so its body is called instead. The logits are
+    read in tiles, which are not counted.
+    """
     module = import_module("kernels.fused_linear_kl_div")  # the package's name is the function
     monkeypatch.setattr(module, "linear_kl_div", module.linear_kl_div._init_fn)
     counted = count_traffic("fused_linear_kl_div", rows, vocab=101, width=64)
     assert counted[1] == traffic(rows)["fused_linear_kl_div"][1]
 
 
-def test_the_tour_fits_a_terminal_and_its_numbers_agree(tour: str) -> None:
-    """On the embedded checkpoint: 100 columns, the model met again, one loss in four ways."""
-    assert max(map(len, tour.splitlines())) <= 100
-    assert number(tour, "parameters used above") == number(tour, "parameters of the model")
-    assert number(tour, "distance from model(tokens), over the largest logit") < 5e-6
+def test_it_fits_a_terminal_and_its_numbers_agree(printed: str) -> None:
+    """On the embedded checkpoint: 100 columns, every parameter used, one loss in four ways."""
+    assert max(map(len, printed.splitlines())) <= 100
+    assert number(printed, "parameters used above") == number(printed, "parameters of the model")
+    assert number(printed, "largest difference from model(tokens), relative") < 5e-6
     names = (
         "definition: sum over S of alpha (log alpha - log q)",
-        "kernels.reference: log_softmax, then kl_div",
-        "fused_kl_div: one pass over z, by kernels.torch_kl_div",
-        "fused_linear_kl_div: from h and wte, likewise",
+        "kernels.reference: F.log_softmax, then F.kl_div",
+        "fused_kl_div: one pass over z",
+        "fused_linear_kl_div: from h and wte",
     )
-    kls = [number(tour, name) for name in names]
+    kls = [number(printed, name) for name in names]
     assert kls == pytest.approx([kls[0]] * 4, abs=1e-4)
 
 
-def test_logits_and_their_exponentials_do_not_sum_to_one_but_those_of_log_softmax_do(
-    tour: str,
+def test_neither_logits_nor_their_exponentials_are_normalised_but_log_softmax_is(
+    printed: str,
 ) -> None:
     """At one position of the embedded checkpoint; the target sums to one as well."""
     for name in ("sum of z", "sum of exp(z)"):
-        assert abs(number(tour, name) - 1) > 0.1
+        assert abs(number(printed, name) - 1) > 0.1
     for name in (
         "sum of exp(z - lse(z))",
-        "sum of exp(F.log_softmax(z)), float64",
+        "sum of exp(F.log_softmax(z)) in float64",
         "sum of P = 984 alpha + 49273 beta",
     ):
-        assert number(tour, name) == pytest.approx(1, abs=1e-6)
-    assert "[4, 64, 50257] -> [256, 50257]" in tour
+        assert number(printed, name) == pytest.approx(1, abs=1e-6)
+    assert "[4, 64, 50257] -> [256, 50257]" in printed
 
 
-def test_weights_that_cannot_be_had_end_with_advice_and_status_1(tmp_path: Path) -> None:
-    """No cache and no network: the message of weights.WeightsError, and no traceback."""
+def test_weights_that_cannot_be_loaded_end_with_advice_and_status_1(tmp_path: Path) -> None:
+    """Without a cache and a network: the message of weights.WeightsError, and no traceback."""
     result = subprocess.run(
         [sys.executable, "-m", "train.walkthrough", "--model", "gpt2-medium"],
         cwd=ROOT,
@@ -241,11 +244,8 @@ def test_weights_that_cannot_be_had_end_with_advice_and_status_1(tmp_path: Path)
     assert "Traceback" not in result.stderr
 
 
-def test_a_model_of_another_vocabulary_is_refused(
-    model: GPT2, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The letter's tokens are GPT-2's, so 509 tokens have none."""
+def test_a_model_with_another_vocabulary_is_refused(model: GPT2, tmp_path: Path) -> None:
+    """The target tokens are GPT-2's, so a model of 509 tokens has none."""
     save_weights(model.state_dict(), tmp_path)
-    with pytest.raises(SystemExit, match="1"):
-        main(["--model", str(tmp_path)])
-    assert "got 509 tokens and 80 positions, expected 50257" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="got 509 tokens and 80 positions, expected 50257"):
+        walkthrough(str(tmp_path))
