@@ -4,26 +4,36 @@
     python -m kernels.benchmark --rows 256 1024 4096 --dtype bfloat16 --plot benchmark.png --json
 
 Forward is timed without gradients, forward + backward with them; medians over interleaved
-repetitions, +- half the distance between the quartiles. GB/s divides the bytes that any
-implementation must move by the time of forward + backward: for the losses on logits each of N V
-elements read twice and written once, for the losses with the LM head hidden states and weight read
-and their gradients written. "copy" is its share of the bandwidth of copying a large tensor on the
-same device. Memory is the peak of one forward + backward above what it was given: of CUDA's
-allocator, or on Linux of the resident set (VmHWM). Error is the RMS of the error of the logits' or
-hidden states' gradient over the RMS of that gradient in float64, in the first 16 rows. One token in
-51 is a member, at beta = 0: about GPT-2's share of tokens with an x, 984 of 50,257.
+repetitions, ± half the interquartile range. On CUDA these are the device's times, its queue filled
+beforehand and its L2 cache emptied; "host" is the time in which the CPU launches forward +
+backward. A loss whose host time is above the device's is bound by the host, unless its launches
+are captured in a CUDA graph.
+
+GB/s divides the bytes that any implementation must move by the time of forward + backward: for the
+losses on logits, logits read twice and their gradient written; for the losses with the LM head,
+hidden states and weight read and their gradients written. Roofline is its share of the bandwidth of
+copying a large tensor on the same device: 100 % for a loss on logits that moves nothing else, at
+the speed of a copy. With the LM head arithmetic sets the bound, so that share is low.
+
+Memory is the peak of one forward + backward above its inputs: of CUDA's allocator, or on Linux of
+the resident set (VmHWM). Error is the RMS error of the gradient of the logits or hidden states over
+the RMS of that gradient in float64, in the first 16 rows: rounding the exact gradient to its dtype
+alone leaves 2e-8 in float32 and 1.6e-3 in bfloat16. One token in 51 is a target token, at beta = 0:
+about GPT-2's share of tokens with an x, 984 of 50,257. Losses of other libraries take what they
+can: a dense P, or one label per row (cross entropy).
 """
 
 import argparse
-import importlib
 import json
+import os
 import shutil
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,56 +42,55 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
-from .measure import copy_bandwidth, milliseconds, peak_megabytes
+from .measure import copy_bandwidth, device_and_host, peak_megabytes
 from .reference import kl_div
 from .results import Row, format_table, plot
 
 ERROR_ROWS = 16
 
 
-# Where liger-kernel keeps them; not in each of its releases.
-LIGER = {
-    "Liger log_softmax + KL": "liger_kernel.transformers.kl_div",
-    "Liger fused linear KL": "liger_kernel.transformers.fused_linear_kl_div",
-}
-
-
-def _liger_kl(logits: Tensor, target: Tensor) -> Tensor:
-    module = importlib.import_module(LIGER["Liger log_softmax + KL"])
-    return module.LigerKLDIVLoss(reduction="batchmean")(F.log_softmax(logits, -1), target)
-
-
-def _liger_linear_kl(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    module = importlib.import_module(LIGER["Liger fused linear KL"])
-    return module.LigerFusedLinearKLDivLoss()(hidden, weight, target)
-
-
 @cache
-def _compiled() -> Callable[..., Tensor]:
+def compiled() -> Callable[..., Tensor]:
+    """The unfused loss through torch.compile."""
     return torch.compile(kl_div, dynamic=False)
 
 
-ON_LOGITS: dict[str, Callable[..., Tensor]] = {
-    "unfused": kl_div,
-    "unfused, compiled": lambda z, target: _compiled()(z, target),
-    "fused": fused_kl_div,
-    "fused, in place": partial(fused_kl_div, inplace_backward=True),
-    "Liger log_softmax + KL": _liger_kl,
-}
-WITH_HEAD: dict[str, Callable[..., Tensor]] = {
-    "linear + unfused": lambda h, w, target: kl_div(F.linear(h, w), target),
-    "fused linear": fused_linear_kl_div,
-    "Liger fused linear KL": _liger_linear_kl,
-}
+@dataclass(frozen=True)
+class Loss:
+    """A loss to be measured: run(logits, target), or run(hidden, weight, target)."""
+
+    run: Callable[..., Tensor]
+    target: str = "two-level"  # what it takes: see make_target
+    head: bool = False  # whether it takes hidden states and weight
+    in_place: bool = False  # whether it overwrites the logits
+    needs: str = ""  # another library's module, which needs CUDA; the first argument of run
 
 
-Inputs = tuple[Tensor, ...]  # logits, or hidden states and weight
-Losses = dict[str, Callable[..., Tensor]]
+LOSSES = {
+    "unfused": Loss(kl_div),
+    "unfused, compiled": Loss(lambda z, target: compiled()(z, target)),
+    "fused": Loss(fused_kl_div),
+    "fused, in place": Loss(partial(fused_kl_div, inplace_backward=True), in_place=True),
+    "Liger log_softmax + KL": Loss(
+        lambda m, z, p: m.LigerKLDIVLoss(reduction="batchmean")(F.log_softmax(z, -1), p),
+        "dense", needs="liger_kernel.transformers.kl_div"),
+    "flash-attention cross entropy": Loss(
+        lambda m, z, labels: m.cross_entropy_loss(z, labels)[0].mean(),
+        "labels", needs="flash_attn.ops.triton.cross_entropy"),
+    "unsloth cross entropy": Loss(
+        lambda m, z, labels: m.fast_cross_entropy_loss(z[None], labels[None]),
+        "labels", needs="unsloth.kernels.cross_entropy_loss"),
+    "linear + unfused": Loss(lambda h, w, target: kl_div(F.linear(h, w), target), head=True),
+    "fused linear": Loss(fused_linear_kl_div, head=True),
+    "Liger fused linear KL": Loss(
+        lambda m, h, w, p: m.LigerFusedLinearKLDivLoss()(h, w, p),
+        "dense", head=True, needs="liger_kernel.transformers.fused_linear_kl_div"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of the table share."""
+    """Device, dtype and sizes that all rows of the table share."""
 
     device: torch.device
     dtype: torch.dtype
@@ -89,95 +98,113 @@ class Setting:
     width: int
 
     def randn(self, *shape: int, scale: float) -> Tensor:
+        """The same values in every call with this shape."""
         generator = torch.Generator(self.device).manual_seed(0)
         x = torch.randn(shape, generator=generator, device=self.device)
         return x.mul_(scale).to(self.dtype)
 
 
-class Case:
-    """A loss and its inputs, ready to be run."""
+def make_target(kind: str, rows: int, setting: Setting) -> Any:
+    """A TwoLevelTarget; its probabilities for each row, "dense"; or "labels", one per row."""
+    if kind == "labels":
+        return torch.arange(rows, device=setting.device) % setting.vocab
+    target = TwoLevelTarget(torch.arange(setting.vocab, device=setting.device) % 51 == 0)
+    return target if kind == "two-level" else target.dense().expand(rows, -1).contiguous()
 
-    def __init__(self, name: str, loss: Callable[..., Tensor], inputs: Inputs) -> None:
-        self.loss, self.given, self.in_place = loss, inputs, name == "fused, in place"
-        self.inputs = tuple(x.clone() for x in inputs) if self.in_place else inputs
-        rows, vocab = len(inputs[0]), inputs[-1].shape[1 if len(inputs) == 1 else 0]
-        self.target: Any = TwoLevelTarget(torch.arange(vocab, device=inputs[0].device) % 51 == 0)
-        if name in LIGER:  # takes nothing but probabilities for each row
-            self.target = self.target.dense().expand(rows, vocab).contiguous()
-        passes = 3 if len(inputs) == 1 else 2
+
+class Case:
+    """A loss, its inputs and its target, ready to be run."""
+
+    def __init__(self, loss: Loss, inputs: tuple[Tensor, ...], target: Any) -> None:
+        library = (import_module(loss.needs),) if loss.needs else ()
+        self.run, self.target = partial(loss.run, *library), target
+        self.in_place, self.originals = loss.in_place, inputs
+        self.inputs = tuple(x.clone() for x in inputs) if loss.in_place else inputs
+        passes = 2 if loss.head else 3
         self.bytes = passes * sum(x.numel() * x.element_size() for x in inputs)
 
     def prepare(self) -> None:
-        """What no step pays for: the last gradients dropped, overwritten logits restored."""
+        """Drop the last gradients and restore overwritten logits; not timed."""
         if self.in_place:
-            self.inputs[0].copy_(self.given[0])
+            self.inputs[0].copy_(self.originals[0])
         self.leaves = [x.detach().requires_grad_() for x in self.inputs]
 
     def forward(self) -> None:
+        """The loss without gradients."""
         with torch.no_grad():
-            self.loss(*self.inputs, self.target)
+            self.run(*self.inputs, self.target)
 
-    def both(self) -> None:
-        self.loss(*self.leaves, self.target).backward()
+    def fwd_bwd(self) -> None:
+        """The loss and its gradients."""
+        self.run(*self.leaves, self.target).backward()
 
     def error(self) -> float:
-        """Of the first gradient of the last step, over its first rows; rounding the exact gradient
-        to its dtype alone leaves 2e-8 in float32 and 1.6e-3 in bfloat16."""
+        """Relative error of the first gradient of the last step, over its first rows."""
         got = self.leaves[0].grad
         assert got is not None
-        exact = self.given[0][:ERROR_ROWS].double().requires_grad_()
-        logits = exact if len(self.given) == 1 else F.linear(exact, self.given[1].double())
-        target = self.target[:ERROR_ROWS] if isinstance(self.target, Tensor) else self.target
+        exact = self.originals[0][:ERROR_ROWS].double().requires_grad_()
+        head = self.originals[1:]
+        logits = F.linear(exact, head[0].double()) if head else exact
+        target = self.target
+        if isinstance(target, Tensor):
+            target = target[:ERROR_ROWS]
+            if not target.is_floating_point():
+                target = F.one_hot(target, logits.shape[-1]).double()
         (true,) = torch.autograd.grad(kl_div(logits, target, "sum") / len(got), exact)
         return ((got[:ERROR_ROWS].double() - true).norm() / true.norm()).item()
 
 
-def why_not(name: str, setting: Setting) -> str:
-    """Why a row cannot be measured here; "" if it can."""
-    if name in LIGER:
-        if setting.device.type != "cuda":
-            return "needs CUDA"
-        if find_spec("liger_kernel") is None:
-            return "liger-kernel is not installed"
-        if find_spec(LIGER[name]) is None:
-            return f"the liger-kernel installed has no {LIGER[name]}"
-    if name == "unfused, compiled" and setting.device.type == "cpu" and not shutil.which("g++"):
+def skip_reason(name: str, loss: Loss, device: torch.device) -> str:
+    """Why a loss cannot be measured here; "" if it can."""
+    if loss.needs and device.type != "cuda":
+        return "needs CUDA"
+    if "compiled" in name and device.type == "cpu" and not shutil.which("g++"):
         return "torch.compile needs g++"
+    if loss.needs:
+        try:
+            import_module(loss.needs)
+        except ImportError as error:
+            return str(error)
     return ""
 
 
 def measure(
-    rows: int, setting: Setting, bandwidth: float, seconds: float, losses: Losses
+    rows: int, setting: Setting, bandwidth: float, seconds: float, losses: Mapping[str, Loss]
 ) -> list[Row]:
     """All losses at this many rows, repetitions interleaved, for about this long."""
     device = setting.device
     logits = (setting.randn(rows, setting.vocab, scale=3.0),)
     hidden = setting.randn(rows, setting.width, scale=1.0)
     with_head = hidden, setting.randn(setting.vocab, setting.width, scale=0.05)
-    table = {name: Row(name, rows, why_not(name, setting)) for name in losses}
+    table = {n: Row(n, rows, skip_reason(n, loss, device)) for n, loss in losses.items()}
+    measured = {n: loss for n, loss in losses.items() if not table[n].skip_reason}
+    kinds = {loss.target for loss in measured.values()}
+    targets = {kind: make_target(kind, rows, setting) for kind in kinds}
     cases = {
-        name: Case(name, loss, with_head if name in WITH_HEAD else logits)
-        for name, loss in losses.items()
-        if not table[name].why
+        name: Case(loss, with_head if loss.head else logits, targets[loss.target])
+        for name, loss in measured.items()
     }
     for name, case in cases.items():
         case.forward()
         case.prepare()
-        case.both()
+        case.fwd_bwd()
         case.prepare()
-        table[name].peak_mb = peak_megabytes(case.both, device)
+        table[name].peak_mb = peak_megabytes(case.fwd_bwd, device)
         table[name].error = case.error()
         case.prepare()
     start, repetitions = time.perf_counter(), 0
     while repetitions < 3 or (time.perf_counter() - start < seconds and repetitions < 50):
         repetitions += 1
         for name, case in cases.items():
-            table[name].forward.append(milliseconds(case.forward, device))
-            table[name].both.append(milliseconds(case.both, device))
+            table[name].forward.append(device_and_host(case.forward, device)[0])
+            on_device, on_host = device_and_host(case.fwd_bwd, device)
+            table[name].fwd_bwd.append(on_device)
+            if device.type == "cuda":
+                table[name].host.append(on_host)
             case.prepare()
     for name, case in cases.items():
-        speed = case.bytes / (statistics.median(table[name].both) / 1e3)
-        table[name].gb_per_s, table[name].copy_share = speed / 1e9, speed / bandwidth
+        speed = case.bytes / (statistics.median(table[name].fwd_bwd) / 1e3)
+        table[name].gb_per_s, table[name].roofline = speed / 1e9, speed / bandwidth
     return list(table.values())
 
 
@@ -195,20 +222,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--width", type=int, default=1024, help="of the hidden states")
     parser.add_argument("--seconds", type=float, default=15.0, help="for each number of rows")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory over rows")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args(arguments)
-    setting = Setting(options.device, getattr(torch, options.dtype), options.vocab, options.width)
-    counts = options.rows or ([256, 1024, 4096] if options.device.type == "cuda" else [256, 1024])
-    bandwidth = copy_bandwidth(options.device)
-    threads = f"{torch.get_num_threads()} threads" if options.device.type == "cpu" else ""
-    name = threads or torch.cuda.get_device_name(options.device)
-    title = f"{options.device.type}, {name}, {options.dtype}, V = {options.vocab}, "
+    device, counts = options.device, options.rows or [256, 1024]
+    hardware = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        hardware = torch.cuda.get_device_name()
+        counts = options.rows or [*counts, 4096]
+    setting = Setting(device, getattr(torch, options.dtype), options.vocab, options.width)
+    bandwidth = copy_bandwidth(device)
+    title = f"{device.type}, {hardware}, {options.dtype}, V = {options.vocab}, "
     title += f"C = {options.width}, torch {torch.__version__}"
-    print(f"{title}; copy {bandwidth / 1e9:.1f} GB/s")
+    print(f"{title}; copy {bandwidth / 1e9:.1f} GB/s", flush=True)
     table = []
     for rows in counts:
-        for losses in ON_LOGITS, WITH_HEAD:  # apart: see kernels/torch_kl_div.py on idle pages
+        for head in (False, True):  # apart: see kernels/torch_kl_div.py on idle pages
+            losses = {name: loss for name, loss in LOSSES.items() if loss.head == head}
             table += measure(rows, setting, bandwidth, options.seconds / 2, losses)
     print(format_table(table))
     if options.plot:
@@ -219,4 +250,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if "GOMP_SPINCOUNT" not in os.environ:
+        # On a busy machine threads that spin at each barrier make the CPU path 30 times slower.
+        # libgomp reads this when torch is loaded, which has happened: start again.
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+        os.execv(sys.executable, sys.orig_argv)
     main()

@@ -1,77 +1,93 @@
-"""What the benchmark found: its rows, as a table and as a figure."""
+"""The benchmark's rows, as a table and as a figure."""
 
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+INK, FAINT, GRID = "#24292f", "#5d6670", "#e4e7ea"
 
 
 @dataclass
 class Row:
-    """One line of the table; None, or no times, is "not measured", and `why` says why."""
+    """One loss at one number of rows; empty, with a reason, where it was not measured."""
 
     name: str
     rows: int
-    why: str = ""
-    forward: list[float] = field(default_factory=list)  # ms, one a repetition
-    both: list[float] = field(default_factory=list)
+    skip_reason: str = ""
+    forward: list[float] = field(default_factory=list)  # ms, one per repetition
+    fwd_bwd: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)  # of forward + backward, on CUDA
     gb_per_s: float | None = None
-    copy_share: float | None = None
+    roofline: float | None = None
     peak_mb: float | None = None
     error: float | None = None
 
 
 def timing(times: list[float]) -> str:
-    """Median and half the distance between the quartiles."""
+    """Median and half the interquartile range."""
     if not times:
-        return "not measured"
+        return "-"
     low, middle, high = statistics.quantiles(times, n=4)
-    return f"{middle:.1f} ± {(high - low) / 2:.1f}"
+    digits = 1 if middle >= 10 else 3
+    return f"{middle:.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
 
 def format_table(table: list[Row]) -> str:
-    """The rows in aligned columns under a head."""
+    """The rows in aligned columns under a head; without the host's times if there are none."""
 
     def cell(value: float | None, form: str) -> str:
-        return "not measured" if value is None else format(value, form)
+        return "-" if value is None else format(value, form)
 
-    head = ["rows", "loss", "forward ms", "fwd+bwd ms", "GB/s", "copy", "peak MB", "error"]
-    lines = [head] + [
-        [
-            str(row.rows),
-            row.name,
-            timing(row.forward),
-            timing(row.both) + (f" ({row.why})" if row.why else ""),
-            cell(row.gb_per_s, ".1f"),
-            cell(row.copy_share, ".0%"),
-            cell(row.peak_mb, ".1f"),
-            cell(row.error, ".1e"),
-        ]
-        for row in table
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    columns = {
+        "rows": [str(row.rows) for row in table],
+        "loss": [row.name for row in table],
+        "forward ms": [timing(row.forward) for row in table],
+        "fwd+bwd ms": [timing(row.fwd_bwd) for row in table],
+        "host ms": [timing(row.host) for row in table] if any(r.host for r in table) else [],
+        "GB/s": [cell(row.gb_per_s, ".1f") for row in table],
+        "roofline": [cell(row.roofline, ".0%") for row in table],
+        "peak MB": [cell(row.peak_mb, ".1f") for row in table],
+        "error": [cell(row.error, ".1e") for row in table],
+        "": [row.skip_reason for row in table],
+    }
+    aligned = []
+    for head, cells in columns.items():
+        if cells:
+            width = max(map(len, (head, *cells)))
+            aligned.append([text.ljust(width) for text in (head, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
 
 
 def plot(table: list[Row], path: Path, title: str) -> None:
-    """Time and memory over rows, log axes."""
-    from matplotlib.figure import Figure  # here: neither the table nor the kernels need it
+    """Time and memory of each loss, a dot for each number of rows; the fused losses in blue."""
+    import matplotlib  # here: neither the table nor the kernels need it
+    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    time_axes, memory_axes = figure.subplots(1, 2)
-    for name in dict.fromkeys(row.name for row in table if row.both):
-        rows = [row for row in table if row.name == name]
-        counts = [row.rows for row in rows]
-        style = "o--" if "unfused" in name or "Liger" in name else "o-"
-        medians = [statistics.median(row.both) for row in rows]
-        time_axes.plot(counts, medians, style, label=name)
-        memory = [row.peak_mb or float("nan") for row in rows]
-        memory_axes.plot(counts, memory, style, label=name)
-    for axes, label in ((time_axes, "forward + backward, ms"), (memory_axes, "peak memory, MB")):
-        axes.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
-        axes.grid(alpha=0.3)
-    time_axes.legend(fontsize="small")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    measured = [row for row in table if row.fwd_bwd]
+    names = list(dict.fromkeys(row.name for row in measured))[::-1]
+    counts = sorted({row.rows for row in measured})
+    style: dict[Any, Any] = {  # Any: matplotlib types the keys as 300 literals
+        "axes.axisbelow": True, "axes.edgecolor": FAINT, "axes.grid": True,
+        "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left",
+        "axes.titleweight": "bold", "font.size": 11, "grid.color": GRID, "text.color": INK,
+        "xtick.color": FAINT, "xtick.minor.size": 0, "ytick.color": INK, "ytick.major.size": 0,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(11, 1.8 + 0.33 * len(names)), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for row in measured:
+            shade = 0.45 + 0.5 * counts.index(row.rows) / max(1, len(counts) - 1)
+            colours = "Blues" if row.name.startswith("fused") else "Greys"
+            colour = matplotlib.colormaps[colours](shade)
+            values = statistics.median(row.fwd_bwd), row.peak_mb or float("nan")
+            for axes, value in zip(panels, values, strict=True):
+                axes.plot(value, names.index(row.name), "o", color=colour, markersize=8)
+        heads = "Forward + backward, ms", "Peak memory, MB"
+        for axes, head in zip(panels, heads, strict=True):
+            axes.set_title(head)
+            axes.set(xscale="log", yticks=range(len(names)), yticklabels=names)
+            axes.xaxis.set_major_formatter("{x:g}")
+        figure.suptitle(f"{title}\nlight to dark: {', '.join(f'{n:,}' for n in counts)} rows",
+                        x=0.01, ha="left", fontsize=10, color=FAINT)  # fmt: skip
+        figure.savefig(path, dpi=200)

@@ -1,78 +1,156 @@
-"""The benchmark at small sizes: every path runs, gauges gauge, unmeasured cells say so."""
+"""The benchmark at small sizes: every loss runs, measurements measure, and skipped rows say why."""
 
 import json
 import multiprocessing
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kernels import benchmark, fused_kl_div, fused_linear_kl_div, measure
+from kernels.benchmark import LOSSES, Case, Loss, Setting, make_target, skip_reason
 from tests.kernels.kl_cases import DEVICE, two_level
 
-SIZES = [
-    "--rows",
-    "3",
-    "5",
-    "--vocab",
-    "1001",
-    "--width",
-    "16",
-    "--seconds",
-    "0",
-    "--device",
-    DEVICE,
-]
+ROOT = Path(__file__).parents[2]
+SIZES = ["--rows", "3", "5", "--vocab", "1001", "--width", "16", "--seconds", "0", "--device"]
 
 
 def test_every_loss_is_measured_or_says_why_not(capsys, tmp_path, monkeypatch):
-    """The table, the figure, the JSON line; the compiled row stands in eagerly, to save minutes."""
+    """The table, the figure, the JSON line; the compiled losses stay eager, to save minutes."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    benchmark._compiled.cache_clear()
-    benchmark.main([*SIZES, "--json", "--plot", str(tmp_path / "benchmark.png")])
-    benchmark._compiled.cache_clear()
+    benchmark.compiled.cache_clear()
+    benchmark.main([*SIZES, DEVICE, "--json", "--plot", str(tmp_path / "benchmark.png")])
+    benchmark.compiled.cache_clear()
     *lines, last = capsys.readouterr().out.splitlines()
     table = json.loads(last)["table"]
-    assert [row["rows"] for row in table] == [3] * 8 + [5] * 8
+    assert [row["rows"] for row in table] == [3] * len(LOSSES) + [5] * len(LOSSES)
     for row, line in zip(table, lines[-len(table) :], strict=True):
         assert row["name"] in line
-        measured = [row["forward"], row["both"], row["gb_per_s"], row["peak_mb"], row["error"]]
-        if row["why"]:
-            assert row["name"].startswith("Liger")
+        measured = [row[key] for key in ("forward", "fwd_bwd", "roofline", "peak_mb", "error")]
+        if row["skip_reason"]:
+            assert LOSSES[row["name"]].needs
             assert not any(measured)
-            assert line.count("not measured") == 6
+            assert line.endswith(row["skip_reason"])
         else:
-            assert len(row["forward"]) == len(row["both"]) == 3
+            assert len(row["forward"]) == len(row["fwd_bwd"]) == 3
             assert row["error"] < 1e-5
-            assert "not measured" not in line
+            assert " - " not in line
             assert re.search(r"\d ± \d", line)
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 
 
 def test_the_triton_paths_run_in_the_benchmark():
-    """As on CUDA, where they are the default; in the interpreter without one."""
+    """As on CUDA, where they are the default."""
     losses = {
-        "fused": lambda z, t: fused_kl_div(z, t, impl="triton"),
-        "fused, in place": lambda z, t: fused_kl_div(z, t, inplace_backward=True, impl="triton"),
-        "fused linear": lambda h, w, t: fused_linear_kl_div(h, w, t, impl="triton"),
+        "fused": Loss(partial(fused_kl_div, impl="triton")),
+        "in place": Loss(
+            partial(fused_kl_div, inplace_backward=True, impl="triton"), in_place=True
+        ),
+        "fused linear": Loss(partial(fused_linear_kl_div, impl="triton"), head=True),
     }
-    setting = benchmark.Setting(torch.device(DEVICE), torch.float32, vocab=203, width=8)
+    setting = Setting(torch.device(DEVICE), torch.float32, vocab=203, width=8)
     for row in benchmark.measure(2, setting, 1e9, 0.0, losses):
-        assert row.error is not None
         assert row.error < 1e-5
 
 
-def test_a_rival_that_is_missing_says_what_is_missing(monkeypatch):
-    """No liger-kernel; then one of its releases that has one of the two losses."""
-    setting = benchmark.Setting(torch.device("cuda"), torch.float32, vocab=7, width=8)
-    found = set()
-    monkeypatch.setattr(benchmark, "find_spec", lambda name: name if name in found else None)
-    for name in benchmark.LIGER:
-        assert benchmark.why_not(name, setting) == "liger-kernel is not installed"
-    found |= {"liger_kernel", "liger_kernel.transformers.kl_div"}
-    assert benchmark.why_not("Liger log_softmax + KL", setting) == ""
-    assert "has no liger_kernel" in benchmark.why_not("Liger fused linear KL", setting)
+def kl_with_head(h, w, p):
+    return F.kl_div(F.log_softmax(F.linear(h, w), -1), p, reduction="batchmean")
+
+
+LIBRARIES = {  # what each module of another library offers, in PyTorch
+    "Liger log_softmax + KL": {"LigerKLDIVLoss": torch.nn.KLDivLoss},
+    "Liger fused linear KL": {"LigerFusedLinearKLDivLoss": lambda: kl_with_head},
+    "flash-attention cross entropy": {
+        "cross_entropy_loss": lambda z, y: (F.cross_entropy(z, y, reduction="none"), None)
+    },
+    "unsloth cross entropy": {
+        "fast_cross_entropy_loss": lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
+    },
+}
+
+
+def test_losses_of_other_libraries_are_called_as_they_are_written(monkeypatch):
+    """Each with a stand-in for its module: the gradient is that of the target that it takes."""
+    setting = Setting(torch.device(DEVICE), torch.float32, vocab=203, width=8)
+    assert {name for name, loss in LOSSES.items() if loss.needs} == set(LIBRARIES)
+    for name, contents in LIBRARIES.items():
+        loss = LOSSES[name]
+        monkeypatch.setitem(sys.modules, loss.needs, SimpleNamespace(**contents))
+        logits = setting.randn(3, 203, scale=1.0)
+        with_head = setting.randn(3, 8, scale=1.0), setting.randn(203, 8, scale=0.5)
+        inputs = with_head if loss.head else (logits,)
+        case = Case(loss, inputs, make_target(loss.target, 3, setting))
+        case.prepare()
+        case.fwd_bwd()
+        assert case.error() < 1e-5
+        assert skip_reason(name, loss, torch.device("cuda")) == ""
+        monkeypatch.setitem(sys.modules, loss.needs, None)
+        assert loss.needs in skip_reason(name, loss, torch.device("cuda"))
+        assert skip_reason(name, loss, torch.device("cpu")) == "needs CUDA"
+
+
+def test_the_queue_is_filled_before_the_events_and_the_host_is_timed_apart(monkeypatch):
+    """On CUDA the device sleeps while the host launches: its time is between the events alone."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("event")
+
+        def elapsed_time(self, other):
+            return 7.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
+    device, host = measure.device_and_host(lambda: calls.append("step"), torch.device("cuda:1"))
+    assert calls == ["synchronize", "sleep", "event", "step", "event", "synchronize"]
+    assert device == 7.0
+    assert 0 < host < 7.0
+
+
+def test_the_host_has_a_column_where_it_was_timed():
+    """On CUDA alone; its median, and half the interquartile range."""
+    row = benchmark.Row("fused", 8, forward=[1.0, 2.0], fwd_bwd=[3.0, 4.0])
+    assert "host ms" not in benchmark.format_table([row])
+    row.host = [0.4, 0.5]
+    head, line = benchmark.format_table([row]).splitlines()
+    assert line[head.index("host ms") :].startswith("0.450 ± 0.075")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1000"), ("77", "77")])
+def test_threads_of_the_command_spin_briefly_unless_the_user_says_otherwise(given, expected):
+    """libgomp prints the value that it has read, once for each time that it was loaded."""
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"GOMP_SPINCOUNT": given} if given else {})
+    command = [sys.executable, "-m", "kernels.benchmark", "--help"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "--rows" in result.stdout
+    values = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr)
+    if not values:
+        pytest.skip("this build of PyTorch has another OpenMP")
+    assert values[-1] == expected
+
+
+def test_the_library_leaves_the_environment_alone():
+    """Only the command sets it."""
+    script = (
+        "import os; old = {**os.environ}; import kernels, model, weights; assert old == os.environ"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
 
 
 def in_a_process_of_its_own(function, *arguments):
@@ -82,8 +160,8 @@ def in_a_process_of_its_own(function, *arguments):
 
 
 def peaks_of_two_tensors():
-    """Two tensors of 40 MB, at the same time and one after the other, MB; -1 where there is no
-    gauge. The larger peak first: it must not stand for the other."""
+    """Two tensors of 40 MB, at the same time and one after the other, MB; -1 where it cannot
+    be measured. The larger peak first: it must not stand for the other."""
 
     def one_by_one():
         for _ in range(2):
@@ -106,8 +184,8 @@ def test_peak_memory_is_that_of_the_largest_moment():
 
 
 def peaks_of_the_fused_losses(rows, vocab, width):
-    """Of fused, fused in place and fused linear in chunks of 16 rows, MB; -1 where there
-    is no gauge. The least of five each: what else the process does only adds."""
+    """Fused, fused linear in chunks of 16 rows, fused in place, MB; -1 where it cannot be
+    measured. The least of five each: what else the process does only adds."""
     device, target = torch.device(DEVICE), two_level(vocab)
     logits = torch.randn(rows, vocab, device=DEVICE).requires_grad_()
     hidden = torch.randn(rows, width, device=DEVICE).requires_grad_()
@@ -129,8 +207,8 @@ def peaks_of_the_fused_losses(rows, vocab, width):
 
 def test_fused_losses_stay_within_their_memory():
     """256 rows of 50,257 in float32, 51 MB: the fused loss takes one such buffer, in place none,
-    and the linear one, in chunks of 16 rows, less than half: the logits never are whole. Allowed
-    besides are 8 MB: 2 MB of scratch, the rounding to 2 MB pages, what malloc keeps."""
+    and the linear one, in chunks of 16 rows, less than half: it never holds all logits. Another
+    8 MB are allowed: 2 MB of scratch, rounding to 2 MB pages, and what malloc keeps."""
     rows, vocab, width, spare = 256, 50257, 16, 8
     sizes = rows, vocab, width
     fused, linear, in_place = in_a_process_of_its_own(peaks_of_the_fused_losses, *sizes)
