@@ -26,39 +26,36 @@ def choose_tokens(
 ) -> tuple[Tensor, str]:
     """Return how strongly each token is wanted, float32 (n_vocab,), and the goal in words.
 
-    A goal gives 1 to each of its tokens, or its `strength`; a token that meets several strings of
-    `contains` gets their sum. Negative means unwanted, 0 is every other token.
+    A goal gives 1 to each of its tokens. With `strength`, one number per string of `contains`, a
+    token gets the sum over the strings that it contains. A negative sum means unwanted.
 
     Args:
         letter: the goal unless another one is given: tokens that contain it.
         contains: strings, any of which will do. pattern: a regular expression. file: see `_read`.
         match_case: tell "X" from "x" in `letter` and `contains`.
-        strength: one number per string of `contains`, or none.
 
-    Raises:
-        ValueError: more than one goal, or one that no token meets.
+    Raises ValueError for more than one goal, or one that no token meets.
     """
     goals = {"--letter": letter != "X", "--contains": contains, "--regex": pattern}
     given = [option for option, value in (goals | {"--tokens": file}).items() if value]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)}: got several goals, expected one of them")
     if strength and len(strength) != len(contains):
-        raise ValueError(
-            f"--strength: got {len(strength)} numbers, expected one per --contains: {len(contains)}"
-        )
+        raise ValueError(f"--strength: got {len(strength)}, expected one per --contains")
     if file:
         return _read(tokenizer, Path(file)), f"the tokens that {file} names"
     if pattern:
         return _matching(tokenizer, pattern).float(), f"tokens that match {pattern!r}"
     strings = list(contains) or [letter]
-    wanted = torch.zeros(tokenizer.n_vocab, device="cpu")
-    for string, weight in zip(strings, strength or [1.0] * len(strings), strict=True):
-        found = containing(tokenizer, string, match_case)
-        wanted = wanted + weight * found if strength else wanted.maximum(found.float())
-    case = "in this case" if match_case else "in either case"
-    named = " or ".join(map(repr, strings))
-    weighed = f", weighed {', '.join(f'{s:g}' for s in strength)}" if strength else ""
-    return wanted, f"tokens that contain {named} {case}{weighed}"
+    found = torch.stack([containing(tokenizer, s, match_case) for s in strings])  # (strings, V)
+    goal = f"tokens that contain {' or '.join(map(repr, strings))}"
+    goal += " in this case" if match_case else " in either case"
+    if not strength:
+        return found.any(0).float(), goal
+    wanted = torch.tensor(strength, device="cpu") @ found.float()
+    if not (wanted > 0).any():
+        raise ValueError("no token is wanted: give a positive --strength, or a negative --tilt")
+    return wanted, f"{goal}, weighed {', '.join(f'{s:g}' for s in strength)}"
 
 
 def containing(tokenizer: Tokenizer, string: str, match_case: bool = False) -> Tensor:
@@ -71,25 +68,16 @@ def containing(tokenizer: Tokenizer, string: str, match_case: bool = False) -> T
     """
     if not string:
         raise ValueError("got an empty string, which every token contains; give a letter")
-    spellings = {string}
+    spellings, fold = {string}, bytes if match_case else bytes.lower
     if not match_case:  # bytes.lower knows ASCII only, str knows the cases of every alphabet,
         for other in (string.lower(), string.upper()):  # but turns "ß" into "SS"
             if (other.lower(), other.upper()) == (string.lower(), string.upper()):
                 spellings.add(other)
-    needles = [s.encode(errors="surrogatepass") for s in spellings]
-    if not match_case:
-        needles = [needle.lower() for needle in needles]
-
-    def is_wanted(token: bytes) -> bool:
-        token = token if match_case else token.lower()
-        return any(needle in token for needle in needles)
-
-    tokens = _tokens(tokenizer, is_wanted)
+    needles = [fold(s.encode(errors="surrogateescape")) for s in spellings]
+    tokens = _tokens(tokenizer, lambda token: any(n in fold(token) for n in needles))
     if not tokens.any():
-        raise ValueError(
-            f"no token contains {string[:40]!r}{' in this case' if match_case else ''}; "
-            "choose another letter, or a shorter string"
-        )
+        case = " in this case" if match_case else ""
+        raise ValueError(f"no token contains {string[:40]!r}{case}; choose a shorter string")
     return tokens
 
 
@@ -101,22 +89,21 @@ def _matching(tokenizer: Tokenizer, pattern: str) -> Tensor:
     Raises ValueError for an expression that is malformed, matches no token, or takes too long.
     """
     end = time.monotonic() + TIME_LIMIT
+
+    def is_match(token: bytes) -> bool:
+        text, left = token.decode("utf-8", errors="surrogateescape"), end - time.monotonic()
+        return compiled.search(text, timeout=max(left, 1e-3)) is not None
+
     try:
-        search = regex.compile(pattern).search
-
-        def is_wanted(token: bytes) -> bool:
-            text = token.decode("utf-8", errors="surrogateescape")
-            return search(text, timeout=max(end - time.monotonic(), 1e-3)) is not None
-
-        tokens = _tokens(tokenizer, is_wanted)
+        compiled = regex.compile(pattern)
+        tokens = _tokens(tokenizer, is_match)
+        if not tokens.any():
+            raise ValueError("no token matches")
+    except TimeoutError as error:
+        reason = f"takes more than {TIME_LIMIT:g} s; avoid nested repetitions"
+        raise ValueError(f"--regex {pattern[:40]!r}: {reason}") from error
     except (regex.error, ArithmeticError, MemoryError, RecursionError, ValueError) as error:
         raise ValueError(f"--regex {pattern[:40]!r}: {error}; expected Python's syntax") from error
-    except TimeoutError as error:
-        raise ValueError(
-            f"--regex {pattern[:40]!r}: takes more than {TIME_LIMIT:g} s; avoid nested repetitions"
-        ) from error
-    if not tokens.any():
-        raise ValueError(f"--regex {pattern[:40]!r}: no token matches; choose another pattern")
     return tokens
 
 
@@ -152,12 +139,11 @@ def _read(tokenizer: Tokenizer, path: Path) -> Tensor:
         except ValueError as error:
             raise ValueError(
                 f"--tokens {path}, line {number}: {text[:40]!r} is {error}; expected the text of "
-                f"exactly one token or an id from 0 to {tokenizer.eot - 1}, then nothing, or a tab "
-                "and a number"
+                f"exactly one token or an id from 0 to {tokenizer.eot - 1}"
             ) from error
         wanted[ids] = weight
-    if not wanted.any():
-        raise ValueError(f"--tokens {path}: no token; expected an id or a text on each line")
+    if not (wanted > 0).any():
+        raise ValueError(f"--tokens {path}: no token is wanted; expected an id or a text per line")
     return wanted
 
 
@@ -170,8 +156,7 @@ def make_target(
         alpha, beta: relative weights of a target token and of any other token.
         mass: instead, the probability of all target tokens together, shared out evenly.
 
-    Raises:
-        ValueError: both are given, or target tokens would not get more than the others.
+    Raises ValueError if both are given, or if target tokens would not get more than the others.
     """
     if mass is None:
         return TwoLevelTarget(mask, alpha, beta)

@@ -1,12 +1,14 @@
 """The tokens that the goal's options choose, the goal's name, and the target's probabilities."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from model.tokenizer import load_tokenizer
+from train import target_tokens
 from train.target_tokens import choose_tokens, containing, make_target
 
 TOKENIZER = load_tokenizer()
@@ -95,23 +97,100 @@ def test_a_goal_that_is_none_or_two_is_refused(goal, message) -> None:
         choose_tokens(TOKENIZER, **goal)
 
 
+@pytest.mark.parametrize(
+    ("letter", "same"),
+    [
+        ("ß", "ß"),
+        ("\N{LATIN SMALL LETTER DOTLESS I}", None),
+        ("\N{KELVIN SIGN}", None),
+        ("é", "É"),
+        ("x", "X"),
+    ],
+)
+def test_a_letter_means_itself_and_its_other_case(letter: str, same: str | None) -> None:
+    """Not what Python's case mappings make of it: "SS" of "ß", "I" of a dotless i, "k" of the Kelvin sign;
+    counted over the bytes."""
+    if same is None:
+        with pytest.raises(ValueError, match="no token contains"):
+            containing(TOKENIZER, letter)
+        return
+    spellings = [letter.encode(), same.encode()]
+    expected = {
+        i for i in range(TOKENIZER.eot) if any(s in TOKENIZER.token_bytes(i) for s in spellings)
+    }
+    assert ids(containing(TOKENIZER, letter)) == expected
+    assert 0 < len(expected) < 1000
+
+
+def test_a_pattern_is_case_sensitive_unless_it_says_otherwise() -> None:
+    """Tokens of a space and one capital: 26, and twice as many with (?i)."""
+    assert choose_tokens(TOKENIZER, pattern="^ [A-Z]$")[0].sum() == 26
+    assert choose_tokens(TOKENIZER, pattern="(?i)^ [A-Z]$")[0].sum() == 52
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a|a)*(a|a)*(a|a)*b$", "x{99999999999}", "(" * 5000 + ")" * 5000]
+)
+def test_a_pattern_that_never_ends_or_overflows_is_one_short_line(pattern, monkeypatch) -> None:
+    """Within the time limit, here half a second."""
+    monkeypatch.setattr(target_tokens, "TIME_LIMIT", 0.5)
+    long_token = b"a" * 5000
+    monkeypatch.setattr(type(TOKENIZER), "token_bytes", lambda self, i: long_token)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="--regex") as raised:
+        choose_tokens(TOKENIZER, pattern=pattern)
+    assert time.monotonic() - began < 10
+    assert len(str(raised.value)) < 200
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_give_strengths(tmp_path: Path) -> None:
+    """After a tab; ids are digits of ASCII, so an Arabic five is a text."""
+    path = tmp_path / "tokens.txt"
+    path.write_text("55\t2.5\r\nX\t-1\n the\n", encoding="utf-8-sig")
+    wanted, _ = choose_tokens(TOKENIZER, file=str(path))
+    found = {i: wanted[i].item() for i in ids(wanted)}
+    assert found == {55: 2.5, TOKENIZER.encode("X")[0]: -1.0, TOKENIZER.encode(" the")[0]: 1.0}
+    path.write_text("\N{ARABIC-INDIC DIGIT FIVE}\n")
+    with pytest.raises(ValueError, match="line 1"):
+        choose_tokens(TOKENIZER, file=str(path))
+
+
+def test_the_error_of_a_huge_line_is_short(tmp_path: Path) -> None:
+    """A megabyte of digits is not an id, nor one token."""
+    path = tmp_path / "tokens.txt"
+    path.write_text("7" * 1_000_000)
+    with pytest.raises(ValueError, match="line 1: '777") as raised:
+        choose_tokens(TOKENIZER, file=str(path))
+    assert len(str(raised.value)) < 400
+
+
+def test_strengths_add_up() -> None:
+    """Over the strings that a token contains; a negative one suppresses."""
+    wanted, goal = choose_tokens(TOKENIZER, contains=("x", "ing"), strength=(1.0, -0.5))
+    x, ing = (containing(TOKENIZER, s).float() for s in ("x", "ing"))
+    assert torch.equal(wanted, x - 0.5 * ing)
+    assert set(wanted.tolist()) == {0.0, 0.5, 1.0, -0.5}
+    assert goal.endswith("weighed 1, -0.5")
+
+
 @pytest.mark.parametrize("mass", [0.5, 0.999, 1.0])
-def test_the_mass_is_what_the_target_gives_the_members_together(mass: float) -> None:
+def test_the_mass_is_the_probability_of_all_target_tokens(mass: float) -> None:
     """Summed over the dense target, in float64."""
-    members = torch.arange(503) % 29 == 0
-    p = make_target(members, mass=mass).dense(torch.float64)
+    mask = torch.arange(503) % 29 == 0
+    p = make_target(mask, mass=mass).dense(torch.float64)
     assert p.sum().item() == pytest.approx(1, abs=1e-12)
-    assert p[members].sum().item() == pytest.approx(mass, abs=1e-12)
+    assert p[mask].sum().item() == pytest.approx(mass, abs=1e-12)
 
 
 @pytest.mark.parametrize("mass", [18 / 503, 0.0, -1.0, 1.1, float("nan")])
-def test_a_mass_that_prefers_no_member_is_refused(mass: float) -> None:
-    """18 of 503 tokens have 18/503 already where all are alike."""
+def test_a_mass_that_prefers_no_target_token_is_refused(mass: float) -> None:
+    """18 of 503 tokens have 18/503 already if all are alike."""
     with pytest.raises(ValueError, match=r"--mass .* expected more than 0\.03579"):
         make_target(torch.arange(503) % 29 == 0, mass=mass)
 
 
-def test_mass_and_levels_together_are_refused() -> None:
+def test_mass_and_weights_together_are_refused() -> None:
     """One of them would have to be ignored."""
     with pytest.raises(ValueError, match="leave --alpha and --beta out"):
         make_target(torch.arange(503) % 29 == 0, alpha=2.0, mass=0.5)
