@@ -5,7 +5,15 @@ no masks, no `lm_head`), in the official layout: affine weights are (in, out).
 """
 
 import os
+import re
+import sys
 from pathlib import Path
+
+# Python leaves sys.argv[0] at "-m" while it looks for the module to run.
+if sys.argv[:1] == ["-m"] and re.search(
+    rf"-m ?{__name__}(?!\w|\.official\b)", " ".join(sys.orig_argv)
+):
+    sys.exit(f"To download or check weights: python -m {__name__}.official --help")
 
 from torch import Tensor
 
