@@ -23,7 +23,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -71,21 +70,19 @@ def find_files(path: Path) -> list[Path]:
             f"in torch.load({str(path)!r}, weights_only=True).items()}}, "
             f'{str(path.with_name(FILE_NAME))!r})"'
         )
-    return _shards(path) if path.name.endswith(INDEX_SUFFIX) else [path]
-
-
-def _shards(index: Path) -> list[Path]:
+    if not path.name.endswith(INDEX_SUFFIX):
+        return [path]
     try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-        if not names or any(Path(name).name != name for name in names):
+        shards = set(json.loads(path.read_bytes())["weight_map"].values())
+        if not shards or any(Path(shard).name != shard for shard in shards):
             raise ValueError("expected names of files beside it")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{index} is not an index of shards: {error!r:.200}") from error
-    return [index.with_name(name) for name in sorted(names)]
+        raise WeightsError(f"{path} is not an index of shards: {error!r:.200}") from error
+    return [path.with_name(shard) for shard in sorted(shards)]
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, by the names stored in it, in the order of their bytes.
+def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
+    """Yields the tensors of a safetensors file in the order of their bytes, prefixes stripped.
 
     Raises WeightsError if the file cannot be read, if its header is malformed or does not match its
     size, and at a dtype that no GPT-2 file holds.
@@ -100,55 +97,47 @@ def read_header(path: Path) -> dict[str, Entry]:
             names = tensors.offset_keys()
             if len(names) > MOST_TENSORS:
                 raise WeightsError(f"{path} is not a GPT-2: got {len(names)} tensors")
-            entries, begin = {}, 8 + int.from_bytes(start[:8], "little")
-            for name in names:
-                view = tensors.get_slice(name)
+            begin = 8 + int.from_bytes(start[:8], "little")
+            for stored in names:
+                name, view = PREFIX.sub("", stored, count=1), tensors.get_slice(stored)
                 entry = Entry(path, begin, view.get_dtype(), tuple(view.get_shape()))
-                if entry.dtype not in MASK_DTYPES:
+                if entry.dtype not in (MASK_DTYPES if MASK.fullmatch(name) else DTYPES):
                     raise WeightsError(
                         f"{path}: {name[:80]!r}: got {entry.dtype}, expected one of {[*DTYPES]}"
                     )
                 begin += math.prod(entry.shape) * MASK_DTYPES[entry.dtype].itemsize
-                entries[name] = entry
+                yield name, entry
     except (OSError, SafetensorError) as error:
         text = start.lstrip().lower()
+        problem = (
+            f"cannot be read as a complete safetensors file: {error!s:.200}. "
+            "Remove it and download or save it again"
+        )
         if text.startswith(b"version https://git-lfs"):
             problem = "is a Git LFS pointer, not the file itself: run git lfs pull"
         elif text.startswith((b"<!doctype", b"<html")):
             problem = "is an HTML page, not the file itself: download from a link with /resolve/"
-        else:
-            problem = (
-                f"cannot be read as a complete safetensors file: {error!s:.200}. "
-                "Remove it and download or save it again"
-            )
         raise WeightsError(f"{path} {problem}") from error
-    return entries
 
 
 def read_entries(path: Path) -> tuple[dict[str, Entry], Layout]:
     """Every stored tensor of a GPT-2 by its official name, in the order of bytes, and the sizes.
 
-    `path` is a file or a folder. Prefixes are stripped; masks and `lm_head.weight` are included.
-    Raises WeightsError if names, shapes, dtypes or a config.json beside them are not a GPT-2's.
+    `path` is a file or a folder. Masks and `lm_head.weight` are among the tensors. Raises
+    WeightsError if names, shapes, dtypes or a config.json beside them are not a GPT-2's.
     """
     files = find_files(path)
     entries: dict[str, Entry] = {}
     for file in files:
-        for stored, entry in read_header(file).items():
-            name = PREFIX.sub("", stored, count=1)
+        for name, entry in read_header(file):
             if name in entries:
                 raise WeightsError(f"{file}: {name[:80]!r}: got it twice, with other prefixes")
             entries[name] = entry
-    masks = {name for name in entries if MASK.fullmatch(name)}
-    shapes = {name: e.shape for name, e in entries.items() if name not in masks}
+    shapes = {name: e.shape for name, e in entries.items() if not MASK.fullmatch(name)}
     head = shapes.pop(HEAD, None)
     layout = check_layout(shapes, str(path))
     if head is not None and head != shapes["wte.weight"]:
         raise WeightsError(f"{path}: {HEAD}: got {head}, expected {shapes['wte.weight']}")
-    for name in entries.keys() - masks:
-        if entries[name].dtype not in DTYPES:
-            got = entries[name].dtype
-            raise WeightsError(f"{path}: {name}: got {got}, expected one of {[*DTYPES]}")
     check_config(files[0].with_name("config.json"), layout)
     return entries, layout
 
@@ -197,17 +186,13 @@ def read_tensors(path: Path, digest: "hashlib._Hash | None" = None) -> Iterator[
 
 
 def _check_finite(tensor: Tensor, source: str) -> None:
-    """Raises WeightsError at the first NaN or infinity of a float32 tensor on the CPU."""
-    values = tensor.numpy().reshape(-1)
-    # Either one always shows in the sum, which costs far less than a look at every value.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(values.sum()):
-            return
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):  # else the sum alone overflowed
-        raise WeightsError(
-            f"{source}: got {values[bad[0]]} at flat index {bad[0]}, expected finite values"
-        )
+    """Raises WeightsError at the first NaN or infinity."""
+    # Either always shows in the sum, which costs far less than a look at every value.
+    if not tensor.sum().isfinite():
+        bad = tensor.flatten().isfinite().logical_not().nonzero()
+        if len(bad):  # else the sum alone overflowed
+            value, at = tensor.flatten()[bad[0]].item(), bad[0].item()
+            raise WeightsError(f"{source}: got {value} at flat index {at}, expected finite values")
 
 
 def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:

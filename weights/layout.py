@@ -19,8 +19,8 @@ from typing import Any
 HEAD_DIM = 64
 MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks: constants that some files carry
 MOST_PROBLEMS_SHOWN = 5
-UNCHECKED = ("architectures", "bos_token_id", "eos_token_id")  # they do not change the function
-SAME_FUNCTION = (  # settings of config.json that are other names for GPT-2's
+UNCHECKED = ("architectures", "bos_token_id", "eos_token_id")  # no say in the function
+SAME_FUNCTION = (  # values that mean the same as GPT-2's
     ("n_inner", None),
     ("activation_function", "gelu_pytorch_tanh"),
     ("activation_function", "gelu_fast"),
@@ -64,27 +64,20 @@ class Layout:
     def shapes(self) -> dict[str, Shape]:
         """Name -> shape of every parameter; the head is `wte.weight`, so it has no entry."""
         C = self.n_embd
-        block: dict[str, Shape] = {
-            "ln_1.weight": (C,),
-            "ln_1.bias": (C,),
-            "attn.c_attn.weight": (C, 3 * C),  # q, k, v in that order
-            "attn.c_attn.bias": (3 * C,),
-            "attn.c_proj.weight": (C, C),
-            "attn.c_proj.bias": (C,),
-            "ln_2.weight": (C,),
-            "ln_2.bias": (C,),
-            "mlp.c_fc.weight": (C, 4 * C),
-            "mlp.c_fc.bias": (4 * C,),
-            "mlp.c_proj.weight": (4 * C, C),
-            "mlp.c_proj.bias": (C,),
-        }
-        return {
+        affine = {"attn.c_attn": (C, 3 * C)}  # q, k, v in that order
+        affine |= {"attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+        shapes: dict[str, Shape] = {
             "wte.weight": (self.vocab_size, C),
             "wpe.weight": (self.n_positions, C),
-            **{f"h.{n}.{k}": shape for n in range(self.n_layer) for k, shape in block.items()},
             "ln_f.weight": (C,),
             "ln_f.bias": (C,),
         }
+        for n in range(self.n_layer):
+            for name in "ln_1", "ln_2":
+                shapes |= {f"h.{n}.{name}.weight": (C,), f"h.{n}.{name}.bias": (C,)}
+            for name, shape in affine.items():
+                shapes |= {f"h.{n}.{name}.weight": shape, f"h.{n}.{name}.bias": shape[1:]}
+        return shapes
 
     def config(self) -> dict[str, Any]:
         """The `config.json` from which transformers builds the same model."""
@@ -110,7 +103,25 @@ def check_layout(found: Mapping[str, Shape], source: str) -> Layout:
     Raises WeightsError, which names `source` and the first few tensors that are missing, misshapen
     or unknown.
     """
-    layout = _sizes(found, source)
+    # Counted, not the largest index: a hostile h.999999999 must not size anything.
+    n_layer = len({m[1] for name in found if (m := re.match(r"h\.(\d+)\.", name))})
+    if not n_layer or not {"wte.weight", "wpe.weight"} <= found.keys():
+        names = ", ".join(repr(name[:40]) for name in list(found)[:4])
+        raise WeightsError(
+            f"{source} is not a GPT-2: got {len(found)} tensors ({names}, ...), "
+            "expected wte.weight, wpe.weight, h.0.ln_1.weight, ..."
+        )
+    for name in "wte.weight", "wpe.weight":
+        got = found[name]
+        if len(got) != 2 or 0 in got:
+            raise WeightsError(f"{source} is not a GPT-2: {name}: got {got}, expected a matrix")
+    vocab_size, n_embd = found["wte.weight"]
+    if n_embd % HEAD_DIM:
+        raise WeightsError(
+            f"{source} is not a GPT-2: wte.weight: got width {n_embd}, expected a multiple of "
+            f"{HEAD_DIM}, the width of a head"
+        )
+    layout = Layout(n_layer, n_embd, vocab_size, n_positions=found["wpe.weight"][0])
     expected = layout.shapes()
     problems = [f"{k}: missing, expected {v}" for k, v in expected.items() if k not in found]
     for name, shape in found.items():
@@ -125,32 +136,11 @@ def check_layout(found: Mapping[str, Shape], source: str) -> Layout:
     return layout
 
 
-def _sizes(found: Mapping[str, Shape], source: str) -> Layout:
-    # Counted, not the largest index: a hostile h.999999999 must not size anything.
-    n_layer = len({m[1] for name in found if (m := re.match(r"h\.(\d+)\.", name))})
-    if not n_layer or not {"wte.weight", "wpe.weight"} <= found.keys():
-        names = ", ".join(repr(name[:40]) for name in list(found)[:4])
-        raise WeightsError(
-            f"{source} is not a GPT-2: got {len(found)} tensors ({names}, ...), "
-            "expected wte.weight, wpe.weight, h.0.ln_1.weight, ..."
-        )
-    for name in "wte.weight", "wpe.weight":
-        if len(found[name]) != 2 or 0 in found[name]:
-            raise WeightsError(
-                f"{source} is not a GPT-2: {name}: got {found[name]}, expected two dimensions"
-            )
-    vocab_size, n_embd = found["wte.weight"]
-    if n_embd % HEAD_DIM:
-        raise WeightsError(
-            f"{source} is not a GPT-2: wte.weight: got width {n_embd}, expected a multiple of "
-            f"{HEAD_DIM}, the width of a head"
-        )
-    return Layout(n_layer, n_embd, vocab_size, n_positions=found["wpe.weight"][0])
-
-
 def check_config(path: Path, layout: Layout) -> None:
-    """Raises WeightsError if the config.json at `path`, where there is one, describes a model that
-    computes something else than the GPT-2 of these sizes."""
+    """Refuses a config.json that describes another function than the GPT-2 of these sizes.
+
+    Raises WeightsError, which lists the keys. Without such a file there is nothing to check.
+    """
     try:
         config = json.loads(path.read_bytes())
         if not isinstance(config, dict):
@@ -158,9 +148,7 @@ def check_config(path: Path, layout: Layout) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(
-            f"{path} cannot be read: {error}. Repair it, or remove it to go by the shapes alone"
-        ) from error
+        raise WeightsError(f"{path} cannot be read: {error}. Repair or remove it") from error
     expected = layout.config() | {
         "n_inner": 4 * layout.n_embd,
         "scale_attn_weights": True,
@@ -175,9 +163,8 @@ def check_config(path: Path, layout: Layout) -> None:
     wrong = [
         f"{key}: got {config[key]!r:.80}, expected {value!r}"
         for key, value in expected.items()
-        if key in config
+        if config.get(key, value) != value
         and key not in UNCHECKED
-        and config[key] != value
         and (key, config[key]) not in SAME_FUNCTION
     ]
     if wrong:

@@ -10,7 +10,6 @@ load hashes the file as it reads it: the tensors that come out are those that we
 """
 
 import hashlib
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -120,7 +119,6 @@ def describe(path: Path, every_tensor: bool = False) -> str:
     """
     entries, layout = read_entries(path)
     n_parameters = sum(tensor.numel() for _, tensor in read_tensors(path))
-    ignored = sum(math.prod(e.shape) for e in entries.values()) - n_parameters
     dtypes = Counter(e.dtype for e in entries.values())
     lines = [
         f"model:       GPT-2, {layout.n_layer} blocks, {layout.n_embd} wide, "
@@ -128,7 +126,6 @@ def describe(path: Path, every_tensor: bool = False) -> str:
         f"{layout.vocab_size:,} tokens",
         f"parameters:  {n_parameters:,}, all finite",
         f"tensors:     {len(entries)} ({', '.join(f'{n} {k}' for k, n in dtypes.items())})",
-        f"ignored:     {ignored:,} values of masks and a repeated head",
     ]
     for file in dict.fromkeys(e.path for e in entries.values()):
         with open(file, "rb") as opened:

@@ -125,7 +125,7 @@ def test_finite_values_whose_sum_overflows_are_accepted(parameters, tmp_path):
         ({"ln_f.bias": None}, r"ln_f\.bias: missing, expected \(128,\)"),
         ({"h.1.ln_2.bias": None}, r"h\.1\.ln_2\.bias: missing"),
         ({"wte.weight": None}, r"got 27 tensors \('h\.0\.attn\..*expected wte\.weight, wpe\.w"),
-        ({"wpe.weight": (24,)}, r"wpe\.weight: got \(24,\), expected two dimensions"),
+        ({"wpe.weight": (24,)}, r"wpe\.weight: got \(24,\), expected a matrix"),
         ({"wpe.weight": (24, 64)}, r"wpe\.weight: got \(24, 64\), expected \(24, 128\)"),
         ({"wpe.weight": (0, 128)}, r"wpe\.weight: got \(0, 128\)"),
         ({"h.0.attn.c_attn.weight": (384, 128)}, r"got \(384, 128\), expected \(128, 384\)"),
