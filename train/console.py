@@ -80,11 +80,11 @@ def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
             signal.signal(number, old)
 
 
-def say(text: str, error: bool = False) -> None:
+def say(text: str, error: bool = False, end: str = "\n") -> None:
     """Print a line on stdout or stderr, even if nobody reads it (`| head -1`)."""
     name = "stderr" if error else "stdout"
     try:
-        print(text, file=getattr(sys, name), flush=True)
+        print(text, end=end, file=getattr(sys, name), flush=True)
     except OSError:
         setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 

@@ -1,0 +1,91 @@
+"""Text from a model or from a run, printed as it is sampled.
+
+    python -m train.sample --prompt "In the morning the"
+    python -m train.sample --model gpt2-medium --temperature 0.8 --top-k 50
+    python -m train.sample --model runs/xfactor/lr-0.0001 --samples 3
+
+On a terminal, the target tokens of a run are highlighted in its text.
+"""
+
+import codecs
+import json
+import sys
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+from model import GPT2
+from model.generate import stream
+from model.tokenizer import load_tokenizer
+from train import console, cpu
+from weights import load_weights
+from weights.layout import expand, printable
+
+HIGHLIGHTED = "\x1b[7m{}\x1b[0m"  # reverse video, readable on any background
+
+
+@dataclass(frozen=True)
+class Options:
+    """Print text sampled from a GPT-2."""
+
+    model: str = "tiny"  # tiny, gpt2, gpt2-medium, gpt2-xl, a safetensors file or a run's folder
+    prompt: str = "Once upon a time"
+    samples: int = 1  # texts to print, one after the other
+    length: int = 64  # new tokens per sample, fewer if the text comes to its end
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_k: int = 0  # sample among the k likeliest tokens only; 0: among all
+    seed: int = 0  # the same seed prints the same text
+
+
+def sample(options: Options) -> None:
+    """Print the samples.
+
+    Raises ValueError for weights that cannot be loaded and for an option out of its range.
+    """
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed: got {options.seed}, expected 0 to 2^63 - 1")
+    tokenizer = load_tokenizer()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = GPT2.from_state_dict(load_weights(options.model), assign=True).to(device)
+    if model.config.vocab_size != tokenizer.n_vocab:
+        got = model.config.vocab_size
+        raise ValueError(f"{options.model}: got {got} tokens, expected GPT-2's {tokenizer.n_vocab}")
+    targets = _target_tokens(options.model) if sys.stdout.isatty() else frozenset()
+    prompt = torch.tensor([tokenizer.encode(options.prompt) or [tokenizer.eot]], device=device)
+    generator = torch.Generator(device).manual_seed(options.seed)
+    choice = options.temperature, options.top_k or None, generator, tokenizer.eot
+    for n in range(options.samples):
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be half a letter
+        console.say("\n" * (n > 0) + _visible(options.prompt), end="")
+        with cpu.few_row_products(device):
+            for token in map(int, stream(model, prompt, options.length, *choice)):
+                if token != tokenizer.eot:
+                    text = _visible(decoder.decode(tokenizer.token_bytes(token)))
+                    highlight = text and token in targets
+                    console.say(HIGHLIGHTED.format(text) if highlight else text, end="")
+        console.say(decoder.decode(b"", final=True))
+
+
+def _target_tokens(model: str) -> frozenset[int]:
+    """Return the ids that a run trained for; none where `model` is not the folder of a run."""
+    try:
+        config = json.loads((expand(model) / "config.json").read_bytes())
+        return frozenset(config["xfactor"]["target_token_ids"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return frozenset()
+
+
+def _visible(text: str) -> str:
+    """Escape everything in generated text, line breaks apart, that could steer a terminal."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def main() -> None:
+    """Run the command line."""
+    with console.command():
+        sample(tyro.cli(Options, prog="python -m train.sample", description=__doc__))
+
+
+if __name__ == "__main__":
+    main()
