@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from train.report.runs import Run, best, printable, read_runs
 from train.report.samples import count, moments, opening, pieces, typical
-from train.report.table import FORMATS, REPORTED, as_csv, measured, shown
+from train.report.table import FORMATS, as_csv, measured, shown
 from weights.checkpoint import atomic_write
 
 
@@ -109,7 +109,7 @@ def _page(runs: Sequence[Run]) -> str:
     ]  # fmt: skip
     names = dict.fromkeys(name for column in settings for name in column)
     return environment.get_template("report.html.jinja").render(
-        runs=runs, best=best(runs), themes=themes, columns=list(FORMATS)[:-1], reported=REPORTED,
+        runs=runs, best=best(runs), themes=themes, columns=list(FORMATS)[:-1],
         rows=[(moment, measured(*moment)) for moment in moments(runs)],
         figures={name: [base64.b64encode(svg).decode("ascii") for svg in pair]
                  for name, pair in drawn.items()},

@@ -116,8 +116,8 @@ def _curve(axes: Axes, name: str, runs: Sequence[Run], theme: Theme) -> None:
     for run, colour in zip(runs, colours(runs, theme), strict=True):
         for style, values in _values(name, run).items():
             updates = range(len(values)) if name in ("loss", "probability") else [*run.evaluations]
-            dot = "." if len(values) < 30 and style == "-" else ""
-            axes.plot(updates, values, style + dot, color=colour)
+            marker = "o" if style == "-" and len(values) < 30 else ""
+            axes.plot(updates, values, style, marker=marker, markersize=4, color=colour)
     drawn = {style for run in runs for style in _values(name, run)}
     keys = {text: style for style, text in styles.items() if style in drawn}
     lines = [axes.plot([], [], style, color=theme.faint)[0] for style in keys.values()]
@@ -146,41 +146,52 @@ def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     axes.set(xscale="log", ylim=(-0.11, 1.05), title="Target tokens gained, text lost")
     axes.set_ylabel("R: share of target tokens in sampled text")
     axes.set_xlabel("perplexity of the samples under the start model:  text  →  noise")
-    floors = {True: -math.inf, False: -math.inf}  # above the labels so far, left and right
-    order = sorted(zip(runs, colours(runs, theme), strict=True), key=lambda pair: pair[0].after.r)
-    for run, colour in order:
-        path = [(e.sample_perplexity, e.r) for e in run.evaluations.values()]
-        path = [(x, y) for x, y in path if 0 < x < math.inf]
-        axes.plot([x for x, _ in path], [y for _, y in path], ".-", color=colour, linewidth=1.2)
-        x, y = path[-1] if path else (1.0, run.after.r)
-        axes.plot(x, y, "o", color=colour, markersize=8)
-        dial = run.tilt is not None
+    ends = []
+    for run, colour in zip(runs, colours(runs, theme), strict=True):
+        path = [(e.sample_perplexity, e.r, step) for step, e in run.evaluations.items()]
+        path = [point for point in path if point[0] < math.inf] or [(1.0, run.after.r, 0)]
+        axes.plot([x for x, *_ in path], [y for _, y, _ in path], ".-", color=colour)
+        last_x, last_y, _ = path[-1]
+        axes.plot(last_x, last_y, "o", color=colour, markersize=8)
+        ends.append((last_y, last_x, run, colour))
         if run.predicted_r is not None:
-            axes.plot(x, run.predicted_r, "o", color=colour, markersize=8, fillstyle="none")
-        floors[dial] = y = max(y, floors[dial] + 0.06)
-        axes.annotate(
-            _escaped(run.label), (x, y), (-9, 0) if dial else (9, -9), weight="bold", color=colour,
-            textcoords="offset points", ha="right" if dial else "left", va="center",
-        )  # fmt: skip
+            axes.plot(last_x, run.predicted_r, "o", color=colour, markersize=8, mfc="none")
+        labelled = 0.0
+        for x, y, step in path:
+            if run.tilt is None and labelled + 0.1 < y < last_y - 0.1:
+                _label(axes, f"step {step}", x, y, colour, (5, -8), size=9)
+                labelled = y
+    ends.sort(key=lambda end: end[0])
+    above, below = -math.inf, math.inf  # the labels so far: upward on the left, down on the right
+    for y, x, run, colour in ends:
+        if run.tilt is not None:
+            above = max(y, above + 0.06)
+            _label(axes, run.label, x, above, colour, (-9, -4), ha="right", weight="bold")
+    for y, x, run, colour in reversed(ends):
+        if run.tilt is None:
+            below = min(y, below - 0.06)
+            _label(axes, run.label, x, below, colour, (9, -12), weight="bold")
     for x, y in sorted({(run.before.sample_perplexity, run.before.r) for run in runs}):
         axes.plot(x, y, "D", color=theme.ink, markersize=7)
-        axes.annotate("before", (x, y), (6, -9), textcoords="offset points", ha="right", va="top")
+        _label(axes, "before", x, y, theme.ink, (6, -19), ha="right")
     axes.margins(x=0.16)
-    for text, mark, fill in (
-        ("before", "D", None),
-        ("after", "o", None),
-        ("predicted R", "o", "w"),
-    ):
-        axes.plot([], [], mark, color=theme.faint, fillstyle="none" if fill else "full", label=text)
+    for text, mark, fill in (("before", "D", "full"), ("after", "o", "full"),
+                             ("predicted R", "o", "none")):  # fmt: skip
+        axes.plot([], [], mark, color=theme.faint, fillstyle=fill, label=text)
     axes.legend(loc="lower right")
+
+
+def _label(axes: Axes, text: str, x: float, y: float, colour: str, offset: tuple[int, int],
+           **style: Any) -> None:  # fmt: skip
+    axes.annotate(_escaped(text), (x, y), offset, textcoords="offset points", color=colour, **style)
 
 
 def _write_texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     """Before, and after up to five of the runs: a heading, and two lines of text each."""
     axes.set_axis_off()
-    shown = moments(runs)[:: math.ceil(len(moments(runs)) / 6)]
+    shown = moments(runs)[:: math.ceil(len(moments(runs)) / 6)]  # at most 6, the start first
     for i, (run, evaluation) in enumerate(shown):
-        top, before = 1 - i / len(shown), evaluation is run.before
+        top, before = 1 - i / 6, evaluation is run.before
         title = "before" if before else _escaped(f"{run.label}: {run.kind}")
         colour = theme.ink if before else colours(runs, theme)[list(runs).index(run)]
         axes.text(0, top, title, color=colour, weight="bold", va="top")

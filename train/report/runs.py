@@ -110,13 +110,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if not runs:
         places = printable(", ".join(map(str, paths)) or "no folder")
         raise ValueError(f"{places}: got no finished step, expected {EXPECTED}")
+    rates = {run.lr for run in runs if run.tilt is not None}
+    for run in runs:
+        if run.tilt is not None and len(rates) > 1:
+            run.label += f", lr {scientific(run.lr)}"
     labels = [run.label for run in runs]
-    if len({run.lr for run in runs if run.tilt is not None}) > 1:
-        labels = [run.label if run.tilt is None else f"{run.label}, lr {scientific(run.lr)}"
-                  for run in runs]  # fmt: skip
-    for run, label in zip(runs, labels, strict=True):
-        place = printable(run.folder.resolve().parent.name)
-        run.label = f"{label} ({place})" if labels.count(label) > 1 else label
+    for run in runs:
+        if labels.count(run.label) > 1:
+            run.label += f" ({printable(run.folder.resolve().parent.name)})"
     return runs
 
 
@@ -145,12 +146,10 @@ def _find(path: Path) -> list[Run]:
         if not configs:
             raise ValueError("got no run" if path.is_dir() else "got no folder")
 
-    def order(run: Run) -> tuple[bool, int, int, Path]:
-        tilts, rates = run.about["options"]["tilt"], run.about["options"]["lr"]
-        place = [*tilts, run.tilt].index(run.tilt), [*rates, run.lr].index(run.lr)
-        return run.tilt is not None, *place, run.folder
-
-    return sorted((_read(config.parent) for config in configs), key=order)
+    runs = [_read(config.parent) for config in sorted(configs)]
+    runs.sort(key=lambda run: [*run.about["options"]["lr"], run.lr].index(run.lr))
+    runs.sort(key=lambda run: [None, *run.about["options"]["tilt"], run.tilt].index(run.tilt))
+    return runs
 
 
 def _read(folder: Path) -> Run:
@@ -168,23 +167,6 @@ def _read(folder: Path) -> Run:
         _check(about["options"].setdefault("tilt", []), list)
         label = f"lr {scientific(lr)}" if tilt is None else f"G = {_check(tilt, float):g}"
         run = Run(folder, model, about, lr, tilt, label)
-    measures: dict[int, tuple[float, ...]] = {}
-    for where, line in _lines(folder / METRICS):
-        with _expecting(where, '{"step", "loss", ...} or {"step", "evaluation"}'):
-            if "evaluation" in line:
-                e, step = line["evaluation"], _check(line["step"], int, 0)
-                perplexities = [math.inf if e[k] is None else _check(e[k], float, 0)
-                                for k in ("passage_perplexity", "sample_perplexity")]  # fmt: skip
-                shares = [_check(e[k], float, 0, 1) for k in ("r", "r_top_k")]
-                measures[step] = (*shares, *perplexities)
-                continue
-            if line["step"] != len(run.losses) + 1:
-                raise ValueError(f"got step {line['step']} after step {len(run.losses)}")
-            run.losses.append(_check(line["loss"], float))
-            run.probabilities.append(_check(line["target_probability"], float, 0, 1.001))
-            run.seconds.append(_check(line["seconds"], float, 0))
-            if tilt is not None:
-                run.predicted.append(_check(line["predicted_probability"], float, 0, 1.001))
     samples: dict[int, list[Sample]] = {}
     for where, line in _lines(folder / SAMPLES):
         with _expecting(where, '{"step", "prompt", "ids"}, with at least one id'):
@@ -193,9 +175,27 @@ def _read(folder: Path) -> Run:
                 raise ValueError("got no id")
             sample = Sample(_check(line["prompt"], str), ids)
             samples.setdefault(_check(line["step"], int, 0), []).append(sample)
-    for step in sorted(measures.keys() & samples.keys()):  # a kill may leave one log without the
-        if step <= len(run.losses):  # other
-            run.evaluations[step] = Evaluation(*measures[step], tuple(samples[step]))  # type: ignore
+    for where, line in _lines(folder / METRICS):
+        with _expecting(where, '{"step", "loss", ...} or {"step", "evaluation"}'):
+            step = _check(line["step"], int, 0)
+            if "evaluation" in line:
+                e = {k: math.inf if v is None else v for k, v in line["evaluation"].items()}
+                if step in samples and step <= len(run.losses):  # else a kill cut the logs apart
+                    run.evaluations[step] = Evaluation(
+                        r=_check(e["r"], float, 0, 1),
+                        r_top_k=_check(e["r_top_k"], float, 0, 1),
+                        passage_perplexity=_check(e["passage_perplexity"], float, 0, math.inf),
+                        sample_perplexity=_check(e["sample_perplexity"], float, 0, math.inf),
+                        samples=tuple(samples[step]),
+                    )
+            elif step != len(run.losses) + 1:
+                raise ValueError(f"got step {step} after step {len(run.losses)}")
+            else:
+                run.losses.append(_check(line["loss"], float))
+                run.probabilities.append(_check(line["target_probability"], float, 0, 1.001))
+                run.seconds.append(_check(line["seconds"], float, 0))
+                if tilt is not None:
+                    run.predicted.append(_check(line["predicted_probability"], float, 0, 1.001))
     return run
 
 

@@ -1,4 +1,4 @@
-"""Tabulate the runs: one row per run, and the values that the original report claimed."""
+"""Tabulate the runs: one row per run, ahead of it one for the model before fine-tuning."""
 
 import csv
 import io
@@ -26,13 +26,6 @@ FORMATS: dict[str, Callable[..., str]] = {  # the columns
     "perplexity of samples": plain, "perplexity of passage": plain,
     "ms per step": "{:,.0f}".format, "text": str,
 }  # fmt: skip
-# The report that this experiment repeats says this of gpt2-medium after 300 steps. It is not
-# published, and none of it was measured by this code.
-REPORTED: list[Row] = [
-    {"run": "lr 1e-6", "loss first": "6", "loss last": "about 2", "R": "few X", "text": "natural"},
-    {"run": "lr 1e-4", "loss first": "6", "loss last": "about 0.001", "R": "100% X",
-     "text": "meaningless"},
-]  # fmt: skip
 
 
 def measured(run: Run, evaluation: Evaluation) -> Row:
@@ -63,10 +56,8 @@ def shown(row: Row, name: str) -> str:
 
 
 def as_csv(runs: Sequence[Run]) -> str:
-    """The rows in full precision, measured and reported ones, each with its source."""
-    writer = csv.DictWriter(file := io.StringIO(), ["source", *FORMATS], lineterminator="\n")
+    """The rows in full precision."""
+    writer = csv.DictWriter(file := io.StringIO(), FORMATS, lineterminator="\n")
     writer.writeheader()
-    rows = [measured(*moment) for moment in moments(runs)]
-    writer.writerows({"source": "measured"} | row for row in rows)
-    writer.writerows({"source": "reported originally, not measured"} | row for row in REPORTED)
+    writer.writerows(measured(*moment) for moment in moments(runs))
     return file.getvalue()
