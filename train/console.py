@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kernels import TwoLevelTarget
 from train import checkpoint, distributed
-from train.report import print_report, write_report
+from train.report import summary, write_report
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -197,6 +197,6 @@ def report(folders: Sequence[Path], out: Path) -> None:
     try:
         for path in write_report(folders, out):
             say(f"wrote {path}")
-        print_report(folders)
+        say(summary(folders))
     except ValueError as error:
         say(f"no report: {error}", error=True)

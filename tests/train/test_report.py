@@ -17,7 +17,8 @@ import pytest
 
 from model.tokenizer import load_tokenizer
 from tests.train.run_folder import PROMPTS, TEXT, write_run
-from train.report import print_report, write_report
+from train import console
+from train.report import summary, write_report
 from train.report.runs import read_runs
 from train.report.samples import moments, opening, pieces, typical
 
@@ -254,7 +255,7 @@ def test_collapsed_and_overflowing_numbers_are_drawn(tmp_path: Path) -> None:
     (found,) = read_runs([run])
     assert (found.losses, found.seconds) == ([0.0], [0.0])
     write_report([run], tmp_path / "out")
-    print_report([run])
+    summary([run])
 
 
 def test_command_line_ends_in_one_line_for_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
@@ -275,9 +276,7 @@ def test_a_report_that_cannot_be_written_says_how_to_write_it_elsewhere(tmp_path
         write_report([run], tmp_path / "file" / "report")
 
 
-def test_terminal_report_has_a_row_per_run_its_text_and_the_next_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_summary_has_a_row_per_run_its_text_and_the_next_command(tmp_path: Path) -> None:
     """The columns line up; one sample before and after each run; the last line samples the dial,
     whose R is the highest of those that did not collapse."""
     folders = [
@@ -285,8 +284,7 @@ def test_terminal_report_has_a_row_per_run_its_text_and_the_next_command(
         write_run(tmp_path / "collapse", 1e-4, final_loss=0.001),
         write_run(tmp_path / "a dial", 1e-3, 5.0),
     ]
-    print_report(folders)
-    lines = capsys.readouterr().out.splitlines()
+    lines = summary(folders).splitlines()
     assert len({len(line) for line in lines[1:6]}) == 1
     assert [line.split()[0] for line in lines[1:4]] == ["run", "before", "lr"]
     samples = [line for line in lines if f": {PROMPTS[0]}" in line]
@@ -319,7 +317,7 @@ def test_a_backend_inherited_from_a_notebook_is_not_used(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("shell", ["| head -1", ">&-"])
+@pytest.mark.parametrize("shell", ["| head -1", ">&- 2>&-", "> /dev/full"])
 def test_printing_to_nobody_is_not_an_error(shell: str, tmp_path: Path) -> None:
     """A pipe that is closed early, a closed stdout: the files are written first, and the exit
     status is 0 without a word on stderr."""
@@ -339,20 +337,9 @@ def test_any_terminal_will_do(
     run = write_run(tmp_path / "run", steps=2, eval_every=2, texts=[TEXT + " 🦊"])
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
-    print_report([run])
+    with console.command():
+        console.say(summary([run]))
     assert b"\\U0001f98a" in written.getvalue()
-
-
-def test_a_terminal_that_is_gone_or_full_will_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No stdout at all, a closed one, a disk without room."""
-    run = write_run(tmp_path / "run", steps=2, eval_every=2)
-    (closed := (tmp_path / "closed").open("w")).close()
-    full = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    for stdout in (None, closed, io.TextIOWrapper(full, write_through=True)):
-        monkeypatch.setattr(sys, "stdout", stdout)
-        print_report([run])
 
 
 def test_links_and_other_files_in_the_folder_survive(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ DAMAGE = [
     ("metrics.jsonl", STEP.replace('"loss": 1', '"loss": NaN'), "got NaN"),
     ("metrics.jsonl", STEP.replace('"loss": 1', f'"loss": {HUGE}'), "expected float from"),
     ("metrics.jsonl", STEP.replace('"loss": 1', '"loss": [1]'), "got [1], expected float"),
-    ("metrics.jsonl", STEP.replace('"step": 1', '"step": "' + "1" * 10**6 + '"'), "got \"111"),
+    ("metrics.jsonl", STEP.replace('"step": 1', '"step": "' + "1" * 10**6 + '"'), 'got "111'),
     ("metrics.jsonl", '{"step": 0, "evaluation": {"r": 5}}\n', "got 5, expected"),
     ("metrics.jsonl", "[1]\n", "line 1: got [1], expected dict"),
     ("metrics.jsonl", DEEP + "\n", "recursion"),

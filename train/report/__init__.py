@@ -7,9 +7,7 @@ run follows from a measurement; what the original report claimed stands in rows 
 import base64
 import os
 import shlex
-import sys
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -55,10 +53,10 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
     return [out / name for name in files]
 
 
-def print_report(run_folders: Sequence[Path]) -> None:
-    """Print the table, one prompt's text before and after each run, and how to sample the best.
+def summary(run_folders: Sequence[Path]) -> str:
+    """For the terminal: the table, one prompt's text before and after each run, what to run next.
 
-    Whatever the terminal is, this raises nothing but ValueError for folders that are not runs.
+    Raises ValueError for folders that are not runs.
     """
     runs = read_runs(run_folders)
     names = ("run", "kind", "loss last", "R", "R error", "R predicted", "perplexity of samples")
@@ -73,19 +71,7 @@ def print_report(run_folders: Sequence[Path]) -> None:
         text = "".join(piece.text for piece in pieces(sample.ids, run.target_tokens))
         lines += ["", f"{row['run']}: {printable(sample.prompt)}{text}"]
     folder = printable(shlex.quote(str(best(runs).folder)))
-    say([*lines, "", "Sample the best run:", f"    python -m train.sample --model {folder}"])
-
-
-def say(lines: Iterable[str]) -> None:
-    """Print to a terminal of any encoding; to one that is closed or has gone away, nothing."""
-    with suppress(AttributeError, OSError, ValueError):  # no stdout, a broken pipe, a closed file
-        try:
-            encoding = sys.stdout.encoding or "ascii"
-            for line in lines:
-                print(line.encode(encoding, "backslashreplace").decode(encoding))
-            sys.stdout.flush()
-        except BrokenPipeError:  # Python flushes once more at exit, and would complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return "\n".join([*lines, "", "Sample it:", f"    python -m train.sample --model {folder}"])
 
 
 def _page(runs: Sequence[Run]) -> str:

@@ -1,16 +1,14 @@
 """Report one or several runs.
 
-    python -m train.report runs/a runs/b --out report/
-
-Each argument is a run's folder or a folder of them.
+python -m train.report runs/a runs/b --out report/
 """
 
-import sys
 from pathlib import Path
 
 import tyro
 
-from train.report import print_report, say, write_report
+from train import console
+from train.report import summary, write_report
 
 
 def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report")) -> None:
@@ -20,13 +18,11 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("repor
         runs: each a run's folder or a folder of them
         out: folder for report.html, the figures and table.csv
     """
-    try:
-        paths = write_report(runs, out)
-        print_report(runs)
-        say(f"wrote {path}" for path in paths)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    with console.command():
+        for path in write_report(runs, out):
+            console.say(f"wrote {path}")
+        console.say(summary(runs))
 
 
 if __name__ == "__main__":
-    tyro.cli(report, prog="python -m train.report", description=__doc__)
+    tyro.cli(report, prog="python -m train.report")
