@@ -132,7 +132,7 @@ def test_the_first_screen_has_a_pair_the_picture_and_a_row_per_run(
     for expected in (
         "tiny, 4 blocks, 128 wide; 60 steps of 4 \N{MULTIPLICATION SIGN} 64 tokens; float32 on CPU",
         "before Once upon a time there was a little fox",
-        "after Once upon a time there was a little fox",
+        "after G = 5 Once upon a time there was a little fox",
         "Rpredictedperplexity",
         "lr 1e-6 nudge",
         "lr 1e-4 collapse",
