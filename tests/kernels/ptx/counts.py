@@ -18,7 +18,7 @@ class Traffic:
     sectors: int = 0
 
     def add(self, addresses: Array, active: Array, width: int) -> None:
-        """One access of each active thread; addresses and active are (programs, threads)."""
+        """Add an access of each active thread; both arrays are (programs, threads)."""
         self.bytes += width * int(active.sum())
         sectors = np.where(active, addresses // SECTOR, -1).reshape(-1, WARP)
         sectors.sort(axis=1)
@@ -28,7 +28,7 @@ class Traffic:
 
 @dataclass
 class Counts:
-    """Of one launch, over all its threads."""
+    """The work of one launch, summed over its threads."""
 
     instructions: int = 0
     special: int = 0  # operations of the special-function unit
@@ -36,7 +36,7 @@ class Counts:
     stores: Traffic = field(default_factory=Traffic)
 
     def add(self, opcode: tuple[str, ...], threads: int) -> None:
-        """One instruction that this many threads carry out."""
+        """Add an instruction that this many threads execute."""
         name, kind = opcode[0], opcode[-1]
         self.instructions += threads
         if name in ("ex2", "lg2") or (name == "div" and kind == "f32"):

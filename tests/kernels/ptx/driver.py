@@ -35,19 +35,15 @@ from .parse import Kernel, parse
 TARGET = GPUTarget("cuda", 90, 32)
 PROPERTIES = {"max_shared_mem": 227 << 10, "multiprocessor_count": 132, "warpSize": 32}
 MAX_THREADS = 1024  # of a program
-NUMBERS: dict[str, Callable[[Any], np.generic]] = {
-    "i32": np.int32,
-    "i64": np.int64,
-    "fp32": np.float32,
-}
+NUMBERS: dict[str, Any] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 
 
 @dataclass
 class Loaded:
-    """A compiled kernel as Triton holds it: the handle that a real driver would return."""
+    """A loaded kernel, as the handle that Triton passes back at each launch."""
 
     shared_bytes: int
-    kernel: Kernel | None = None  # set by _read_ptx, once the binary is "loaded"
+    kernel: Kernel | None = None  # from _read_ptx, which Triton calls after load_binary
 
 
 class Utils:
@@ -58,12 +54,12 @@ class Utils:
         return None, Loaded(shared), 0, 0, MAX_THREADS
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """An H100's."""
+        """Those of an H100."""
         return PROPERTIES
 
 
 def _read_ptx(_: Any, loaded: Loaded, name: str, files: dict[str, str], hash: str) -> None:
-    """Triton's hook after loading a binary, which has the paths of all that was compiled."""
+    """Triton's hook after load_binary: `files` are the paths of what the compiler wrote."""
     path = next(path for file, path in files.items() if file.endswith(".ptx"))
     loaded.kernel = parse(Path(path).read_text())
 
@@ -95,7 +91,7 @@ class Launcher:
 
 
 class Driver:
-    """What Triton asks a driver for."""
+    """The part of a driver that Triton calls."""
 
     launcher_cls = Launcher
     utils = Utils()
@@ -128,7 +124,7 @@ def counted() -> Iterator[list[tuple[str, Counts]]]:
 
 
 class Allocations(TorchFunctionMode):
-    """Notes the tensors that are allocated without a value."""
+    """Keeps track of the tensors that are allocated without a value."""
 
     written: dict[int, tuple[StorageWeakRef, Array]]  # by storage: which bytes a kernel has written
 
@@ -147,7 +143,7 @@ class Allocations(TorchFunctionMode):
         return result
 
     def written_bytes(self, tensor: Tensor) -> Array | None:
-        """Which bytes of its storage are written; None: all, or PyTorch has written to it since."""
+        """A bool for each byte of its storage; None if PyTorch has given it its values."""
         entry = self.written.get(tensor.untyped_storage()._cdata)
         return None if entry is None or tensor._version else entry[1]
 
@@ -157,12 +153,13 @@ ALLOCATIONS = Allocations()
 
 def _region(tensor: Tensor) -> Region:
     storage = tensor.untyped_storage()
+    assert storage.data_ptr() % 16 == 0
     data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
     return Region(storage.data_ptr(), data, ALLOCATIONS.written_bytes(tensor))
 
 
 def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with the tensors noted that it allocates without a value."""
+    """The function; tensors that it allocates without a value are unwritten."""
 
     @wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:

@@ -8,14 +8,14 @@ from .arithmetic import Array
 
 
 class AccessError(RuntimeError):
-    """An access that a GPU would refuse, or carry out on memory that the kernel was not given."""
+    """An access that a GPU would refuse, or make to memory that the kernel was not given."""
 
 
 @dataclass
 class Region:
-    """The bytes of one allocation, which lie at `start` and are read and written in place."""
+    """The bytes of one allocation, read and written in place."""
 
-    start: int  # a multiple of 16
+    start: int  # its address, a multiple of 16
     data: Array  # uint8
     written: Array | None  # bool for each byte; None: all are
 

@@ -229,7 +229,7 @@ def test_threads_exchange_values_by_shuffles_and_shared_memory():
         ("st.global.b16 [%rd1+120], %r2; ld.global.b32 %r5, [%rd1+120]", "nobody has written"),
         ("add.s32 %r5, %r6, 1", "%r6 is read before it is written"),
         ("mov.b32 %r5, global_smem; ld.shared.b32 %r6, [%r5]", "nobody has written"),
-        ("mov.b32 %r5, global_smem; st.shared.b32 [%r5+128], %r1", "out of bounds"),
+        ("mov.b32 %r5, global_smem; st.shared.b32 [%r5+128], %r1", "128 bytes of shared"),
     ],
 )
 def test_a_fault_is_found_at_the_access(code, message):
