@@ -9,8 +9,8 @@ Glossary
     V  vocab_size                             "x" is always the residual stream, (B, T, C)
 
 "The paper" is Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): its
-section 2.3 is the model. Parameter names and layouts are those of OpenAI's gpt-2 repository, so a
-checkpoint loads by name, as it is.
+section 2.3 describes the model. Parameters have the names and layouts of OpenAI's gpt-2 repository,
+so a checkpoint loads by name, unchanged.
 """
 
 import math
@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEAD_DIM = 64  # in GPT-2 of every size, so the number of heads can be read off the width
+HEAD_DIM = 64  # in every size of GPT-2, so the width determines the number of heads
 
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2, in the names of OpenAI's config.json; the defaults are gpt2-medium."""
+    """The sizes of a GPT-2, named as in OpenAI's config.json; the defaults are gpt2-medium."""
 
     vocab_size: int = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
     n_positions: int = 1024  # positions are learned: there is no embedding for a 1,025th
@@ -35,8 +35,8 @@ class GPT2Config:
     n_layer: int = 24
     n_head: int = 16
     layer_norm_epsilon: float = 1e-5
-    embd_pdrop: float = 0.0  # dropout was 0.1 in pre-training, at these three places; it is off
-    attn_pdrop: float = 0.0  # here, so that a model is deterministic unless asked not to be
+    embd_pdrop: float = 0.0  # pre-training used dropout 0.1 in these three places; off by default
+    attn_pdrop: float = 0.0
     resid_pdrop: float = 0.0
 
     def __post_init__(self) -> None:
@@ -44,21 +44,18 @@ class GPT2Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: "
-                "every head takes an equal share of the width"
-            )
+            raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
 
 
 class KVCache:
-    """The keys and values of one block's past, (B, H, length, D) each; memory is taken once."""
+    """Keys and values of one block for the tokens so far, (B, H, length, D); allocated once."""
 
     def __init__(self, max_positions: int) -> None:
         self.max_positions = max_positions
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the newest (B, H, T, D) and return all that is stored, (B, H, S, D)."""
+        """Store the newest keys and values, (B, H, T, D), and return all of them, (B, H, S, D)."""
         if self.length == 0:
             B, H, _, D = k.shape
             self._keys = k.new_empty(B, H, self.max_positions, D)
@@ -71,7 +68,7 @@ class KVCache:
 
 
 class Affine(nn.Module):
-    """x W + b, with W stored (in, out), the transpose of nn.Linear's: OpenAI's conv1d."""
+    """x W + b, W stored (in, out), the transpose of nn.Linear's. transformers calls it Conv1D."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -103,8 +100,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C).
 
-        Without a mask, the first T positions are causal and a single one after those in the cache
-        sees them all. Everything else needs a mask, bool (..., T, S), True where a query may look.
+        Without a mask, tokens attend causally, and a single token to everything in the cache. Any
+        other case needs a mask: bool, broadcast to (B, H, T, S), True where a query sees a key.
         """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
@@ -143,7 +140,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Two residual halves, x + f(ln(x)): attention, then the MLP.
 
-    Pre-norm: the paper (2.3) moved LayerNorm from behind each half to its input.
+    Pre-norm: the paper (2.3) moved LayerNorm from the output of each half to its input.
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -162,7 +159,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model. Its parameters carry the checkpoint's names and layouts exactly."""
+    """The language model. Its parameters have exactly the checkpoint's names and layouts."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -175,22 +172,16 @@ class GPT2(nn.Module):
         self._init_parameters()
 
     def hidden_states(
-        self,
-        tokens: Tensor,
-        cache: list[KVCache] | None = None,
-        padding: Tensor | None = None,
+        self, tokens: Tensor, cache: list[KVCache] | None = None, padding: Tensor | None = None
     ) -> Tensor:
-        """The normalised output of the last block.
+        """The normalised output of the last block, (B, T, C); logits = hidden @ wte.weight.T.
 
         Args:
-            tokens: ids, int64 (B, T). Ids outside the vocabulary are refused where they enter
-                (generate, the training inputs): checking them here would wait for the device.
+            tokens: ids, int64 (B, T). Callers check that they lie in the vocabulary: to do so here
+                would wait for the device.
             cache: from `new_cache`; the tokens then follow those already in it.
-            padding: for prompts of different lengths, int64 (B,): the first positions of each row,
-                counted from the start of the cache, that are not part of its text.
-
-        Returns:
-            (B, T, C); logits = hidden @ wte.weight.T.
+            padding: int64 (B,), how many tokens at the start of each row are padding, so that
+                prompts of different lengths end together.
 
         Raises:
             ValueError: tokens of another rank or dtype, none at all, or past the last position.
@@ -214,7 +205,7 @@ class GPT2(nn.Module):
             keys = torch.arange(past + T, device=tokens.device)  # (S,)
             mask = keys <= positions[:, None]  # (T, S)
             if padding is not None:
-                # Padding sees itself and nothing else: a softmax over no key at all is NaN.
+                # A padding token sees itself alone: a softmax over no key at all would be NaN.
                 mask = mask & (keys >= padding.view(-1, 1, 1, 1)) | (keys == positions[:, None])
                 positions = (positions - padding[:, None]).clamp(min=0)  # (B, T); mask (B, 1, T, S)
         x = self.embd_dropout(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
@@ -223,42 +214,41 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def forward(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
-        """Logits of the token that follows each position: (B, T) int64 -> (B, T, V)."""
+        """Logits of the token after each position: int64 (B, T) -> (B, T, V)."""
         return F.linear(self.hidden_states(tokens, cache), self.wte.weight)  # no bias, no scale
 
     def new_cache(self, max_positions: int) -> list[KVCache]:
-        """An empty cache for `max_positions` positions: one KVCache a block."""
+        """An empty cache for `max_positions` positions: one KVCache per block."""
         return [KVCache(max_positions) for _ in self.h]
 
     @torch.no_grad()
     def _init_parameters(self) -> None:
         """For training from scratch: N(0, 0.02), biases 0, gains 1.
 
-        c_proj is divided by sqrt(2 n_layer), for 2 n_layer of them add up in x (the paper, 2.3).
-        Like transformers, not like OpenAI's code, wpe is drawn as wide as all else: it had 0.01.
+        c_proj is divided by sqrt(2 n_layer), because 2 n_layer of them add up in x (the paper,
+        2.3). wpe has 0.02 as in transformers; OpenAI's code had 0.01.
         """
         if self.wte.weight.is_meta:
-            return  # nothing to draw, and drawing it would import torch's compiler: seconds
+            return  # there is nothing to draw, and trying would import torch's compiler: seconds
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
             elif name.endswith(".bias"):
                 p.zero_()
             elif p.dim() == 2:
-                p.normal_(0.0, 0.02)  # the gains of the LayerNorms are 1 already
+                p.normal_(0.0, 0.02)  # LayerNorm gains are 1 already
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], assign: bool = False) -> "GPT2":
-        """A model with these weights; their shapes give its configuration.
+        """A model with these weights; their shapes determine its configuration.
 
         Args:
             state_dict: official names and layouts, any floating dtype; parameters are float32.
-            assign: use float32 tensors as the parameters, without a copy; the model then owns
-                them, so give the state dict to no other. The default copies everything.
+            assign: make float32 tensors the parameters themselves, without a copy. The model then
+                owns them: do not use the state dict for another. The default copies everything.
 
         Raises:
-            ValueError: a name is missing or unexpected, a shape does not fit, or a dtype is not
-                floating point.
+            ValueError: a name is missing or unexpected, or a shape or dtype is wrong.
         """
         for name in ("wte.weight", "wpe.weight"):
             if name not in state_dict or state_dict[name].dim() != 2:

