@@ -155,7 +155,7 @@ def read_tensors(path: Path, digest: "hashlib._Hash | None" = None) -> Iterator[
     try:
         for part, group in groupby(entries.items(), key=lambda item: item[1].path):
             with open(part, "rb") as file:
-                if digest is not None:
+                if digest is not None:  # the header, then every tensor, masks included
                     digest.update(file.read(next(iter(entries.values())).begin))
                 for name, entry in group:
                     is_mask = MASK.fullmatch(name)

@@ -1,4 +1,4 @@
-"""transformers' GPT-2, the oracle of the parity tests, with weights that exercise every term."""
+"""transformers' GPT-2 as the reference for parity tests, with weights that exercise every term."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from model import GPT2Config
 
 
 def oracle(config: GPT2Config, seed: int = 0) -> GPT2LMHeadModel:
-    """transformers' model of this configuration, without dropout, its weights drawn by `shake`."""
+    """transformers' model with this configuration, no dropout, and weights drawn by `shake`."""
     hf = GPT2LMHeadModel(
         HFConfig(
             vocab_size=config.vocab_size,
@@ -30,7 +30,7 @@ def oracle(config: GPT2Config, seed: int = 0) -> GPT2LMHeadModel:
 
 @torch.no_grad()
 def shake(module: torch.nn.Module, seed: int) -> None:
-    """Draw every parameter: a bias of 0, a gain of 1 or a flat attention hides what it does."""
+    """Randomise every parameter: a zero bias, a unit gain or flat attention would hide errors."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         noise = torch.empty_like(p).normal_(generator=generator)

@@ -1,4 +1,4 @@
-"""Sampling: the cache changes nothing, the options do what they say, bad arguments are refused."""
+"""Sampling: the cache changes no result, options do what they say, bad arguments are refused."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def test_greedy_tokens_equal_those_of_transformers(prompts: torch.Tensor) -> None:
-    """A batch of prompts, to the last position, against transformers' generate."""
+    """A batch of prompts continued to the last position, against transformers' generate."""
     hf = oracle(CONFIG, seed=3)
     ours = generate(GPT2.from_state_dict(official_names(hf)), prompts, 57, temperature=0)
     everything = torch.ones_like(prompts)  # else transformers takes id 0 for padding
@@ -35,19 +35,19 @@ def test_greedy_tokens_equal_those_of_transformers(prompts: torch.Tensor) -> Non
         prompts, attention_mask=everything, max_new_tokens=57, do_sample=False, pad_token_id=0
     )
     assert torch.equal(ours, theirs)
-    assert len(ours[:, 7:].unique()) > 3, "the text repeats itself: the test would see little"
+    assert len(ours[:, 7:].unique()) > 3, "the text is too repetitive to test anything"
 
 
 def test_greedy_with_the_cache_equals_greedy_without(model: GPT2, prompts: torch.Tensor) -> None:
-    """Against the whole sequence fed anew for every token."""
+    """Against feeding the whole sequence again for every token."""
     tokens = prompts
     for _ in range(20):
         tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(generate(model, prompts, 20, temperature=0), tokens)
 
 
-def test_the_seed_names_the_text(model: GPT2, prompts: torch.Tensor) -> None:
-    """Equal seeds, equal tokens; another seed, other tokens; the global generator is untouched."""
+def test_the_seed_determines_the_text(model: GPT2, prompts: torch.Tensor) -> None:
+    """Equal seeds give equal tokens, another seed others; the global generator is left alone."""
     state = torch.get_rng_state()
     first, again, other = (generate(model, prompts, 30, generator=seeded(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
@@ -69,7 +69,7 @@ def test_sampled_frequencies_follow_the_softmax(model: GPT2) -> None:
 
 
 def test_top_k_draws_from_the_k_likeliest_only(model: GPT2, prompts: torch.Tensor) -> None:
-    """All of the five likeliest occur in 400 draws and nothing else; top_k = 1 is greedy."""
+    """400 draws contain all of the five likeliest tokens and no other; top_k = 1 is greedy."""
     prompt = prompts[:1].expand(400, 7).contiguous()
     draws = generate(model, prompt, 1, temperature=2.0, top_k=5, generator=seeded(0))[:, -1]
     with torch.no_grad():
@@ -86,8 +86,7 @@ PROMPTS = [[5], [7, 290, 31, 4, 4, 18, 3], [100, 200, 300]]
 
 
 def test_prompts_of_different_lengths_continue_as_if_alone(model: GPT2) -> None:
-    """Greedy, a batch of three against each prompt in a batch of its own; the longest is moved to
-    the last positions that there are."""
+    """Greedy, each batch against its prompts one by one; the longest text fills all positions."""
     long = [n % 301 for n in range(40)]
     for prompts in (PROMPTS, [*PROMPTS, long], PROMPTS[1:]):
         got = generate(model, prompts, 24, temperature=0)
@@ -97,8 +96,8 @@ def test_prompts_of_different_lengths_continue_as_if_alone(model: GPT2) -> None:
 
 @torch.no_grad()
 def test_padding_changes_no_hidden_state(model: GPT2) -> None:
-    """Against the row alone, at every position of a prompt and of one more token in the cache; the
-    padding's ids do not matter."""
+    """Against each row alone, at every position of the prompt and for one more token with the
+    cache; the ids in the padding do not matter."""
     padding = torch.tensor([6, 0, 4])
     for filler in (0, 300):
         rows = [[filler] * (7 - len(prompt)) + prompt for prompt in PROMPTS]
@@ -112,7 +111,7 @@ def test_padding_changes_no_hidden_state(model: GPT2) -> None:
 
 
 def test_every_query_of_a_padded_batch_sees_a_key(model: GPT2, monkeypatch) -> None:
-    """Padding as well: some backends return NaN for a softmax over nothing, which then spreads."""
+    """Padding too: some backends return NaN for a softmax over no key, and the NaN would spread."""
 
     def attention(q, k, v, mask, *rest):
         assert mask.any(dim=-1).all()
@@ -122,8 +121,8 @@ def test_every_query_of_a_padded_batch_sees_a_key(model: GPT2, monkeypatch) -> N
     generate(model, PROMPTS, 2)
 
 
-def test_a_row_ends_at_its_stop_token_and_the_others_go_on(model: GPT2) -> None:
-    """Against the continuation without stop, cut by hand; all tokens of the first row are tried."""
+def test_a_row_ends_at_its_stop_token_and_the_others_continue(model: GPT2) -> None:
+    """Against continuations without stop, cut by hand, for every token of the first row."""
     free = generate(model, PROMPTS, 12, temperature=0)
     for stop in set(free[0][1:]):
         cut = []
@@ -134,11 +133,11 @@ def test_a_row_ends_at_its_stop_token_and_the_others_go_on(model: GPT2) -> None:
     same = torch.tensor([PROMPTS[1], PROMPTS[1]])
     first = free[1][7]
     ended = generate(model, same, 12, temperature=0, stop=first)
-    assert ended.tolist() == [[*PROMPTS[1], first]] * 2  # nobody is left: no further column
+    assert ended.tolist() == [[*PROMPTS[1], first]] * 2  # every row has ended: no more columns
 
 
 def test_a_row_that_has_ended_repeats_its_stop_token(model: GPT2) -> None:
-    """A batch of equal prompts, sampled so that the rows end at different steps."""
+    """40 equal prompts, sampled, so that the rows end at different steps."""
     prompt = torch.full((40, 1), 5)
     options = {"temperature": 0.8, "generator": seeded(0)}
     rows = generate(model, prompt, 20, **options)[:, 1:]
@@ -153,7 +152,7 @@ def test_a_row_that_has_ended_repeats_its_stop_token(model: GPT2) -> None:
 
 
 def test_a_stream_gives_the_tokens_as_they_are_sampled(model: GPT2, prompts: torch.Tensor) -> None:
-    """Against generate; dropped halfway, it leaves the model in the mode that it was in."""
+    """Against generate. Closed early, it still restores the mode of the model."""
     steps = [*stream(model, prompts, 9, generator=seeded(2))]
     assert torch.equal(torch.cat(steps, 1), generate(model, prompts, 9, generator=seeded(2))[:, 7:])
     model.train()
@@ -166,14 +165,14 @@ def test_a_stream_gives_the_tokens_as_they_are_sampled(model: GPT2, prompts: tor
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e-31, 1e-29])
 def test_a_temperature_near_zero_is_greedy(model: GPT2, prompts: torch.Tensor, temperature) -> None:
-    """Where logits / temperature would overflow, and where they just do not."""
+    """Where logits / temperature overflows float32, and just before."""
     greedy = generate(model, prompts, 20, temperature=0)
     sampled = generate(model, prompts, 20, temperature=temperature, generator=seeded(0))
     assert torch.equal(sampled, greedy)
 
 
 def test_generate_leaves_the_model_as_it_was_and_samples_without_dropout() -> None:
-    """In training mode with dropout 0.5 the greedy text is that of evaluation mode."""
+    """With dropout 0.5, greedy text in training mode equals that in evaluation mode."""
     model = GPT2(GPT2Config(**{**vars(CONFIG), "resid_pdrop": 0.5}))
     shake(model, 0)
     prompt = torch.tensor([[1, 2, 3]])
@@ -182,16 +181,16 @@ def test_generate_leaves_the_model_as_it_was_and_samples_without_dropout() -> No
     tokens = generate(model, prompt, 20, temperature=0)
     assert torch.equal(tokens, expected)
     assert model.training
-    model(tokens).sum().backward()  # what was generated can be trained on
+    model(tokens).sum().backward()  # generated tokens can be trained on
 
 
 def test_no_new_tokens_gives_the_prompt_back(model: GPT2, prompts: torch.Tensor) -> None:
-    """max_new_tokens = 0 is legal, and changes nothing."""
+    """max_new_tokens = 0 is allowed and changes nothing."""
     assert torch.equal(generate(model, prompts, 0), prompts)
 
 
 def test_a_meta_model_generates_meta_tokens() -> None:
-    """No tensor is pinned to the CPU, where mixing it with a meta tensor would raise."""
+    """No tensor is created on the CPU by mistake: mixed with a meta tensor it would raise."""
     with torch.device("meta"):
         model = GPT2(CONFIG)
     tokens = torch.zeros(2, 3, dtype=torch.int64, device="meta")
@@ -234,6 +233,6 @@ def test_bad_arguments_are_refused(model: GPT2, tokens: list, options: dict, mes
     ],
 )
 def test_bad_lists_of_prompts_are_refused(model: GPT2, prompts: list, message: str) -> None:
-    """Padding must not hide what a prompt lacks or holds too much of."""
+    """Padding must not hide a prompt that is empty, too long or out of the vocabulary."""
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, 4)

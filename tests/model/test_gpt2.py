@@ -1,4 +1,4 @@
-"""The architecture against transformers' GPT-2, and against the formulas of the paper."""
+"""The architecture against transformers' GPT-2 and the formulas of the paper."""
 
 import copy
 import json
@@ -16,8 +16,8 @@ from tests.weights.official_file import SMALL as SMALL_FILE
 from tests.weights.official_file import write_official
 from weights import layout_of, load_weights
 
-# Head counts, depths, contexts and widths that differ from each other and from gpt2-medium's, where
-# n_positions = n_embd would hide swapped dimensions.
+# Sizes that differ from each other and from gpt2-medium's, whose n_positions = n_embd would hide
+# swapped dimensions.
 CONFIGS = [
     GPT2Config(vocab_size=131, n_positions=48, n_embd=64, n_layer=1, n_head=1),
     GPT2Config(vocab_size=509, n_positions=80, n_embd=192, n_layer=3, n_head=3),
@@ -49,7 +49,7 @@ def assert_equals_transformers(config: GPT2Config, B: int, T: int) -> None:
     model = GPT2.from_state_dict(official_names(hf))
     tokens = random_tokens(config, B, T)
     ours, theirs = model(tokens), hf(tokens).logits
-    assert theirs.std() > 0.5, "the oracle's logits are too flat to tell anything"
+    assert theirs.std() > 0.5, "the reference logits are too flat to test anything"
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     mean_kl(ours).backward()
     mean_kl(theirs).backward()
@@ -61,17 +61,17 @@ def assert_equals_transformers(config: GPT2Config, B: int, T: int) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.n_layer}x{c.n_embd}")
 def test_logits_and_every_gradient_equal_those_of_transformers(config: GPT2Config) -> None:
-    """Logits to 1e-4, the gradient of every parameter to 1e-4 relative, in float32."""
+    """Logits to 1e-4 and the gradient of every parameter to 1e-4 relative, in float32."""
     assert_equals_transformers(config, B=2, T=config.n_positions)
 
 
 def test_gpt2_medium_equals_transformers_at_full_size() -> None:
-    """The same at the 354,823,168 parameters of gpt2-medium, over 2 x 8 tokens."""
+    """The same with the 354,823,168 parameters of gpt2-medium, on 2 x 8 tokens."""
     assert_equals_transformers(GPT2Config(), B=2, T=8)
 
 
 def test_a_file_laid_out_as_the_official_one_gives_the_same_logits_in_both(tmp_path: Path) -> None:
-    """Masks in it, no prefix, tensors 2 bytes off a float's boundary, into both from the disk."""
+    """Both load the same file: with masks, no prefix, and tensors 2 bytes off alignment."""
     write_official(tmp_path / "model.safetensors", **SMALL_FILE)
     layout = layout_of(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(layout.config()))
@@ -82,7 +82,7 @@ def test_a_file_laid_out_as_the_official_one_gives_the_same_logits_in_both(tmp_p
 
 
 def test_gpt2_medium_has_its_354_823_168_parameters() -> None:
-    """The count known of gpt2-medium, the head counted once; 12,596,224 of them in each block."""
+    """The published count for gpt2-medium, tied head counted once; 12,596,224 per block."""
     with torch.device("meta"):
         model = GPT2(GPT2Config())
     assert sum(p.numel() for p in model.parameters()) == 354_823_168
@@ -107,7 +107,7 @@ def test_attention_is_the_written_out_formula() -> None:
 
 
 def test_a_token_changes_no_logits_before_it() -> None:
-    """Causality: bitwise equal before the changed position, different at it and after."""
+    """Causality: bitwise equal before the changed position, different from there on."""
     model, tokens = small_model(), random_tokens(SMALL, 1, 40)
     other = tokens.clone()
     other[0, 25] = (other[0, 25] + 1) % SMALL.vocab_size
@@ -118,7 +118,7 @@ def test_a_token_changes_no_logits_before_it() -> None:
 
 @pytest.mark.parametrize("pieces", [[40], [1] * 40, [7, 1, 20, 12]], ids=["whole", "ones", "mixed"])
 def test_logits_with_a_cache_equal_those_without(pieces: list[int]) -> None:
-    """Tokens fed in pieces, each on top of the cached ones, against all at once."""
+    """Tokens fed in pieces with a cache, against all of them at once."""
     model, tokens = small_model(), random_tokens(SMALL, 3, 40)
     cache = model.new_cache(40)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_logits_with_a_cache_equal_those_without(pieces: list[int]) -> None:
 
 
 def test_the_head_is_the_embedding_and_its_gradient_has_both_uses() -> None:
-    """grad wte = (as the embedding) + (as the head), each alone by detaching the other."""
+    """grad wte = its gradient as embedding + as head, each taken alone by detaching the other."""
     model, tokens = small_model(), random_tokens(SMALL, 2, 9)
     hidden = model.hidden_states(tokens)
     torch.testing.assert_close(model(tokens), hidden @ model.wte.weight.T)
@@ -144,7 +144,7 @@ def test_the_head_is_the_embedding_and_its_gradient_has_both_uses() -> None:
 
 
 def test_without_dropout_training_mode_is_deterministic_and_with_it_is_not() -> None:
-    """The defaults are off; each of the three probabilities alone makes two passes differ."""
+    """Dropout is off by default; any one of the three probabilities makes two passes differ."""
     tokens = random_tokens(SMALL, 2, 20)
     model = small_model().train()
     assert torch.equal(model(tokens), model(tokens))
@@ -155,7 +155,7 @@ def test_without_dropout_training_mode_is_deterministic_and_with_it_is_not() -> 
         assert not torch.equal(dropped(tokens), dropped(tokens)), f"{name} does nothing"
 
 
-def test_initial_weights_have_the_spread_of_gpt2() -> None:
+def test_initial_weights_have_the_deviations_of_gpt2() -> None:
     """N(0, 0.02), c_proj / sqrt(2 n_layer) as in the paper's 2.3; the loss starts near ln V."""
     config = GPT2Config(vocab_size=2000, n_positions=64, n_embd=256, n_layer=8, n_head=4)
     torch.manual_seed(0)
@@ -172,8 +172,8 @@ def test_initial_weights_have_the_spread_of_gpt2() -> None:
     assert loss.item() == pytest.approx(math.log(2000), abs=0.2)
 
 
-def test_from_state_dict_reads_the_configuration_off_the_shapes() -> None:
-    """Config and weights go through a state dict unchanged; float16 becomes float32."""
+def test_from_state_dict_reads_the_configuration_from_the_shapes() -> None:
+    """Configuration and weights survive a state dict; float16 becomes float32."""
     model = small_model()
     again = GPT2.from_state_dict({k: v.half() for k, v in model.state_dict().items()})
     assert again.config == SMALL
@@ -184,7 +184,7 @@ def test_from_state_dict_reads_the_configuration_off_the_shapes() -> None:
 
 
 def test_from_state_dict_copies_unless_told_to_assign() -> None:
-    """Two models of one state dict do not share a weight; with assign there is no second copy."""
+    """A model has its own copy of the weights, except with assign, which makes none."""
     state = {k: v.clone() for k, v in small_model().state_dict().items()}
     kept = copy.deepcopy(state)
     with torch.no_grad():
@@ -213,8 +213,8 @@ BAD_STATES = {
 
 
 @pytest.mark.parametrize("case", BAD_STATES)
-def test_from_state_dict_refuses_what_is_no_gpt2(case: str) -> None:
-    """A ValueError of one line that names the tensor, what was got and what was expected."""
+def test_from_state_dict_refuses_what_is_not_a_gpt2(case: str) -> None:
+    """A one-line ValueError names the tensor, what was got and what was expected."""
     state = dict(small_model().state_dict())
     break_it, message = BAD_STATES[case]
     break_it(state)
@@ -234,13 +234,13 @@ def test_from_state_dict_refuses_what_is_no_gpt2(case: str) -> None:
     ids=["rank", "dtype", "empty", "too long"],
 )
 def test_forward_refuses_what_it_cannot_embed(tokens: torch.Tensor, message: str) -> None:
-    """Rank, dtype and length are told in the message."""
+    """The message gives the rank, dtype or length."""
     with pytest.raises(ValueError, match=message):
         small_model()(tokens)
 
 
 def test_the_model_exports_with_any_batch_and_length() -> None:
-    """torch.export with dynamic B and T, run at a size other than the traced one."""
+    """torch.export with dynamic B and T, then run at another size than the one it was traced at."""
     model = small_model()
     B, T = torch.export.Dim("B"), torch.export.Dim("T", max=SMALL.n_positions)
     program = torch.export.export(
@@ -251,7 +251,7 @@ def test_the_model_exports_with_any_batch_and_length() -> None:
 
 
 def test_a_full_cache_refuses_another_token() -> None:
-    """Positions are counted with those in the cache."""
+    """The limit counts the positions already in the cache."""
     model, cache = small_model(), small_model().new_cache(6)
     model(random_tokens(SMALL, 1, 5), cache)
     with pytest.raises(ValueError, match="after 5 cached positions"):
@@ -260,6 +260,6 @@ def test_a_full_cache_refuses_another_token() -> None:
 
 @pytest.mark.parametrize("bad", [{"n_head": 5}, {"n_layer": 0}, {"vocab_size": -1}])
 def test_an_impossible_configuration_is_refused(bad: dict[str, int]) -> None:
-    """The field and its value are named."""
+    """The message names the field."""
     with pytest.raises(ValueError, match=next(iter(bad))):
         GPT2Config(**bad)

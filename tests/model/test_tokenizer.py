@@ -1,6 +1,6 @@
-"""The tokenizer against facts recorded of GPT-2's vocabulary, without any network.
+"""The tokenizer against recorded facts about GPT-2's vocabulary, without a network.
 
-Ids and counts were taken from public sources, not derived by this code.
+Ids and counts come from public sources, not from this code.
 """
 
 import socket
@@ -20,7 +20,7 @@ def tokenizer() -> Tokenizer:
 
 
 def test_known_text_has_its_recorded_ids(tokenizer: Tokenizer) -> None:
-    """Of two prompts, as OpenAI's tokenizer gives them; the special token in a text of its own."""
+    """Two prompts, with the ids of OpenAI's tokenizer, and the special token inside a text."""
     assert tokenizer.encode("Why did the chicken cross the road?") == [
         *[5195, 750, 262, 9015, 3272, 262, 2975, 30]
     ]
@@ -33,20 +33,20 @@ def test_known_text_has_its_recorded_ids(tokenizer: Tokenizer) -> None:
 
 @given(st.text())
 def test_any_text_survives_encoding_and_decoding(text: str) -> None:
-    """Round trip over arbitrary Unicode, control characters and emoji included."""
+    """Round trip for arbitrary Unicode, including control characters and emoji."""
     tokenizer = load_tokenizer()
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @given(st.binary(max_size=40).map(lambda b: b.decode("utf-8", errors="replace")))
 def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(text: str) -> None:
-    """token_bytes, joined, against UTF-8."""
+    """Concatenated token_bytes against the UTF-8 of the text."""
     tokenizer = load_tokenizer()
     assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
 
 
-def test_every_id_has_bytes_and_344_are_no_text_of_their_own(tokenizer: Tokenizer) -> None:
-    """The recorded count of tokens that are not valid UTF-8; all byte strings differ."""
+def test_every_id_has_bytes_and_344_are_not_text_on_their_own(tokenizer: Tokenizer) -> None:
+    """The recorded count of tokens that are not valid UTF-8; no two tokens are equal."""
     tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
     assert len(set(tokens)) == tokenizer.n_vocab
     assert tokens[50256] == b"<|endoftext|>"
@@ -63,7 +63,7 @@ def test_every_id_has_bytes_and_344_are_no_text_of_their_own(tokenizer: Tokenize
 
 @pytest.mark.parametrize("token_id", [-1, 50257])
 def test_an_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer, token_id: int) -> None:
-    """Both by token_bytes and by decode."""
+    """By token_bytes and by decode."""
     for refuse in (tokenizer.token_bytes, lambda i: tokenizer.decode([i])):
         with pytest.raises(ValueError, match=f"{token_id}.*50257"):
             refuse(token_id)

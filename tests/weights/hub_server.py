@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: one file, on this machine, as huggingface_hub expects it."""
+"""A local stand-in for the Hugging Face hub that serves one file to huggingface_hub."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from threading import Thread
 
 @dataclass
 class Hub:
-    """What is served, and what was asked for."""
+    """The file to serve and the requests received."""
 
     path: str
     revision: str
     content: bytes
-    cut_at: int | None = None  # an answer from the start breaks off after so many bytes
+    cut_at: int | None = None  # the first response breaks off after so many bytes
     url: str = ""
     requests: list[str] = field(default_factory=list)  # for the file: "HEAD 0", "GET <first byte>"
 

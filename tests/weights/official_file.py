@@ -1,4 +1,4 @@
-"""Writes files that are laid out as OpenAI's GPT-2 files on the hub are, with random content."""
+"""Writes files in the layout of OpenAI's GPT-2 files on the hub, with random content."""
 
 import json
 import math
@@ -11,7 +11,7 @@ SMALL = {"n_layer": 2, "n_embd": 128, "vocab_size": 301, "n_positions": 24}
 
 
 def stored_shapes(n_layer: int, n_embd: int, vocab_size: int, n_positions: int) -> dict:
-    """Stored name -> shape, masks included, in the file's order, which is that of the names."""
+    """Stored name -> shape, including masks, in the order of the file: sorted by name."""
     c, p = n_embd, n_positions
     shapes = {"wte.weight": [vocab_size, c], "wpe.weight": [p, c]}
     shapes |= {"ln_f.weight": [c], "ln_f.bias": [c]}
@@ -27,10 +27,9 @@ def stored_shapes(n_layer: int, n_embd: int, vocab_size: int, n_positions: int) 
 
 
 def header_of(shapes: dict) -> bytes:
-    """The header as the official files have it: compact JSON, not padded.
+    """The header as in the official files: compact JSON without padding.
 
-    For gpt2-medium this comes to the official 28,986 bytes, so every tensor starts 2 bytes off a
-    float's boundary.
+    For gpt2-medium it has the official 28,986 bytes, so every tensor starts 2 bytes off alignment.
     """
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -50,9 +49,9 @@ def write_official(
     n_positions: int = 1024,
     seed: int = 0,
 ) -> None:
-    """Writes a float32 GPT-2 as the official files store it; the defaults are gpt2-medium's.
+    """Writes a float32 GPT-2 as an official file; the defaults are the sizes of gpt2-medium.
 
-    Masks are causal masks, gains are near 1, everything else is uniform with deviation 0.02.
+    Masks are causal, gains are near 1, everything else is uniform with standard deviation 0.02.
     """
     shapes = stored_shapes(n_layer, n_embd, vocab_size, n_positions)
     header = header_of(shapes)
@@ -76,7 +75,7 @@ def _content(name: str, shape: list[int], rng: np.random.Generator) -> Iterator[
 
 
 def read_tensorwise(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every stored tensor of a float file as float32, without the code under test."""
+    """Yields every stored float tensor as float32, independently of the code under test."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -93,12 +92,12 @@ def read_tensorwise(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndar
 
 
 def read_plainly(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """All of `read_tensorwise`."""
+    """The tensors of `read_tensorwise` by name."""
     return dict(read_tensorwise(path))
 
 
 def assert_equal(state_dict: dict, arrays: dict) -> None:
-    """The same names, and under each the same values, bit for bit."""
+    """Checks for the same names with bitwise equal values."""
     assert state_dict.keys() == arrays.keys()
     for name, tensor in state_dict.items():
         np.testing.assert_array_equal(tensor.numpy(), arrays[name], err_msg=name)

@@ -1,6 +1,6 @@
-"""A GPT-2 file is read right or refused by name.
+"""A GPT-2 file is read correctly, or refused with the name of the faulty tensor.
 
-Compared to `read_plainly`, a reader of ten lines that shares nothing with the code under test.
+The reference is `read_plainly`, ten lines that share nothing with the code under test.
 """
 
 import math
@@ -36,19 +36,19 @@ def official(tmp_path):
 
 @pytest.fixture
 def parameters(official):
-    """Name -> float32 array of a good file, as a starting point for spoiling it."""
+    """Name -> float32 array of a valid file, for tests to damage."""
     return {k: v for k, v in read_plainly(official).items() if not k.endswith(".attn.bias")}
 
 
 def load_arrays(arrays, folder, **more):
-    """Loads a file that safetensors writes from `arrays` and `more`."""
+    """Writes `arrays` and `more` with the safetensors library and loads the file."""
     path = folder / "given.safetensors"
     save_file({**arrays, **more}, path, metadata={"format": "pt"})
     return load_weights(path)
 
 
 def test_the_medium_file_of_these_tests_has_the_official_header_size_and_misalignment():
-    """Compared to what is known of the official gpt2-medium file."""
+    """Against the published facts about the official gpt2-medium file."""
     shapes = stored_shapes(n_layer=24, n_embd=1024, vocab_size=50257, n_positions=1024)
     header = header_of(shapes)
     n_parameters = sum(math.prod(s) for k, s in shapes.items() if not k.endswith(".attn.bias"))
@@ -59,7 +59,7 @@ def test_the_medium_file_of_these_tests_has_the_official_header_size_and_misalig
 
 @pytest.mark.parametrize("misalignment", [0, 1, 2, 3])
 def test_every_alignment_of_the_file_loads_bit_for_bit_into_aligned_memory(official, misalignment):
-    """The header padded with 0 to 3 spaces, against the plain reader's bytes."""
+    """The header is padded with 0 to 3 spaces; values against the plain reader's."""
     raw = official.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     spaces = (misalignment - length) % 4
@@ -75,7 +75,7 @@ def test_every_alignment_of_the_file_loads_bit_for_bit_into_aligned_memory(offic
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_loads_as_the_exact_float32(dtype, parameters, tmp_path):
-    """Against the plain reader, which widens each stored value by itself."""
+    """Against the plain reader, which widens the stored values independently."""
     save_weights({k: torch.from_numpy(v).to(dtype) for k, v in parameters.items()}, tmp_path)
     state_dict = load_weights(tmp_path)
     assert {t.dtype for t in state_dict.values()} == {torch.float32}
@@ -83,7 +83,7 @@ def test_half_precision_loads_as_the_exact_float32(dtype, parameters, tmp_path):
 
 
 def test_the_names_that_transformers_writes_load_as_the_official_ones(parameters, tmp_path):
-    """Prefix, tied head and both masks; compared to the file without them."""
+    """With prefix, tied head and both kinds of mask, against the file without them."""
     masks = {"transformer.h.0.attn.bias": np.tri(24, dtype=np.uint8).reshape(1, 1, 24, 24)}
     masks["transformer.h.1.attn.masked_bias"] = np.array(-1e4, dtype=np.float32)
     renamed = {f"transformer.{k}": v for k, v in parameters.items()}
@@ -92,7 +92,7 @@ def test_the_names_that_transformers_writes_load_as_the_official_ones(parameters
 
 
 def test_an_untied_or_misshapen_head_is_refused(parameters, tmp_path):
-    """One value off wte's, and one row short of it."""
+    """A head with one value changed, and one with a row missing."""
     head = parameters["wte.weight"].copy()
     head[300, 127] += 1
     with pytest.raises(WeightsError, match=r"lm_head\.weight: got values that differ"):
@@ -114,7 +114,7 @@ def test_a_value_that_is_not_finite_is_refused_and_located(value, dtype, paramet
 
 
 def test_finite_values_whose_sum_overflows_are_accepted(parameters, tmp_path):
-    """The quick check sums a tensor: an infinite sum of finite values must not refuse it."""
+    """The quick check is a sum: finite values with an infinite sum must not be refused."""
     parameters["wpe.weight"][:] = np.finfo(np.float32).max
     assert_equal(load_arrays(parameters, tmp_path), parameters)
 
@@ -141,7 +141,7 @@ def test_finite_values_whose_sum_overflows_are_accepted(parameters, tmp_path):
 def test_tensors_that_are_not_those_of_a_gpt2_are_refused_by_name(
     change, message, parameters, tmp_path
 ):
-    """One tensor dropped (None) or given another shape; the message names it and the file."""
+    """One tensor is dropped (None) or reshaped; the message names it and the file."""
     for name, shape in change.items():
         parameters.pop(name, None)
         if shape is not None:
@@ -153,21 +153,21 @@ def test_tensors_that_are_not_those_of_a_gpt2_are_refused_by_name(
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.uint8])
 def test_other_dtypes_are_refused_by_name(dtype, parameters, tmp_path):
-    """One tensor in a dtype that no GPT-2 file holds, whether or not it loses values."""
+    """One tensor in a dtype that no GPT-2 file has, lossless or not."""
     parameters["ln_f.bias"] = parameters["ln_f.bias"].astype(dtype)
     with pytest.raises(WeightsError, match=r"ln_f\.bias'?: got [FIU]\d+, expected one of"):
         load_arrays(parameters, tmp_path)
 
 
 def test_a_model_without_blocks_is_refused(parameters, tmp_path):
-    """Embeddings and ln_f alone agree with every shape that there is."""
+    """Embeddings and ln_f alone would be consistent."""
     bare = {k: v for k, v in parameters.items() if not k.startswith("h.")}
     with pytest.raises(WeightsError, match=r"got 4 tensors .*expected .*h\.0\."):
         load_arrays(bare, tmp_path)
 
 
 def test_a_file_that_is_cut_short_while_it_is_read_raises_and_does_not_crash(official):
-    """Reading through a memory map would end the process with SIGBUS here."""
+    """Reading through a memory map would kill the process with SIGBUS here."""
     tensors = read_tensors(official)
     next(tensors)
     os.truncate(official, 200_000)
@@ -176,7 +176,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_raises_and_does_not_crash(off
 
 
 def test_a_pickle_is_refused_and_never_run(tmp_path):
-    """One that would create a file when unpickled, under either name that a folder may hold."""
+    """Unpickling it would create a file. It lies under each of the two usual names."""
 
     class Trap:
         def __reduce__(self):
@@ -194,13 +194,13 @@ def test_a_pickle_is_refused_and_never_run(tmp_path):
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    """A slip of the pen is no path either: the message lists what could have been meant."""
+    """A typing error is not an existing path either; the message lists the names."""
     with pytest.raises(WeightsError, match=r"gpt2-medum: .* gpt2, gpt2-medium, gpt2-xl, tiny"):
         load_weights("gpt2-medum")
 
 
 def test_weights_are_on_the_cpu_whatever_the_default_device(official):
-    """Under a default device of meta, on which a tensor would have no values."""
+    """With meta as the default device, where tensors have no values."""
     with torch.device("meta"):
         state_dict = load_weights(official)
     assert {t.device.type for t in state_dict.values()} == {"cpu"}

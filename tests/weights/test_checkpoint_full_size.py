@@ -1,4 +1,4 @@
-"""A file of gpt2-medium's full size, laid out as the official one: content and peak memory."""
+"""A full-size gpt2-medium in the official layout: content and peak memory."""
 
 import subprocess
 import sys
@@ -32,9 +32,8 @@ print(extra)
 
 
 def test_the_full_medium_file_becomes_a_model_without_a_second_copy(tmp_path):
-    """316 tensors in, 292 parameters out, equal; at the peak at most one tensor besides, the
-    largest, the embedding. In a process of its own, for its peak memory. (How long it takes is
-    measured by `python -m train.benchmark`.)"""
+    """316 tensors in, 292 equal parameters out. Peak memory, measured in a separate process, exceeds
+    the model by at most its largest tensor, the embedding."""
     path = tmp_path / "medium.safetensors"
     try:
         write_official(path)

@@ -1,7 +1,7 @@
-"""A file changed at random is refused, or loads as if it had not been changed.
+"""A randomly damaged file is refused or loads as if it were undamaged.
 
-Nothing in between is possible: the content is float32, no other dtype of four bytes is accepted,
-and offsets must leave no gap, so a changed header is wrong or means the same.
+There is nothing in between: the content is float32, no other four-byte dtype is accepted, and
+offsets may leave no gap, so a changed header is either invalid or means the same.
 """
 
 import json
@@ -64,7 +64,7 @@ def mutations(draw, raw):
 
 @pytest.fixture(scope="module", params=["official", "transformers"])
 def mutated_file(request, tmp_path_factory):
-    """A whole file of either style, and the parameters that it holds."""
+    """A complete file in either style, and its parameters."""
     path = tmp_path_factory.mktemp("mutated") / "model.safetensors"
     write_official(path, **TINY)
     parameters = {k: v for k, v in read_plainly(path).items() if not k.endswith(".attn.bias")}
@@ -76,15 +76,15 @@ def mutated_file(request, tmp_path_factory):
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_mutated_file_loads_right_or_raises_weights_error(mutated_file, data):
-    """2 x 250 cases; right means equal to the file before the mutation."""
+def test_a_mutated_file_loads_correctly_or_raises_weights_error(mutated_file, data):
+    """2 x 250 cases; correct means equal to the file before the mutation."""
     path, raw, parameters = mutated_file
     path.write_bytes(data.draw(mutations(raw)))
     try:
         state_dict = load_weights(path)
     except WeightsError as error:
         event("refused")
-        assert str(path) in str(error)  # noqa: PT017, both ways are fine, an unknown path is not
+        assert str(path) in str(error)  # noqa: PT017, either outcome is fine, a message without the path is not
     else:
         event("loaded")
         assert_equal(state_dict, parameters)
@@ -98,10 +98,8 @@ def test_a_mutated_file_loads_right_or_raises_weights_error(mutated_file, data):
         lambda e: {**e, "remark": 3},
     ],
 )
-def test_spellings_that_the_format_library_takes_for_the_same_entry_load_the_same(
-    respell, mutated_file
-):
-    """serde reads a list as a struct and {"F32": null} as an enum; Python's json does not."""
+def test_spellings_that_the_format_library_accepts_load_the_same(respell, mutated_file):
+    """serde reads a list as a struct and {"F32": null} as an enum, unlike Python's json."""
     path, raw, parameters = mutated_file
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])

@@ -1,4 +1,4 @@
-"""What is saved is official in names and layout, and a write is whole or has not happened."""
+"""Saved files have official names and layouts, and a write happens completely or not at all."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ def official(tmp_path):
 
 
 def test_transformers_computes_the_same_logits_from_what_is_saved(official, tmp_path):
-    """from_pretrained on our folder, compared to transformers' own model filled by hand."""
+    """from_pretrained on the saved folder, against transformers' model filled by hand."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     state_dict = load_weights(official)
@@ -40,7 +40,7 @@ def test_transformers_computes_the_same_logits_from_what_is_saved(official, tmp_
 
 
 def test_what_is_saved_loads_back_equal_with_its_strides_and_views_undone(official, tmp_path):
-    """Transposed, strided, a Parameter: against the values before; names and metadata likewise."""
+    """Transposed, strided and Parameter tensors, and the names and metadata of the file."""
     state_dict = load_weights(official)
     awkward = {k: v.t().contiguous().t() if v.dim() == 2 else v for k, v in state_dict.items()}
     awkward["ln_f.bias"] = torch.nn.Parameter(torch.stack([awkward["ln_f.bias"]] * 2, 1)[:, 1])
@@ -63,8 +63,8 @@ def test_what_is_saved_loads_back_equal_with_its_strides_and_views_undone(offici
         ("lm_head.weight", torch.zeros(301, 128), r"'lm_head\.weight': .* expected no such tensor"),
     ],
 )
-def test_what_could_not_be_loaded_is_not_saved(name, tensor, message, official, tmp_path):
-    """What load_weights would refuse, in the same words; not even the folder is made."""
+def test_invalid_weights_are_not_saved(name, tensor, message, official, tmp_path):
+    """Refused in the same words as by load_weights, before the folder is created."""
     state_dict = load_weights(official) | {name: tensor}
     with pytest.raises(WeightsError, match=message):
         save_weights(state_dict, tmp_path / "saved")
@@ -72,7 +72,7 @@ def test_what_could_not_be_loaded_is_not_saved(name, tensor, message, official, 
 
 
 def test_two_names_of_one_tensor_are_refused(official, tmp_path):
-    """The format has no views: loaded back, a tied pair would be two."""
+    """The format has no views: loaded again, the pair would no longer be tied."""
     state_dict = load_weights(official)
     state_dict["h.1.ln_1.bias"] = state_dict["h.0.ln_1.bias"]
     with pytest.raises(WeightsError, match=r"share memory.*ln_1\.bias"):
@@ -80,14 +80,14 @@ def test_two_names_of_one_tensor_are_refused(official, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_named(official, tmp_path):
-    """A file lies where the folder should be."""
+    """There is a file where the folder should be."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WeightsError, match=f"cannot write weights to {tmp_path}/file"):
         save_weights(load_weights(official), tmp_path / "file")
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    """Ctrl-C halfway, then a complete write: the old content is there until the new is complete."""
+    """Ctrl-C halfway, then a complete write; the old content stays until the new is complete."""
     path = tmp_path / "kept"
     path.write_text("old")
 
@@ -118,7 +118,7 @@ def test_a_write_replaces_a_link_and_leaves_the_file_it_points_to(tmp_path):
 
 
 def test_two_writes_of_one_path_use_different_new_files(tmp_path, monkeypatch):
-    """The names differ; a file that has the name already is neither opened nor removed."""
+    """The names differ; an existing file of that name is neither opened nor removed."""
     with atomic_write(tmp_path / "x") as one, atomic_write(tmp_path / "x") as two:
         assert one != two
     monkeypatch.setattr("secrets.token_hex", lambda _: "guessed")
@@ -129,7 +129,7 @@ def test_two_writes_of_one_path_use_different_new_files(tmp_path, monkeypatch):
 
 
 def test_the_error_that_ended_a_write_is_raised_even_if_cleaning_up_fails(tmp_path):
-    """The temporary file is removed by someone else before the body raises."""
+    """Another program removes the temporary file before the body raises."""
 
     def fail():
         with atomic_write(tmp_path / "x") as temporary:
@@ -141,7 +141,7 @@ def test_the_error_that_ended_a_write_is_raised_even_if_cleaning_up_fails(tmp_pa
 
 
 def fsync_failing_on_folders(monkeypatch, code):
-    """Replaces os.fsync: error `code` for a folder, the usual for a file."""
+    """Replaces os.fsync: it fails with `code` on folders and works on files."""
     real = os.fsync
 
     def fsync(descriptor):
@@ -153,7 +153,7 @@ def fsync_failing_on_folders(monkeypatch, code):
 
 
 def test_a_file_system_without_fsync_on_folders_is_a_warning(tmp_path, monkeypatch):
-    """EINVAL, as such file systems answer; the file is written all the same."""
+    """EINVAL, as such file systems return; the file is still written."""
     fsync_failing_on_folders(monkeypatch, errno.EINVAL)
     with pytest.warns(UserWarning, match="folders cannot be fsynced"):  # noqa: SIM117
         with atomic_write(tmp_path / "x") as temporary:
@@ -162,14 +162,14 @@ def test_a_file_system_without_fsync_on_folders_is_a_warning(tmp_path, monkeypat
 
 
 def test_a_folder_that_fails_to_reach_the_disk_is_an_error(tmp_path, monkeypatch):
-    """EIO is a failure of the disk, on a folder as on a file."""
+    """EIO is a disk failure, on a folder as on a file."""
     fsync_failing_on_folders(monkeypatch, errno.EIO)
     with pytest.raises(OSError, match="Input/output"), atomic_write(tmp_path / "x") as temporary:
         temporary.write_text("new")
 
 
-def test_saved_weights_may_be_read_by_whom_the_umask_lets(official, tmp_path):
-    """Both files have the mode of any new file; the safetensors library would make it 0600."""
+def test_saved_files_have_the_mode_that_the_umask_gives(official, tmp_path):
+    """The mode of any new file; the safetensors library would make it 0600."""
     save_weights(load_weights(official), tmp_path / "saved")
     (tmp_path / "any").touch()
     modes = {path.stat().st_mode for path in [*(tmp_path / "saved").iterdir(), tmp_path / "any"]}

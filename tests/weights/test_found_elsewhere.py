@@ -1,4 +1,4 @@
-"""Checkpoints as other tools and other people leave them: loaded, or refused in one line."""
+"""Checkpoints from other tools and other people: loaded, or refused in one line."""
 
 import io
 import json
@@ -21,7 +21,7 @@ FILE = "model.safetensors"
 
 @pytest.fixture
 def parameters(tmp_path):
-    """Name -> float32 array of a good file, which is removed again."""
+    """Name -> float32 array of a valid file."""
     path = tmp_path / "official"
     write_official(path, **SMALL)
     arrays = {k: v for k, v in read_plainly(path).items() if not k.endswith(".attn.bias")}
@@ -36,7 +36,7 @@ def folder(parameters, tmp_path):
 
 
 def refusal(path):
-    """The message with which `path` is refused: one line, the same from header and values."""
+    """The one-line message of load_weights for `path`; layout_of must give the same."""
     with pytest.raises(WeightsError) as caught:
         load_weights(path)
     message = str(caught.value)
@@ -68,7 +68,7 @@ def refusal(path):
     ],
 )
 def test_a_config_of_another_model_is_refused_by_key(key, value, folder):
-    """Each of these makes transformers compute something else from the same tensors, or fail."""
+    """With each of these, transformers computes something else from the same tensors, or fails."""
     (folder / "config.json").write_text(json.dumps(layout_of(folder).config() | {key: value}))
     message = refusal(folder)
     assert f"{folder}/config.json describes another model: {key}: got {value!r}, exp" in message
@@ -76,7 +76,7 @@ def test_a_config_of_another_model_is_refused_by_key(key, value, folder):
 
 
 def test_a_config_of_the_same_model_loads_whatever_else_it_says(folder, parameters):
-    """Keys without a say in the function, other names of the same value, keys left out."""
+    """Keys that do not affect the function, synonyms of the values, missing keys."""
     same = {"attn_pdrop": 0.1, "n_inner": None, "activation_function": "gelu_pytorch_tanh"}
     for config in (layout_of(folder).config() | same | {"xfactor": {"lr": 1.0}}, {"n_embd": 128}):
         (folder / "config.json").write_text(json.dumps(config))
@@ -106,7 +106,7 @@ def test_a_config_that_is_not_json_is_one_line(text, folder):
     ],
 )
 def test_prefixes_of_wrappers_are_stripped(prefix, parameters, tmp_path):
-    """Every tensor, its head and a mask under the prefix, against the same without it."""
+    """Parameters, head and a mask with the prefix, against the parameters without it."""
     extra = {"lm_head.weight": parameters["wte.weight"].copy(), "h.0.attn.masked_bias": np.ones(1)}
     extra["h.0.attn.masked_bias"] = extra["h.0.attn.masked_bias"].astype(np.float32)
     save_file({prefix + k: v for k, v in (parameters | extra).items()}, tmp_path / FILE)
@@ -114,7 +114,7 @@ def test_prefixes_of_wrappers_are_stripped(prefix, parameters, tmp_path):
 
 
 def write_shards(parameters, folder):
-    """As transformers does: two files and the index of which tensor is where."""
+    """Writes two files and their index, as transformers does."""
     names = [*parameters]
     parts = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
     for file, part in parts.items():
@@ -125,7 +125,7 @@ def write_shards(parameters, folder):
 
 
 def test_sharded_files_load_as_one(parameters, tmp_path):
-    """By folder and by index; a config.json beside them is checked, a missing shard named."""
+    """By folder and by index; a config.json is checked, and a missing shard is named."""
     shards = write_shards(parameters, tmp_path)
     assert_equal(load_weights(tmp_path), parameters)
     assert_equal(load_weights(tmp_path / f"{FILE}.index.json"), parameters)
@@ -139,13 +139,13 @@ def test_sharded_files_load_as_one(parameters, tmp_path):
     "text", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}', '{"weight_map": 3}']
 )
 def test_an_index_that_lists_no_files_beside_it_is_refused(text, tmp_path):
-    """Among them one that points out of its folder."""
+    """One of them points out of its folder."""
     (tmp_path / f"{FILE}.index.json").write_text(text)
     assert "is not an index of shards" in refusal(tmp_path)
 
 
 def test_a_pickle_is_refused_with_a_command_that_converts_it(parameters, tmp_path):
-    """The command of the message is run; then the folder loads."""
+    """Running the command in the message makes the folder loadable."""
     state_dict = {k: torch.from_numpy(v) for k, v in parameters.items()}
     state_dict["lm_head.weight"] = state_dict["wte.weight"]  # one tensor under two names
     torch.save(state_dict, tmp_path / "pytorch_model.bin")
@@ -156,8 +156,8 @@ def test_a_pickle_is_refused_with_a_command_that_converts_it(parameters, tmp_pat
     assert_equal(load_weights(tmp_path), parameters)
 
 
-def test_what_stands_in_for_a_file_is_called_by_its_name(tmp_path):
-    """A Git LFS pointer, and the page that a browser saves under the file's name."""
+def test_a_file_that_was_not_really_downloaded_is_recognised(tmp_path):
+    """A Git LFS pointer, and a web page saved under the file's name."""
     path = tmp_path / FILE
     path.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:fc5a\nsize 1519984962\n"
@@ -168,7 +168,7 @@ def test_what_stands_in_for_a_file_is_called_by_its_name(tmp_path):
 
 
 def test_tensors_of_another_model_are_shown_beside_what_was_expected(tmp_path):
-    """Of many names the first four, and no page of them."""
+    """The first four of forty names, in a message of less than 400 characters."""
     names = [f"model.layers.{n}.self_attn.q_proj.weight" for n in range(40)]
     save_file({name: np.ones(3, np.float32) for name in names}, tmp_path / FILE)
     message = refusal(tmp_path)
@@ -178,7 +178,7 @@ def test_tensors_of_another_model_are_shown_beside_what_was_expected(tmp_path):
 
 
 def test_a_header_of_100_000_blocks_is_refused_quickly(tmp_path):
-    """Compared to the time that the format's library takes to open it."""
+    """In less than two CPU seconds, twice; one tensor per block."""
     header = {
         f"h.{n}.ln_1.bias": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
         for n in range(100_000)
@@ -191,7 +191,7 @@ def test_a_header_of_100_000_blocks_is_refused_quickly(tmp_path):
 
 
 def test_hostile_names_are_escaped_in_messages(folder, parameters):
-    """A terminal's escape sequence, a newline and a direction mark, in a name and in a path."""
+    """A terminal escape sequence, a newline and a direction mark, in names, dtypes and paths."""
     name = "\x1b[31m\n\u202egnp"
     save_file(parameters | {name: np.ones(1, np.float32)}, folder / FILE)
     assert r"\x1b[31m\n\u202egnp" in refusal(folder)
@@ -203,7 +203,7 @@ def test_hostile_names_are_escaped_in_messages(folder, parameters):
 
 
 def test_a_leading_tilde_is_the_home_folder(folder, parameters, monkeypatch):
-    """In every function that takes a path; for a user who does not exist it is one line."""
+    """In every function that takes a path; an unknown user is refused in one line."""
     monkeypatch.setenv("HOME", str(folder))
     state_dict = {k: torch.from_numpy(v) for k, v in parameters.items()}
     save_weights(state_dict, "~/saved")
@@ -216,7 +216,7 @@ def test_a_leading_tilde_is_the_home_folder(folder, parameters, monkeypatch):
 
 
 def test_paths_that_the_system_refuses_are_one_line(folder, parameters):
-    """300 characters, a null byte, a folder without permission; for reading and for writing."""
+    """A name of 300 characters, a null byte, a folder without permission; read and written."""
     state_dict = {k: torch.from_numpy(v) for k, v in parameters.items()}
     assert "File name too long" in refusal(folder / ("x" * 300))
     assert "no weights at" in refusal("a\0b")
@@ -234,14 +234,14 @@ def test_paths_that_the_system_refuses_are_one_line(folder, parameters):
 
 
 class ShortReads(io.FileIO):
-    """A file whose reads stop after 1,000 bytes, as Linux's do after 2 GiB."""
+    """A file whose reads stop after 1,000 bytes, as those of Linux do after 2 GiB."""
 
     def readinto(self, buffer):
         return super().readinto(memoryview(buffer)[:1000])
 
 
 def test_a_read_that_stops_short_is_continued(folder, parameters, monkeypatch):
-    """Tensors of up to 262,144 bytes, in pieces of 1,000."""
+    """Tensors of up to 262,144 bytes, read in pieces of 1,000."""
     monkeypatch.setattr(
         "weights.checkpoint.open",
         lambda path, mode: io.BufferedReader(ShortReads(path)),

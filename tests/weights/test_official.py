@@ -1,8 +1,7 @@
-"""Official weights: found in either cache, else downloaded; verified once; refused with advice.
+"""Official weights are found in either cache or downloaded, verified, or refused with advice.
 
-The hub is a server on this machine and the official file a small one, entered in the registry in
-place of gpt2-medium's. huggingface_hub reads its environment when imported, so each case runs in a
-process of its own, as a user's would.
+The hub is a local server, and a small file takes the place of gpt2-medium's in the registry.
+huggingface_hub reads its environment when imported, so each case runs in its own process.
 """
 
 import dataclasses
@@ -76,7 +75,7 @@ def fetched_path(done):
 
 
 def test_a_download_is_verified_and_kept(hub, content, tmp_path):
-    """The server's file loads; a second command does not touch the network."""
+    """The server's file loads; the second command does not use the network."""
     first = fetch(tmp_path, content, hub.url, TQDM_POSITION="-1")  # a bar without a terminal
     path = fetched_path(first)
     assert hub.requests == ["HEAD 0", "HEAD 0", "GET 0"]
@@ -90,7 +89,7 @@ def test_a_download_is_verified_and_kept(hub, content, tmp_path):
 
 
 def test_a_connection_that_breaks_is_resumed_at_the_last_complete_part(hub, tmp_path):
-    """huggingface_hub keeps parts of 10 MiB of a file of 12."""
+    """A file of 12 MiB, of which huggingface_hub keeps the first 10."""
     write_official(tmp_path / FILE, **SMALL | {"vocab_size": 24_000})
     hub.content, hub.cut_at = (tmp_path / FILE).read_bytes(), 11 << 20
     path = fetched_path(fetch(tmp_path / "cache", hub.content, hub.url))
@@ -101,13 +100,13 @@ def test_a_connection_that_breaks_is_resumed_at_the_last_complete_part(hub, tmp_
 
 @pytest.mark.parametrize("repo", ["gpt2-medium", "openai-community/gpt2-medium"])
 def test_a_file_cached_under_either_name_is_used_without_network(repo, content, tmp_path):
-    """The path it is found at, with an endpoint at which nothing listens."""
+    """It is found although nothing listens at the endpoint."""
     path = put_in_cache(tmp_path, content, repo)
     assert fetched_path(fetch(tmp_path, content)) == str(path)
 
 
 def test_a_wrong_hash_is_refused_with_both_and_the_file_is_left(content, tmp_path):
-    """Against hashlib's digest of each; one byte differs, so the size gives nothing away."""
+    """Both digests are in the message. One byte differs, so the size is right."""
     wrong = content[:-1] + b"?"
     path = put_in_cache(tmp_path, wrong)
     got, expected = (hashlib.sha256(c).hexdigest() for c in (wrong, content))
@@ -119,7 +118,7 @@ def test_a_wrong_hash_is_refused_with_both_and_the_file_is_left(content, tmp_pat
 
 @pytest.mark.parametrize("place", ["header", "mask", "tensor"])
 def test_every_byte_of_the_official_file_counts(place, content, monkeypatch, tmp_path):
-    """A space in the header, a value of a mask that is not loaded, and one of a tensor that is."""
+    """One space more in the header, one bit of a mask, which is not loaded, and of a tensor."""
     digest = hashlib.sha256(content).hexdigest()
     monkeypatch.setitem(OFFICIAL, "gpt2", dataclasses.replace(MEDIUM, sha256=digest))
     monkeypatch.setattr("weights.official.cached", lambda _: tmp_path / FILE)
@@ -140,7 +139,7 @@ def test_every_byte_of_the_official_file_counts(place, content, monkeypatch, tmp
 
 
 def test_a_hub_that_does_not_answer_is_an_error_within_five_seconds(content, tmp_path):
-    """Connections are refused, and accepted without an answer; a process's start counts."""
+    """One endpoint refuses connections, the other accepts them and stays silent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for endpoint in DEAD, f"http://127.0.0.1:{silent.getsockname()[1]}":
             start = time.monotonic()
@@ -152,7 +151,7 @@ def test_a_hub_that_does_not_answer_is_an_error_within_five_seconds(content, tmp
 
 
 def test_offline_and_not_cached_says_what_to_fetch_where_to_put_it_and_what_else(content, tmp_path):
-    """And the advice works: a file put there is found."""
+    """The advice works: a file put in the given place is found."""
     done = fetch(tmp_path, content, HF_HUB_OFFLINE="1")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -170,7 +169,7 @@ def test_offline_and_not_cached_says_what_to_fetch_where_to_put_it_and_what_else
 
 
 def test_a_file_that_the_hub_lacks_is_an_error_with_the_same_advice(hub, content, tmp_path):
-    """A server that answers 404, in place of none that answers."""
+    """The server answers 404."""
     hub.path = "/elsewhere"
     done = fetch(tmp_path, content, hub.url)
     assert done.returncode == 1
@@ -179,7 +178,7 @@ def test_a_file_that_the_hub_lacks_is_an_error_with_the_same_advice(hub, content
 
 
 def test_the_registry_agrees_with_the_known_sizes():
-    """Compared to parameters and masks in float32; what is left of a file is its header."""
+    """File size minus parameters and masks in float32 leaves the header."""
     sizes = {
         "gpt2": Layout(n_layer=12, n_embd=768, vocab_size=50257, n_positions=1024),
         "gpt2-medium": Layout(n_layer=24, n_embd=1024, vocab_size=50257, n_positions=1024),
@@ -196,7 +195,7 @@ def test_the_registry_agrees_with_the_known_sizes():
 def test_check_prints_the_sizes_and_the_official_name_and_on_request_every_tensor(
     content, tmp_path, monkeypatch
 ):
-    """Against the sizes it was written with; then entered in the registry, then cut short."""
+    """Against the sizes it was written with; then as an official file, then cut short."""
     path = tmp_path / FILE
     path.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
@@ -228,6 +227,6 @@ def test_check_as_a_command_ends_in_one_line_on_a_bad_file(tmp_path):
 
 
 def test_importing_weights_leaves_the_hub_library_alone():
-    """It takes a third of a second, and only official names need it: a fresh process's modules."""
+    """Importing it takes a third of a second, and only official names need it."""
     script = "import sys, weights; assert 'huggingface_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

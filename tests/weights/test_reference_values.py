@@ -1,8 +1,8 @@
-"""OpenAI's gpt2-medium, where its file is in the local cache: against values recorded for it.
+"""OpenAI's gpt2-medium against recorded values, where its file is in the local cache.
 
-They were taken from public sources; no machine that this was written on had the file, to derive
-them again. Where it is not cached these are skipped: it is 1.5 GB, and a test downloads nothing.
-Fetch it with `python -m weights.official gpt2-medium`.
+The values come from public sources; no machine that this was written on had the file. Without it
+these tests are skipped: it is 1.5 GB, and tests download nothing. To get it, run
+`python -m weights.official gpt2-medium`.
 """
 
 import pytest
