@@ -3,24 +3,21 @@
     python -m kernels.benchmark
     python -m kernels.benchmark --rows 256 1024 4096 --dtype bfloat16 --plot benchmark.png --json
 
-Forward is timed without gradients, forward + backward with them; medians over interleaved
-repetitions, ± half the interquartile range. On CUDA these are the device's times, its queue filled
-beforehand and its L2 cache emptied; "host" is the time in which the CPU launches forward +
-backward. A loss whose host time is above the device's is bound by the host, unless its launches
-are captured in a CUDA graph.
+Times are medians over interleaved repetitions, ± half the interquartile range; forward runs
+without gradients. On CUDA they are the device's, its queue filled and its L2 cache emptied
+beforehand. "host" is the CPU's time to launch forward + backward: where it exceeds the device's,
+the host sets the pace, unless a CUDA graph holds the launches.
 
-GB/s divides the bytes that any implementation must move by the time of forward + backward: for the
-losses on logits, logits read twice and their gradient written; for the losses with the LM head,
-hidden states and weight read and their gradients written. Roofline is its share of the bandwidth of
-copying a large tensor on the same device: 100 % for a loss on logits that moves nothing else, at
-the speed of a copy. With the LM head arithmetic sets the bound, so that share is low.
+GB/s divides the bytes that any implementation must move by the time of forward + backward: logits
+read twice and their gradient written, or with the LM head hidden states and weight read and their
+gradients written. Roofline is its share of the bandwidth of copying a large tensor on the same
+device; with the LM head it is low, for arithmetic sets the bound.
 
 Memory is the peak of one forward + backward above its inputs: of CUDA's allocator, or on Linux of
 the resident set (VmHWM). Error is the RMS error of the gradient of the logits or hidden states over
 the RMS of that gradient in float64, in the first 16 rows: rounding the exact gradient to its dtype
-alone leaves 2e-8 in float32 and 1.6e-3 in bfloat16. One token in 51 is a target token, at beta = 0:
-about GPT-2's share of tokens with an x, 984 of 50,257. Losses of other libraries take what they
-can: a dense P, or one label per row (cross entropy).
+leaves 2e-8 in float32 and 1.6e-3 in bfloat16. One token in 51 is a target token, at beta = 0: GPT-2
+has 984 with an x among 50,257. Losses of other libraries take a dense P or one label per row.
 """
 
 import argparse
@@ -104,20 +101,24 @@ class Setting:
         return x.mul_(scale).to(self.dtype)
 
 
-def make_target(kind: str, rows: int, setting: Setting) -> Any:
-    """A TwoLevelTarget; its probabilities for each row, "dense"; or "labels", one per row."""
+def make_target(kind: str, rows: int, setting: Setting) -> tuple[Any, Any]:
+    """A two-level target; its probabilities for each row, "dense"; or "labels", one per row. With
+    it the target of the first rows as kl_div takes it."""
     if kind == "labels":
-        return torch.arange(rows, device=setting.device) % setting.vocab
+        labels = torch.arange(rows, device=setting.device) % setting.vocab
+        return labels, F.one_hot(labels[:ERROR_ROWS], setting.vocab).double()
     target = TwoLevelTarget(torch.arange(setting.vocab, device=setting.device) % 51 == 0)
-    return target if kind == "two-level" else target.dense().expand(rows, -1).contiguous()
+    if kind == "two-level":
+        return target, target
+    return target.dense().expand(rows, -1).contiguous(), target
 
 
 class Case:
     """A loss, its inputs and its target, ready to be run."""
 
-    def __init__(self, loss: Loss, inputs: tuple[Tensor, ...], target: Any) -> None:
-        library = (import_module(loss.needs),) if loss.needs else ()
-        self.run, self.target = partial(loss.run, *library), target
+    def __init__(self, loss: Loss, inputs: tuple[Tensor, ...], targets: tuple[Any, Any]) -> None:
+        self.run = partial(loss.run, import_module(loss.needs)) if loss.needs else loss.run
+        self.target, self.exact_target = targets
         self.in_place, self.originals = loss.in_place, inputs
         self.inputs = tuple(x.clone() for x in inputs) if loss.in_place else inputs
         passes = 2 if loss.head else 3
@@ -145,12 +146,7 @@ class Case:
         exact = self.originals[0][:ERROR_ROWS].double().requires_grad_()
         head = self.originals[1:]
         logits = F.linear(exact, head[0].double()) if head else exact
-        target = self.target
-        if isinstance(target, Tensor):
-            target = target[:ERROR_ROWS]
-            if not target.is_floating_point():
-                target = F.one_hot(target, logits.shape[-1]).double()
-        (true,) = torch.autograd.grad(kl_div(logits, target, "sum") / len(got), exact)
+        (true,) = torch.autograd.grad(kl_div(logits, self.exact_target, "sum") / len(got), exact)
         return ((got[:ERROR_ROWS].double() - true).norm() / true.norm()).item()
 
 
