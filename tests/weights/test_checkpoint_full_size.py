@@ -32,8 +32,8 @@ print(extra)
 
 
 def test_the_full_medium_file_becomes_a_model_without_a_second_copy(tmp_path):
-    """316 tensors in, 292 equal parameters out. Peak memory, measured in a separate process, exceeds
-    the model by at most its largest tensor, the embedding."""
+    """316 tensors in, 292 equal parameters out. The peak memory of a separate process exceeds the
+    model by at most its largest tensor, the embedding."""
     path = tmp_path / "medium.safetensors"
     try:
         write_official(path)
