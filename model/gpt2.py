@@ -64,7 +64,7 @@ class KVCache:
         self.length += k.shape[2]
         self._keys[:, :, past : self.length] = k
         self._values[:, :, past : self.length] = v
-        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]  # (B, H, S, D)
 
 
 class Affine(nn.Module):
@@ -134,7 +134,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C), each position on its own."""
-        return self.resid_dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        y = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        return self.resid_dropout(self.c_proj(y))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -211,11 +212,12 @@ class GPT2(nn.Module):
         x = self.embd_dropout(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None, mask)
-        return self.ln_f(x)
+        return self.ln_f(x)  # (B, T, C)
 
     def forward(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """Logits of the token after each position: int64 (B, T) -> (B, T, V)."""
-        return F.linear(self.hidden_states(tokens, cache), self.wte.weight)  # no bias, no scale
+        hidden = self.hidden_states(tokens, cache)  # (B, T, C)
+        return F.linear(hidden, self.wte.weight)  # (B, T, V): no bias, no scale
 
     def new_cache(self, max_positions: int) -> list[KVCache]:
         """An empty cache for `max_positions` positions: one KVCache per block."""

@@ -147,7 +147,7 @@ class Options:
 
     name: str  # gpt2, gpt2-medium or gpt2-xl; with --check a file or folder
     check: bool = False  # read every value and print the sizes and the hash
-    list: bool = False  # with --check: every tensor as well
+    list: bool = False  # the same, and every tensor
 
 
 def main() -> None:
@@ -160,7 +160,7 @@ def main() -> None:
         config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
     )
     try:
-        if options.check:
+        if options.check or options.list:
             print(describe(expand(options.name), options.list))
         elif options.name in OFFICIAL:
             for _ in read_official(options.name):
