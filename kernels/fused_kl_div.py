@@ -60,7 +60,7 @@ def fused_kl_div(
     target = resolve_target(target, logits.shape, logits.device, reduction)
     impl = resolve_impl(impl, logits.device, logits.dtype)
     rows = _as_rows(logits, inplace_backward)
-    loss, _ = kl_div_forward(rows, *pack(target, rows.shape), inplace_backward, impl)
+    loss, *_ = kl_div_forward(rows, *pack(target, rows.shape), inplace_backward, impl)
     if reduction == "none":
         return loss.view(logits.shape[:-1])
     # Not loss.mean(): the gradient of a sum is one number, which the backward reads as such.
@@ -150,8 +150,8 @@ def unpack(target: Tensor, index: Tensor | None, alpha: float, beta: float) -> T
 
 
 def launchers(impl: str, device: torch.device) -> ModuleType:
-    """Import the module that has forward(logits, target) and
-    backward(logits, lse, target, grad_loss, out)."""
+    """Import the module that has forward(logits, target) -> loss, lse, norm and
+    backward(logits, lse, norm, target, grad_loss, out)."""
     if impl == "torch":
         return torch_kl_div
     try:
@@ -179,21 +179,23 @@ def kl_div_forward(
     beta: float,
     inplace_backward: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp per row, (N,) each."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and log-sum-exp per row, (N,) each, and norm, what the backward needs besides."""
     return launchers(impl, logits.device).forward(logits, unpack(target, index, alpha, beta))
 
 
 @kl_div_forward.register_fake
-def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits.dtype))
-    return loss, torch.empty_like(loss)
+    norm = loss.new_empty(0 if rest[-1] == "torch" else loss.shape)
+    return loss, torch.empty_like(loss), norm
 
 
 @torch.library.custom_op("kernels::kl_div_backward", mutates_args=())
 def kl_div_backward(
     logits: Tensor,
     lse: Tensor,
+    norm: Tensor,
     target: Tensor,
     index: Tensor | None,
     alpha: float,
@@ -204,7 +206,7 @@ def kl_div_backward(
     """The gradient of the logits as a new tensor (N, V), in their dtype."""
     out = torch_kl_div.empty_gradient(logits)
     p = unpack(target, index, alpha, beta)
-    launchers(impl, logits.device).backward(logits, lse, p, grad_loss, out)
+    launchers(impl, logits.device).backward(logits, lse, norm, p, grad_loss, out)
     return out
 
 
@@ -217,6 +219,7 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 def kl_div_backward_(
     logits: Tensor,
     lse: Tensor,
+    norm: Tensor,
     target: Tensor,
     index: Tensor | None,
     alpha: float,
@@ -226,18 +229,18 @@ def kl_div_backward_(
 ) -> None:
     """The gradient of the logits, over the logits."""
     p = unpack(target, index, alpha, beta)
-    launchers(impl, logits.device).backward(logits, lse, p, grad_loss, logits)
+    launchers(impl, logits.device).backward(logits, lse, norm, p, grad_loss, logits)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, target, index, ctx.alpha, ctx.beta, ctx.inplace, ctx.impl = inputs
-    ctx.save_for_backward(logits, output[1], target, index)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, *output[1:], target, index)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _first_derivative(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    logits, lse, target, index = ctx.saved_tensors
-    arguments = lse, target, index, ctx.alpha, ctx.beta, grad_loss, ctx.impl
+def _first_derivative(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    logits, lse, norm, target, index = ctx.saved_tensors
+    arguments = lse, norm, target, index, ctx.alpha, ctx.beta, grad_loss, ctx.impl
     if not ctx.inplace:
         return kl_div_backward(logits, *arguments), *(None,) * 6
     if torch.is_grad_enabled():  # create_graph=True would keep logits that are overwritten here

@@ -184,9 +184,9 @@ def linear_kl_div(
             h = hidden[rows].to(dtype)
             p_rows = p[rows] if isinstance(p, Tensor) and p.ndim == 2 else p
             z = torch.mm(h, w.t(), out=buffer[: len(h)])  # (1)
-            loss[rows], lse[rows] = kernels.forward(z, p_rows)
+            loss[rows], lse[rows], norm = kernels.forward(z, p_rows)
             if need_hidden or need_weight:
-                kernels.backward(z, lse[rows], p_rows, grad_loss[rows], out=z)  # (2), over z
+                kernels.backward(z, lse[rows], norm, p_rows, grad_loss[rows], z)  # (2), over z
             if need_hidden:
                 grad_hidden[rows] = z @ w  # (3)
             if need_weight:

@@ -5,7 +5,7 @@
     P     target probabilities: alpha on S, beta elsewhere, |S| alpha + (V - |S|) beta = 1
 
 A two-level target is a mask and two numbers, so no N x V matrix of probabilities is ever built: the
-Triton kernels read one bit per token, from a table that all rows share (membership.py). A dense
+Triton kernels read one bit per token, from a table that all rows share (bitmask.py). A dense
 target is a tensor of probabilities: (V,) for all rows of the logits, or one row for each of theirs.
 """
 

@@ -41,8 +41,9 @@ GPU_TILE = 1 << 25  # 128 MB of float32: enough elements per launch for any GPU
 HUGE_PAGE = 2 << 20  # bytes
 
 
-def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp per row, (N,) each, in the dtype of the arithmetic.
+def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and log-sum-exp per row, (N,) each, in the dtype of the arithmetic; and an empty tensor
+    where the Triton path returns what its backward needs besides.
 
     Args:
         logits: (N, V), last dimension contiguous.
@@ -63,10 +64,12 @@ def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
             # 0 log 0 = 0, and -inf costs nothing where P = 0: both are NaN before the fill.
             terms = torch.sub(p.log(), log_q, out=scratch).mul_(p).masked_fill_(p == 0, 0.0)  # (1)
             loss[rows] = terms.sum(-1)
-    return loss, lse
+    return loss, lse, loss.new_empty(0)
 
 
-def backward(logits: Tensor, lse: Tensor, target: Target, grad_loss: Tensor, out: Tensor) -> None:
+def backward(
+    logits: Tensor, lse: Tensor, norm: Tensor, target: Target, grad_loss: Tensor, out: Tensor
+) -> None:
     """Write grad_loss (N,) times (2) to out (N, V), which may be the logits themselves.
 
     The difference is formed in the dtype of the arithmetic and rounded once, at the store.

@@ -1,62 +1,74 @@
-"""Log-softmax and KL divergence fused into two Triton kernels, forward and backward.
+"""KL(P || softmax(z)) fused into two Triton kernels, forward and backward: the fast ones.
 
-What. For each row z of N rows of V logits, and a target P with |P| = sum P (1 for a distribution),
+kernels/triton_simple.py comes first; this file computes the same, in this notation. For each row z
+of N rows of V logits, and a target P with |P| = sum P (1 for a distribution),
 
     KL(P || softmax(z)) = sum P log P + |P| lse(z) - sum P z,      lse(z) = log sum e^z      (1)
     dKL/dz = |P| softmax(z) - P                                                              (2)
 
-Forward reads the logits once and keeps two numbers a row, the loss and lse. Backward reads them
-once more, rebuilds softmax(z) = e^(z - lse), and writes the gradient. No N x V matrix of
-log-probabilities, probabilities or targets exists.
+The forward pass reads the logits once and keeps three numbers per row: loss, lse, and norm (8). The
+backward pass reads them again, rebuilds softmax(z) from lse, and writes the gradient. No N x V
+matrix of log-probabilities, probabilities or targets exists.
 
-The target. Two-level: P = alpha on the members S and beta elsewhere. With r = beta / alpha,
+Target. Two-level: P = alpha on the target tokens S and beta elsewhere. With r = beta / alpha,
 
     sum P z = alpha D,    D = sum w z,    w = 1 on S and r elsewhere                         (3)
 
-so that P is one bit an element (kernels/membership.py), and if beta = 0 only members are added.
+so P is one bit per token (kernels/bitmask.py), and if beta = 0 only target tokens are added.
 Dense: P is a tensor, (V,) for all rows or (N, V); then alpha = 1 and w = P, and D takes in the
 other sum over P: D = sum P (z - log P).
 
-Who owns what. A program works on one row. Its LANES = 128 threads, called lanes, read 16 bytes at
-a time, which are `vec` elements: 4 of float32, 8 of bfloat16 or float16. One such vector for every
-lane is a round; SLOTS = 32 elements for every lane, 8 or 4 rounds, are a tile.
+Work partitioning. A program of THREADS = 256 threads works on one row. A thread reads 16 bytes at a
+time, a vector of `vec` elements: 4 of float32, 8 of bfloat16 or float16. A tile is PER_THREAD = 16
+elements of each thread, 4 or 2 vectors.
 
     address    ..0            16             32                                      end of row
     row          [ z0 z1 z2 | z3 z4 z5 z6  | z7 ..   | z50251 .. z50254 | z50255 z50256 ]
-                   head       lane 0         lane 1    ...                tail
-    head, tail   fewer than `vec` elements each; one scalar access a lane for both together
-    vectors      whole tiles without a mask; then the rounds that are left, masked by the vector
+                 prologue     thread 0       thread 1   ...               epilogue
 
-A lane's maximum and sums stay in its registers: no shuffle and no barrier inside the main loops.
+The prologue and epilogue, fewer than `vec` elements each, are read element by element, one per
+thread, in one step for both. Then come whole tiles without a mask, then the masked last one.
 
 Online log-sum-exp. The largest logit must leave the exponent before the exponential, but is known
-only at the end of the row. So each lane keeps a maximum m and the sum t of 2^(c z - m), where
-c = log2 e: the hardware has 2^x and no e^x, and y = c z - m is one fused multiply-add. For the
-elements that a lane reads at a time, the ends, a tile or a round,
+only at the end of the row. So each thread keeps a maximum m and the sum l of 2^(c z - m), where
+c = log2 e: the hardware has 2^x, not e^x, and y = c z - m is one fused multiply-add. For the
+elements that a thread reads at a time,
 
-    m' = max(m, max of c z),    y = c z - m',    t' = t 2^(m - m') + sum of 2^y              (4)
+    m' = max(m, max of c z),    y = c z - m',    l' = l 2^(m - m') + sum of 2^y              (4)
 
-One exponential an element, and one a tile to rescale. Lanes are joined once, at the row's end:
+That is one exponential per element, and one per tile to rescale. Threads are joined once, at the
+row's end, so the main loop has no shuffle and no barrier:
 
-    M = max m,    t = sum over lanes of t 2^(m - M),    lse = (M + log2 t) / c               (5)
+    M = max m,    L = sum over threads of l 2^(m - M),    lse = (M + log2 L) / c             (5)
 
-Last digits. GPT-2's logits lie near -80, where neighbouring float32 values are 8e-6 apart. lse and
-alpha D are as large as that, and the loss is their difference, which is small. So a lane sums not
-w z but w y: y is at hand, and the smaller the closer the logit is to the largest one. That sum, d,
-must follow m when m moves, which takes the sum u of the weights w:
+Numerical precision, loss. GPT-2's logits lie near -80, where neighbouring float32 values are 8e-6
+apart. lse and alpha D are as large as that, and the loss is their small difference. So a thread
+sums w y in place of w z: y is already computed, and near 0 for logits near the maximum. That sum,
+d, must follow m when m moves, which takes the sum u of the weights w:
 
     d' = d + u (m - m') + sum of w y,    u' = u + sum of w                                   (6)
 
-Dense: w y becomes P (y - log2 P). u is not added up element by element: the membership table
-holds the number of members of each lane and tile. In (1), M appears in lse and in D and cancels:
+Dense: w y becomes P (y - log2 P). Two-level: u comes from the number of target tokens of each
+thread and tile, which is stored with the bitmask. In (1), M appears in lse and in D and cancels:
 
-    KL = sum P log P + (|P| log2 t - alpha sum over lanes of (d + u (m - M))) / c            (7)
+    KL = sum P log P + (|P| log2 L - alpha sum over threads of (d + u (m - M))) / c          (7)
 
-d and u (m - M) are in logarithms to base 2, which 1 / c turns into nats. Dense: sum P log P is in
-d already.
+d and u (m - M) are logarithms to base 2; 1 / c makes nats of them. Dense: d has sum P log P in it.
 
-In the code. Of a lane: m top, t total, u weight, d dot. Of a row: M row_top, log2 t log_total,
-|P| sum_p. c is LOG2E, r ratio; g, the upstream gradient of a row's loss, is grad_loss, -g P pull.
+Numerical precision, gradient. An absolute error in lse becomes a relative error of softmax, and
+rounding lse to float32 costs up to 4e-6. So the forward pass also stores by how much it rounded:
+
+    R = c lse, lse and R rounded to float32,    norm = |P| 2^(R - M - log2 L),
+    |P| softmax(z) = norm 2^(c z - R)                                                        (8)
+
+where R - M - log2 L is formed in float64, once per row. c z - R is one fused multiply-add.
+
+    symbol     variable            symbol       variable
+    m, l, u, d m, l, u, d          c            LOG2E
+    M          row_m               r            ratio
+    log2 L     log_l               g            grad_loss: upstream gradient of a row's loss
+    M + log2 L log_sum             g norm       scale
+    |P|        sum_p               -g alpha     pull
 
 Traffic of loss and gradient, in N V elements, for P of shape (V,):
 
@@ -71,74 +83,76 @@ Traffic of loss and gradient, in N V elements, for P of shape (V,):
     fused                   forward          reads z                                   1
                             backward         reads z, writes dz                        2   in all  3
 
-P of shape (N, V) adds 5 (read by three operators; P log P written and read) and 3 (read forward,
-backward, and for |P|).
+P of shape (N, V) adds 5 (read by three operators; P log P written and read) and 2 (read forward
+and backward).
 
-Alignment. V = 50,257 is odd. A row at an odd offset, or a mask `column < V`, makes the compiler
-fall back on 2- or 4-byte accesses. Hence: start at the row's first 16-byte boundary, mask whole
-vectors only, tell the compiler (tl.multiple_of), and leave the ends to scalars. Padding rows to a
-stride of 50,304 makes every head empty, but is not needed: contiguous logits, any stride and any
-storage offset take the same path. Nothing outside a row is read or written. Two cases are slower:
-a gradient out of step with the logits' boundaries goes through a buffer and a copy, and a dense P
-out of step is read by scalars (kernels/triton_launch.py).
+Alignment. V = 50,257 is odd. With a row at an odd offset, or a mask `column < V`, the compiler
+falls back on 2- or 4-byte accesses. Hence: start at the row's first 16-byte boundary, mask whole
+vectors only, tell the compiler (tl.multiple_of), and leave prologue and epilogue to scalars.
+Padding rows to a stride of 50,304 leaves every prologue empty, but is not needed: any stride and
+any storage offset take the same path. Nothing outside a row is read or written. For a gradient or a
+dense P of another alignment than the logits, see kernels/triton_launch.py.
 
 Hazards.
 - -inf - (-inf) is NaN, in (4) for a tile of -inf: the maximum starts at FLOOR, which is finite.
 - 0 * -inf is NaN: a logit where P = 0 is left out by a select, never by a product with 0.
-- NaN and +inf reach t (inf - inf), so loss and gradient of their row, and of no other.
+- NaN and +inf reach l (inf - inf), so loss and gradient of their row, and of no other.
 - -inf where P > 0 makes d -inf and the loss +inf; its gradient is finite, -P, as in PyTorch.
-- Offsets of rows exceed 2^31 elements at N = 42,731: they are computed in int64.
+- Row offsets exceed 2^31 elements from N = 42,731: they are computed in int64.
 - softmax - P cancels near convergence: formed in float32 and rounded once, at the store.
-- Specialised on no argument: one compiled variant a dtype and kind of target (for a dense P also
-  its dtype, and whether it is in step), whatever N, V and strides are.
+- Nothing is specialised on an argument: one compiled variant per dtype and kind of target (for a
+  dense P also its dtype and alignment), whatever N, V and strides are.
 
-What this does not do. No float64 logits, and no double backward. The gradient's relative error is
-that of lse in float32, 6e-8 |lse|. Rows are not split over programs: fewer rows than
-multiprocessors leave some idle.
+What this does not do. No float64 logits, and no double backward. Rows are not split over programs:
+fewer rows than multiprocessors leave some idle.
 """
 
 # Triton compiles the functions below, so they follow its rules and not Python's:
-# ruff: noqa: RET505, SIM108
+# ruff: noqa: RET505, SIM108, E741
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
 
-from . import membership
+from . import bitmask
 
-LANES = tl.constexpr(membership.LANES)
-SLOTS = tl.constexpr(membership.SLOTS)
+THREADS = tl.constexpr(bitmask.THREADS)
+PER_THREAD = tl.constexpr(bitmask.PER_THREAD)
+TILE = tl.constexpr(bitmask.TILE)
 LOG2E = tl.constexpr(1.44269502162933349609375)  # rounded to float32
-FLOOR = tl.constexpr(-1e38)  # below every finite c z, and -inf - FLOOR is no NaN
+FLOOR = tl.constexpr(-1e38)  # below every finite c z, and -inf - FLOOR is not NaN
+TINY = tl.constexpr(2.0**-126)  # the smallest normal float32
 
 
 @triton.jit
-def _row(row_ptr, vocab, VEC: tl.constexpr):
-    """The row cut up: elements in head, number of vectors, and each lane's element of the ends.
+def prologue_of(row_ptr, vocab, VEC: tl.constexpr):
+    """Number of elements before the row's first 16-byte boundary."""
+    return tl.minimum(((-row_ptr.to(tl.int64)) & 15).to(tl.int32) // (16 // VEC), vocab)
 
-    The first VEC lanes have the head, the next VEC the tail: column and live, (1, LANES, 1), say
-    which element a lane has, and whether it has one.
+
+@triton.jit
+def row_layout(prologue, vectors, vocab, VEC: tl.constexpr):
+    """Columns of prologue and epilogue, and whether there are such, both (1, THREADS, 1).
+
+    The first VEC threads have the prologue, the following ones what is left after the vectors.
     """
-    to_boundary = ((-row_ptr.to(tl.int64)) & 15).to(tl.int32)
-    head = tl.minimum(to_boundary // (16 // VEC), vocab)
-    vectors = (vocab - head) // VEC
-    lane = tl.arange(0, LANES)[None, :, None]
-    column = tl.where(lane < VEC, lane, head + vectors * VEC + lane - VEC)
-    return head, vectors, column, tl.where(lane < VEC, lane < head, column < vocab)
+    thread = tl.arange(0, THREADS)[None, :, None]
+    column = tl.where(thread < VEC, thread, prologue + vectors * VEC + thread - VEC)
+    return column, tl.where(thread < VEC, thread < prologue, column < vocab)
 
 
 @triton.jit
-def _slots(ROUNDS: tl.constexpr, VEC: tl.constexpr):
-    """Of each slot of ROUNDS rounds, (ROUNDS, LANES, VEC): its offset, its bit in a lane's word."""
-    rounds = tl.arange(0, ROUNDS)[:, None, None]
-    lane = tl.arange(0, LANES)[None, :, None]
+def tile_layout(VEC: tl.constexpr):
+    """Offset of each element of a tile, and its bit of the bitmask: (rounds, THREADS, VEC)."""
+    rounds = tl.arange(0, PER_THREAD // VEC)[:, None, None]
+    thread = tl.arange(0, THREADS)[None, :, None]
     element = tl.arange(0, VEC)[None, None, :]
-    return (rounds * LANES + lane) * VEC + element, 1 << (rounds * VEC + element)
+    return (rounds * THREADS + thread) * VEC + element, 1 << (rounds * VEC + element)
 
 
 @triton.jit
-def _load(ptr, mask, OTHER: tl.constexpr):
-    """As float32; OTHER where the mask, if there is one, is false."""
+def load(ptr, mask, OTHER: tl.constexpr):
+    """Load as float32; OTHER where the mask, if there is one, is false."""
     if mask is None:
         return tl.load(ptr).to(tl.float32)
     else:
@@ -146,216 +160,194 @@ def _load(ptr, mask, OTHER: tl.constexpr):
 
 
 @triton.jit
-def _count(word, BITS: tl.constexpr):
-    """How many of each word's lowest BITS are set, as float32."""
-    count = tl.zeros((LANES,), tl.float32)
-    for i in tl.static_range(BITS):
-        count += tl.where((word & (1 << i)) != 0, 1.0, 0.0)
-    return count
+def by_thread(x):
+    """(rounds, THREADS, VEC) -> (THREADS, rounds * VEC); the last axis lies inside a thread."""
+    return tl.reshape(tl.permute(x, (1, 0, 2)), (THREADS, x.shape[0] * x.shape[2]))
 
 
 @triton.jit
-def _target(ptr, stride, members_ptr, row, head, column, live, vocab,
-            DENSE: tl.constexpr, P_ALIGN: tl.constexpr):  # fmt: skip
-    """Where the target of the row's vectors starts, and the target of the ends, (1, LANES, 1).
-
-    Dense: a pointer to the first vector's P, and P. Two-level: pointers to each lane's first word
-    in the table of this head, and who is a member, one byte each; a head has tiles * 2 * LANES
-    words (kernels/membership.py).
-    """
-    if DENSE:
-        ptr += row * stride
-        return tl.multiple_of(ptr + head, P_ALIGN), _load(ptr + column, live, 0.0)
+def _log2(x, PTX: tl.constexpr):
+    """log2 of x, which is not subnormal: tl.log2 is 27 instructions on NVIDIA GPUs, lg2 is one."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
-        ends = tl.load(members_ptr + column, live, other=0) != 0
-        table = head * (vocab // (LANES * SLOTS) + 1) * (2 * LANES)
-        return ptr + table + tl.arange(0, LANES), ends
+        return tl.log2(x)
 
 
 @triton.jit
-def _tile_target(ptr, tile, offsets, bit, DENSE: tl.constexpr):
-    """The target of a whole tile: P, or who is a member, (rounds, LANES, VEC)."""
+def _tile_target(ptr, tile, offsets, bit, mask, DENSE: tl.constexpr):
+    """P of a tile, or which elements are target tokens and how many of them each thread has."""
     if DENSE:
-        return _load(ptr + tile * (LANES * SLOTS) + offsets, None, 0.0)
+        return load(ptr + tile * TILE + offsets, mask, 0.0), 0.0
     else:
-        return (tl.load(ptr + tile * (2 * LANES))[None, :, None] & bit) != 0
+        word = tl.load(ptr + tile * THREADS + tl.arange(0, THREADS))
+        return (word[None, :, None] & bit) != 0, (word & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _by_lane(x):
-    """(rounds, LANES, VEC) -> (LANES, rounds * VEC); the last axis lies inside a thread."""
-    return tl.reshape(tl.permute(x, (1, 0, 2)), (LANES, x.shape[0] * x.shape[2]))
+def _accumulate(state, z, target, mask, count, size, ratio,
+                DENSE: tl.constexpr, BETA: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+    """(4) and (6) for the logits z that a thread reads at a time, (rounds, THREADS, VEC).
 
-
-@triton.jit
-def _accumulate(state, z, target, mask, members, slots, ratio,
-                DENSE: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
-    """(4) and (6) for the logits z that a lane reads at a time, (rounds, LANES, VEC).
-
-    target: P, or who is a member. Of a two-level target, a lane has `members` among `slots`
-    elements; off the mask, z is -inf.
+    target: P, or which elements are target tokens: `count` of a thread's `size` elements. Where
+    the mask, if there is one, is false, z is -inf.
     """
-    top, total, weight, dot = state
-    new_top = tl.maximum(top, tl.max(_by_lane(z), axis=1) * LOG2E)
-    y = z * LOG2E - new_top[None, :, None]
-    shift = top - new_top
-    total = total * tl.exp2(shift) + tl.sum(_by_lane(tl.exp2(y)), axis=1)  # (4)
-    dot += weight * shift  # (6), as is the rest
+    m, l, u, d = state
+    new_m = tl.maximum(m, tl.max(by_thread(z), axis=1) * LOG2E)
+    y = z * LOG2E - new_m[None, :, None]
+    shift = m - new_m
+    l = l * tl.exp2(shift) + tl.sum(by_thread(tl.exp2(y)), axis=1)  # (4)
+    d += u * shift  # (6), as is the rest
     if DENSE:
-        terms = target * (y - tl.log2(target))
-        dot += tl.sum(_by_lane(tl.where(target == 0.0, 0.0, terms)), axis=1)
-        weight += tl.sum(_by_lane(target), axis=1)
+        log_ratio = tl.where(tl.abs(target) < TINY, 0.0, y - _log2(target, PTX))
+        d += tl.sum(by_thread(target * log_ratio), axis=1)
+        u += tl.sum(by_thread(target), axis=1)
     elif BETA:
         terms = tl.where(target, 1.0, ratio) * y  # (3)
         if mask is not None:
             terms = tl.where(mask, terms, 0.0)
-        dot += tl.sum(_by_lane(terms), axis=1)
-        weight += slots * ratio + members * (1.0 - ratio)
+        d += tl.sum(by_thread(terms), axis=1)
+        u += size * ratio + count * (1.0 - ratio)
     else:
-        dot += tl.sum(_by_lane(tl.where(target, y, 0.0)), axis=1)  # (3), r = 0
-        weight += members
-    return new_top, total, weight, dot
+        d += tl.sum(by_thread(tl.where(target, y, 0.0)), axis=1)  # (3), r = 0
+        u += count
+    return new_m, l, u, d
 
 
-@triton.jit
-def _join(state, DENSE: tl.constexpr):
-    """The lanes' states as one: M and log2 t of (5), sum of u if dense, the sum over d of (7)."""
-    top, total, weight, dot = state
-    row_top = tl.max(top, axis=0)
-    log_total = tl.log2(tl.sum(total * tl.exp2(top - row_top), axis=0))  # (5)
-    dot = tl.sum(dot + weight * (top - row_top), axis=0)  # (7)
-    if DENSE:  # |P|; of a two-level target it is 1, and the sum of u 1 / alpha
-        weight = tl.sum(weight, axis=0)
-    return row_top, log_total, weight, dot
-
-
-@triton.jit(do_not_specialize=list(range(11)))
+@triton.jit(do_not_specialize=list(range(13)))
 def forward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32,
-    target_ptr, target_stride: tl.int64, members_ptr, alpha: tl.float32, ratio: tl.float32,
-    sum_p_log_p: tl.float32, loss_ptr, lse_ptr,
+    target_ptr, target_stride: tl.int64, target_step: tl.int64, edge_ptr,
+    alpha: tl.float32, ratio: tl.float32, sum_p_log_p: tl.float32,
+    loss_ptr, lse_ptr, norm_ptr,
     DENSE: tl.constexpr, BETA: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Loss and lse, float32 (N,), of the row that has the program's number, in nats.
 
     logits_ptr: (N, V), rows `stride` elements apart, V = vocab.
-    target_ptr: DENSE, P in rows `target_stride` apart, 0 for (V,), its vectors on boundaries of
-        P_ALIGN bytes; else the words of kernels/membership.py. members_ptr: uint8 (V,), the ends'.
+    target_ptr: the target of the row's vectors starts at element row * target_stride +
+        prologue * target_step. DENSE: P, aligned to P_ALIGN bytes there. Else: pack_bits().
+    edge_ptr: P or mask (uint8), in rows target_stride apart, for prologue and epilogue.
     alpha, ratio, sum_p_log_p: as in (3) and (1); of a dense P 1, 0 and 0. BETA: beta > 0.
-    VEC: elements in 16 bytes of logits.
+    norm_ptr: |P|, float32 (N,), written if DENSE.
+    VEC: elements in 16 bytes of logits. PTX: compiled for an NVIDIA GPU.
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
-    head, vectors, column, live = _row(row_ptr, vocab, VEC)
-    target_ptr, target = _target(
-        target_ptr, target_stride, members_ptr, row, head, column, live, vocab, DENSE, P_ALIGN
-    )
-    zero = tl.zeros((LANES,), tl.float32)
-    state = (zero + FLOOR, zero, zero, zero)
-    z_ends = _load(row_ptr + column, live, -float("inf"))
-    members = tl.reshape(target, (LANES,)).to(tl.float32)
-    slots = tl.reshape(live, (LANES,)).to(tl.float32)
-    state = _accumulate(state, z_ends, target, live, members, slots, ratio, DENSE, BETA)
-
-    ROUNDS: tl.constexpr = SLOTS // VEC
-    ROUND: tl.constexpr = LANES * VEC
-    body_ptr = tl.multiple_of(row_ptr + head, 16)
-    offsets, bit = _slots(ROUNDS, VEC)
-    tiles = vectors // (LANES * ROUNDS)
-    for tile in range(0, tiles):
-        z = _load(body_ptr + tile * (LANES * SLOTS) + offsets, None, 0.0)
-        p = _tile_target(target_ptr, tile, offsets, bit, DENSE)
-        if not DENSE:
-            members = tl.load(target_ptr + (2 * tile + 1) * LANES).to(tl.float32, bitcast=True)
-        state = _accumulate(state, z, p, None, members, SLOTS, ratio, DENSE, BETA)
-    offsets, bit = _slots(1, VEC)
-    if not DENSE:
-        word = tl.load(target_ptr + tiles * (2 * LANES))
-    for start in range(tiles * ROUNDS, tl.cdiv(vectors, LANES)):
-        mask = offsets + start * ROUND < vectors * VEC
-        z = _load(body_ptr + start * ROUND + offsets, mask, -float("inf"))
-        if DENSE:
-            p = _load(target_ptr + start * ROUND + offsets, mask, 0.0)
-        else:
-            p = (word[None, :, None] & bit) != 0
-            members = _count(word, VEC)
-            slots = tl.where(tl.arange(0, LANES) + start * LANES < vectors, VEC + 0.0, 0.0)
-            word = word >> VEC
-        state = _accumulate(state, z, p, mask, members, slots, ratio, DENSE, BETA)
-
-    row_top, log_total, sum_p, dot = _join(state, DENSE)
+    prologue = prologue_of(row_ptr, vocab, VEC)
+    vectors = (vocab - prologue) // VEC
+    column, live = row_layout(prologue, vectors, vocab, VEC)
+    edge = tl.load(edge_ptr + row * target_stride + column, live, other=0)
+    edge_count = tl.reshape(edge, (THREADS,)).to(tl.float32)
+    size = tl.reshape(live, (THREADS,)).to(tl.float32)
     if DENSE:
-        loss = (sum_p * log_total - dot) / LOG2E  # (1), as (7) has it
+        edge = edge.to(tl.float32)
     else:
-        loss = sum_p_log_p + (log_total - alpha * dot) / LOG2E  # (1), as (7) has it
+        edge = edge != 0
+    zero = tl.zeros((THREADS,), tl.float32)
+    state = (zero + FLOOR, zero, zero, zero)
+    z_edge = load(row_ptr + column, live, -float("inf"))
+    state = _accumulate(state, z_edge, edge, live, edge_count, size, ratio, DENSE, BETA, PTX)
+
+    z_ptr = tl.multiple_of(row_ptr + prologue, 16)
+    target_ptr += row * target_stride + prologue * target_step
+    if DENSE:
+        target_ptr = tl.multiple_of(target_ptr, P_ALIGN)
+    offsets, bit = tile_layout(VEC)
+    tiles = vectors // (TILE // VEC)
+    for tile in range(0, tiles):
+        z = load(z_ptr + tile * TILE + offsets, None, 0.0)
+        target, count = _tile_target(target_ptr, tile, offsets, bit, None, DENSE)
+        state = _accumulate(state, z, target, None, count, PER_THREAD, ratio, DENSE, BETA, PTX)
+    rest = vectors - tiles * (TILE // VEC)
+    mask = offsets < rest * VEC
+    size = ((rest + THREADS - 1 - tl.arange(0, THREADS)) // THREADS * VEC).to(tl.float32)
+    z = load(z_ptr + tiles * TILE + offsets, mask, -float("inf"))
+    target, count = _tile_target(target_ptr, tiles, offsets, bit, mask, DENSE)
+    m, l, u, d = _accumulate(state, z, target, mask, count, size, ratio, DENSE, BETA, PTX)
+
+    row_m = tl.max(m, axis=0)
+    log_l = tl.log2(tl.sum(l * tl.exp2(m - row_m), axis=0))  # (5)
+    d = tl.sum(d + u * (m - row_m), axis=0)  # (7)
+    if DENSE:
+        sum_p = tl.sum(u, axis=0)
+        loss = (sum_p * log_l - d) / LOG2E  # (1), as (7) has it
+    else:
+        sum_p = 1.0
+        loss = sum_p_log_p + (log_l - alpha * d) / LOG2E  # (1), as (7) has it
     tl.store(loss_ptr + row, loss)
-    # (5), one sum a row in float64: backward takes the error of lse as the gradient's relative one.
-    tl.store(lse_ptr + row, ((row_top.to(tl.float64) + log_total) / LOG2E).to(tl.float32))
+    log_sum = row_m.to(tl.float64) + log_l  # c lse of (5)
+    lse = (log_sum / LOG2E).to(tl.float32)
+    tl.store(lse_ptr + row, lse)
+    tl.store(norm_ptr + row, sum_p * tl.exp2((exponent(lse) - log_sum).to(tl.float32)))  # (8)
 
 
 @triton.jit
-def _gradient(z, lse, target, grad_loss, sum_p, alpha, ratio, dtype, DENSE: tl.constexpr):
-    """g times (2), in float32, rounded to dtype; the target is P, or who is a member."""
+def exponent(lse):
+    """c lse as float32: R of (8). Through float64, or it would be fused with c z - R."""
+    return (lse.to(tl.float64) * LOG2E).to(tl.float32)
+
+
+@triton.jit
+def _gradient(z, r, scale, target, pull, ratio, dtype, DENSE: tl.constexpr):
+    """g times (2) as dtype, rounded once. scale: g norm; pull: -g alpha, which is -g if DENSE."""
     if DENSE:
-        pull = grad_loss * -target
+        pull = pull * target
     else:
-        pull = tl.where(target, grad_loss * -alpha, grad_loss * -alpha * ratio)
-    # z - lse first: c lse rounds at 6e-8 c |lse|, which the exponential would make relative.
-    return (tl.exp2((z - lse) * LOG2E) * (grad_loss * sum_p) + pull).to(dtype)  # (2)
+        pull = tl.where(target, pull, pull * ratio)
+    return (tl.exp2(z * LOG2E - r) * scale + pull).to(dtype)  # (2), as (8) has it
 
 
-@triton.jit(do_not_specialize=list(range(14)))
+@triton.jit(do_not_specialize=list(range(15)))
 def backward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32,
-    target_ptr, target_stride: tl.int64, members_ptr, alpha: tl.float32, ratio: tl.float32,
-    sum_p_ptr, lse_ptr, grad_loss_ptr, grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
+    target_ptr, target_stride: tl.int64, target_step: tl.int64, edge_ptr,
+    alpha: tl.float32, ratio: tl.float32, lse_ptr, norm_ptr,
+    grad_loss_ptr, grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
     DENSE: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the row that has the program's number: g times (2), to out (N, V).
 
-    From logits_ptr to ratio, and constants: as in forward_kernel. sum_p_ptr: float32 (N,), read
-    if DENSE. lse_ptr: float32 (N,), from forward. grad_loss_ptr: g, (N,), any stride.
-    out_ptr: rows `out_stride` apart, in step with the logits' boundaries; or the logits.
+    From logits_ptr to ratio, and constants: as in forward_kernel. lse_ptr, norm_ptr: float32 (N,),
+    from forward; norm is read if DENSE. grad_loss_ptr: g, (N,), any stride.
+    out_ptr: rows `out_stride` apart, of the logits' alignment; or the logits.
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     out_row_ptr = out_ptr + row * out_stride
-    head, vectors, column, live = _row(row_ptr, vocab, VEC)
-    target_ptr, target = _target(
-        target_ptr, target_stride, members_ptr, row, head, column, live, vocab, DENSE, P_ALIGN
-    )
-    lse = tl.load(lse_ptr + row)
+    prologue = prologue_of(row_ptr, vocab, VEC)
+    vectors = (vocab - prologue) // VEC
+    column, live = row_layout(prologue, vectors, vocab, VEC)
+    edge = tl.load(edge_ptr + row * target_stride + column, live, other=0)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    r = exponent(tl.load(lse_ptr + row))
+    scale, pull = grad_loss * tl.load(norm_ptr + row), -grad_loss * alpha
     if DENSE:
-        sum_p = tl.load(sum_p_ptr + row)
+        edge = edge.to(tl.float32)
     else:
-        sum_p = 1.0
+        edge = edge != 0
     dtype = out_ptr.dtype.element_ty
-    z_ends = _load(row_ptr + column, live, 0.0)
-    grad_ends = _gradient(z_ends, lse, target, grad_loss, sum_p, alpha, ratio, dtype, DENSE)
-    tl.store(out_row_ptr + column, grad_ends, live)
+    z_edge = load(row_ptr + column, live, 0.0)
+    grad_edge = _gradient(z_edge, r, scale, edge, pull, ratio, dtype, DENSE)
+    tl.store(out_row_ptr + column, grad_edge, live)
 
-    ROUNDS: tl.constexpr = SLOTS // VEC
-    ROUND: tl.constexpr = LANES * VEC
-    body_ptr = tl.multiple_of(row_ptr + head, 16)
-    out_body_ptr = tl.multiple_of(out_row_ptr + head, 16)
-    offsets, bit = _slots(ROUNDS, VEC)
-    tiles = vectors // (LANES * ROUNDS)
+    z_ptr = tl.multiple_of(row_ptr + prologue, 16)
+    out_ptr = tl.multiple_of(out_row_ptr + prologue, 16)
+    target_ptr += row * target_stride + prologue * target_step
+    if DENSE:
+        target_ptr = tl.multiple_of(target_ptr, P_ALIGN)
+    offsets, bit = tile_layout(VEC)
+    tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z = _load(body_ptr + tile * (LANES * SLOTS) + offsets, None, 0.0)
-        p = _tile_target(target_ptr, tile, offsets, bit, DENSE)
-        grad = _gradient(z, lse, p, grad_loss, sum_p, alpha, ratio, dtype, DENSE)
-        tl.store(out_body_ptr + tile * (LANES * SLOTS) + offsets, grad)
-    offsets, bit = _slots(1, VEC)
-    if not DENSE:
-        word = tl.load(target_ptr + tiles * (2 * LANES))
-    for start in range(tiles * ROUNDS, tl.cdiv(vectors, LANES)):
-        mask = offsets + start * ROUND < vectors * VEC
-        z = _load(body_ptr + start * ROUND + offsets, mask, 0.0)
-        if DENSE:
-            p = _load(target_ptr + start * ROUND + offsets, mask, 0.0)
-        else:
-            p = (word[None, :, None] & bit) != 0
-            word = word >> VEC
-        grad = _gradient(z, lse, p, grad_loss, sum_p, alpha, ratio, dtype, DENSE)
-        tl.store(out_body_ptr + start * ROUND + offsets, grad, mask)
+        z = load(z_ptr + tile * TILE + offsets, None, 0.0)
+        target, _ = _tile_target(target_ptr, tile, offsets, bit, None, DENSE)
+        grad = _gradient(z, r, scale, target, pull, ratio, dtype, DENSE)
+        tl.store(out_ptr + tile * TILE + offsets, grad)
+    mask = offsets < (vectors - tiles * (TILE // VEC)) * VEC
+    z = load(z_ptr + tiles * TILE + offsets, mask, 0.0)
+    target, _ = _tile_target(target_ptr, tiles, offsets, bit, mask, DENSE)
+    grad = _gradient(z, r, scale, target, pull, ratio, dtype, DENSE)
+    tl.store(out_ptr + tiles * TILE + offsets, grad, mask)
