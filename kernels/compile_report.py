@@ -1,21 +1,19 @@
-"""What the compilers make of the Triton kernels, for GPUs that need not be here.
+"""Compile the Triton kernels ahead of time and report registers, spills and instruction counts.
 
-    python -m kernels.compile_report
+    python -m kernels.compile_report [--gpu sm_80 gfx942 ...] [--json]
 
-compiles both kernels for sm_80, sm_90, sm_100 and gfx942, for each dtype and each kind of target,
-and prints a row for each; the last line is the table in JSON. Nothing runs, so no GPU is needed.
+No kernel runs, so this needs no GPU. A row per kernel, target and dtype:
 
-    registers, spill, shared   a thread's registers, its bytes spilled to memory; shared bytes
-    code                       machine instructions of the whole kernel
-    loop/elem                  machine instructions of the main loop, an element of logits
-    special                    of these, operations of the special-function unit (2^x, log2)
-    cross                      of these, shuffles between lanes and barriers
-    ld128 ld< st128 st<        main loop's global accesses of 128 bits, and narrower ones
+    regs, spill    registers per thread, and bytes of them spilled to memory
+    loop/el        machine instructions of the main loop per logit
+    special        of these, operations of the special-function unit (2^x, log2)
+    waits          round trips to DRAM per pass of the main loop (dram_waits)
+    ld128 ld<      loads from global memory in the main loop: of 128 bits, and narrower ones
+    st128 st<      stores likewise
 
-There is no column for the layout of the rows: the kernels are specialised on no argument, so one
-compiled variant serves padded, contiguous and misaligned rows. The narrower loads, one or two a
-tile, are the membership of a two-level target. A dense P is shown in float32 and in step with the
-logits; another dtype, or one out of step, is another variant.
+--json prints all that was counted, in one line; besides the above the instructions of the whole
+kernel, its shared memory, and the shuffles and barriers in the main loop. Padded, contiguous and
+misaligned logits share one compiled variant, because the kernels are specialised on no argument.
 """
 
 import argparse
@@ -23,6 +21,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,16 +30,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import membership, triton_kl_div, triton_launch
+from . import bitmask, triton_kl_div, triton_launch
 
-TARGETS = (
-    GPUTarget("cuda", 80, 32),
-    GPUTarget("cuda", 90, 32),
-    GPUTarget("cuda", 100, 32),
-    GPUTarget("hip", "gfx942", 64),
-)
+NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)}
+AMD = {"gfx942": GPUTarget("hip", "gfx942", 64), "gfx1100": GPUTarget("hip", "gfx1100", 32)}
+GPUS = NVIDIA | AMD  # from a T4 to a B200; an MI300X and an RX 7900, whose warps have 32 threads
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KINDS = {"forward": ("beta=0", "beta>0", "dense"), "backward": ("two-level", "dense")}
 
 
 @dataclass
@@ -49,15 +44,16 @@ class Row:
 
     gpu: str
     kernel: str
-    dtype: str
     target: str
+    dtype: str
     registers: int
     spill: int
     shared: int
     code: int
     loop_per_element: float
     special: float
-    cross_lane: int
+    waits: int
+    cross_thread: int
     ld128: int
     ld_narrow: int
     st128: int
@@ -65,19 +61,30 @@ class Row:
     row_offset_bits: int | None  # of the row's number times the stride; None where not PTX
 
 
-def compile_kernel(gpu: GPUTarget, kernel: str, dtype: str, target: str) -> Any:
-    """The kernel as the launcher would have it compiled: same types, constants and warps."""
-    dense = target == "dense"
-    constants: dict[str, Any] = triton_launch.meta(
-        DTYPES[dtype], dense=dense, warp_size=gpu.warp_size
-    )
-    num_warps = constants.pop("num_warps")
-    if kernel == "forward":
-        constants["BETA"] = target == "beta>0"
+def variants(gpu: GPUTarget, dtype: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """Kernel, target, function, and its constants and options, as the launchers have them."""
+    for target, dense, p_align in (
+        ("two-level", False, 16),
+        ("dense", True, 16),
+        ("dense, unaligned", True, 4),
+    ):
+        constants = triton_launch.meta(DTYPES[dtype], gpu, dense, p_align)
+        extra = {"BETA": False, "PTX": gpu.backend == "cuda"}
+        yield "forward", target, triton_kl_div.forward_kernel, constants | extra
+        if not dense:
+            extra["BETA"] = True
+            yield "forward", "two-level, beta", triton_kl_div.forward_kernel, constants | extra
+        yield "backward", target, triton_kl_div.backward_kernel, constants
+
+
+def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[str, Any]) -> Any:
+    """Compile the kernel as the launcher would have it: same types, constants and options."""
+    names = [p.name for p in function.params]
+    options = {k: v for k, v in constants.items() if k not in names}
+    constants = {k: v for k, v in constants.items() if k in names}
     pointers = {"logits_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-    if not dense:
-        pointers |= {"target_ptr": "*i32", "members_ptr": "*u8"}
-    function = getattr(triton_kl_div, f"{kernel}_kernel")
+    if not constants.get("DENSE"):
+        pointers |= {"target_ptr": "*i32", "edge_ptr": "*u8"}
     signature = {
         p.name: "constexpr"
         if p.is_constexpr
@@ -85,52 +92,71 @@ def compile_kernel(gpu: GPUTarget, kernel: str, dtype: str, target: str) -> Any:
         for p in function.params
     }
     source = ASTSource(function, signature, constexprs=constants)
-    return triton.compile(source, target=gpu, options={"num_warps": num_warps})
+    return triton.compile(source, target=gpu, options=options)
 
 
-def report(gpu: GPUTarget, kernel: str, dtype: str, target: str) -> Row:
-    """Compile one variant and read its numbers off the machine code."""
-    compiled = compile_kernel(gpu, kernel, dtype, target)
-    if gpu.backend == "cuda":
+def report(name: str, kernel: str, target: str, dtype: str, compiled: Any) -> Row:
+    """Read one variant's numbers off its machine code."""
+    if name in NVIDIA:
         usage, code, loops = _nvidia(compiled.asm["cubin"])
-        wide, special = r"\.128", r"MUFU"
+        special, cross_thread = r"MUFU", r"SHFL|BAR|REDUX|WARPSYNC"
         load, store = r"LDG", r"STG"
-        cross_lane = r"SHFL|BAR|REDUX|WARPSYNC"
     else:
         usage, code, loops = _amd(compiled.asm["amdgcn"])
-        wide, special = r"dwordx4", r"v_(exp|log)_"
+        special, cross_thread = r"v_(exp|log)_", r"ds_|_dpp|s_barrier"
         load, store = r"(global|buffer|flat)_load", r"(global|buffer|flat)_store"
-        cross_lane = r"ds_|_dpp|s_barrier"
+    wide = r"\.128|dwordx4|_b128"
 
     def count(*patterns: str) -> int:
         return sum(all(re.search(p, line) for p in patterns) for line in loop)
 
     loop = max(loops, key=lambda lines: sum(bool(re.search(load, line)) for line in lines))
-    elements = membership.SLOTS * round(count(load, wide) / _vectors(dtype, target)) or 1
     return Row(
-        gpu=f"sm_{gpu.arch}" if gpu.backend == "cuda" else str(gpu.arch),
+        gpu=name,
         kernel=kernel,
-        dtype=dtype,
         target=target,
+        dtype=dtype,
         registers=usage[0],
         spill=usage[1],
         shared=compiled.metadata.shared,
         code=code,
-        loop_per_element=round(len(loop) / elements, 2),
-        special=round(count(special) / elements, 2),
-        cross_lane=count(cross_lane),
+        loop_per_element=round(len(loop) / bitmask.PER_THREAD, 2),
+        special=round(count(special) / bitmask.PER_THREAD, 2),
+        waits=dram_waits(loop),
+        cross_thread=count(cross_thread),
         ld128=count(load, wide),
         ld_narrow=count(load) - count(load, wide),
         st128=count(store, wide),
         st_narrow=count(store) - count(store, wide),
-        row_offset_bits=_row_offset_bits(compiled.asm["ptx"]) if gpu.backend == "cuda" else None,
+        row_offset_bits=_row_offset_bits(compiled.asm["ptx"]) if name in NVIDIA else None,
     )
 
 
-def _vectors(dtype: str, target: str) -> int:
-    """16-byte vectors that a lane loads in one tile."""
-    size = DTYPES[dtype].itemsize + (4 if target == "dense" else 0)
-    return membership.SLOTS * size // 16
+def dram_waits(loop: list[str]) -> int:
+    """How often a warp waits for DRAM in one pass of a loop of machine code.
+
+    A scoreboard: a warp issues in order, and stops at the first instruction that needs the result
+    of a load (AMD: at an s_waitcnt). Until then all loads that it has issued are under way at the
+    same time, so together they cost one wait; a load further down costs another.
+    """
+    under_way: set[int] = set()  # registers that loads will fill; AMD: 0 for any of them
+    for _ in range(2):  # the second pass finds what the first left under way
+        waits = 0
+        for line in loop:
+            opcode, _, operands = line.replace(".reuse", "").partition(" ")
+            if opcode.startswith("@"):  # a predicate
+                opcode, _, operands = operands.partition(" ")
+            registers = [int(r) for r in re.findall(r"\bR(\d+)\b", operands)]
+            filled = registers[:1] if opcode.startswith("LDG") else []
+            if under_way & set(registers[len(filled) :]) or (under_way and "vmcnt" in operands):
+                waits += 1
+                under_way.clear()
+            if filled:
+                width = 4 if ".128" in opcode else 2 if ".64" in opcode else 1
+                under_way |= {filled[0] + i for i in range(width)}
+            elif re.match(r"(global|buffer|flat)_load", opcode):
+                under_way.add(0)
+    return waits
 
 
 def _nvidia(cubin: bytes) -> tuple[tuple[int, int], int, list[list[str]]]:
@@ -182,32 +208,36 @@ def _row_offset_bits(ptx: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: compile every kernel for every GPU and print the table."""
-    argparse.ArgumentParser(
+    """The command line: compile every kernel for each GPU and print the table."""
+    parser = argparse.ArgumentParser(
         prog="python -m kernels.compile_report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(arguments)
+    )
+    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["sm_90"], help="default: sm_90")
+    parser.add_argument("--json", action="store_true", help="print all counts as JSON")
+    options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     rows = [
-        report(gpu, kernel, dtype, target)
-        for gpu in TARGETS
-        for kernel, targets in KINDS.items()
+        report(name, kernel, target, dtype, compile_kernel(GPUS[name], function, dtype, constants))
+        for name in options.gpu
         for dtype in DTYPES
-        for target in targets
+        for kernel, target, function, constants in variants(GPUS[name], dtype)
     ]
+    if options.json:
+        print(json.dumps([asdict(r) for r in rows]))
+        return
     print(
-        "gpu     kernel   dtype target    registers spill shared code loop/elem special"
-        " cross  ld128 ld<  st128 st<"
+        "gpu     kernel   target            dtype regs spill loop/el special waits "
+        "ld128 ld< st128 st<"
     )
     for r in rows:
         print(
-            f"{r.gpu:7} {r.kernel:8} {r.dtype:5} {r.target:9} {r.registers:9} {r.spill:5} "
-            f"{r.shared:6} {r.code:4} {r.loop_per_element:9.2f} {r.special:7.2f} "
-            f"{r.cross_lane:5}  {r.ld128:5} {r.ld_narrow:3}  {r.st128:5} {r.st_narrow:3}"
+            f"{r.gpu:7} {r.kernel:8} {r.target:17} {r.dtype:5} {r.registers:4} {r.spill:5} "
+            f"{r.loop_per_element:7.2f} {r.special:7.2f} {r.waits:5} "
+            f"{r.ld128:5} {r.ld_narrow:3} {r.st128:5} {r.st_narrow:3}"
         )
-    print(json.dumps([asdict(r) for r in rows]))
 
 
 if __name__ == "__main__":

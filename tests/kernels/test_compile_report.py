@@ -1,4 +1,7 @@
-"""What the compilers make of the Triton kernels: read off `python -m kernels.compile_report`."""
+"""Registers, spills, widths and counts of the compiled kernels: `python -m kernels.compile_report`.
+
+Bounds hold for any compiler; the numbers in README are those of the pinned Triton.
+"""
 
 import json
 import os
@@ -9,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+from kernels import bitmask, compile_report  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
-SLOTS = 32  # elements of logits that a lane owns in a tile
+GPUS = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx1100"]
+PINNED = re.search(r"^triton==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 
 def run_report(interpret, *arguments):
@@ -26,15 +32,24 @@ def run_report(interpret, *arguments):
 
 @pytest.fixture(scope="module")
 def rows():
-    result = run_report(interpret=False)
+    result = run_report(False, "--json", "--gpu", *GPUS)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout)
 
 
-def test_every_target_dtype_and_kind_is_reported(rows):
-    """Three kinds of target forward, two backward, three dtypes, four GPUs."""
-    assert len(rows) == 4 * 3 * (3 + 2)
-    assert {r["gpu"] for r in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+def nvidia(rows):
+    return [r for r in rows if r["gpu"].startswith("sm_")]
+
+
+def vectors(row):
+    """16-byte vectors of logits per thread and tile."""
+    return bitmask.PER_THREAD * SIZE[row["dtype"]] // 16
+
+
+def test_every_gpu_dtype_kernel_and_target_is_reported(rows):
+    """Three kinds of target, one of them with and without beta forward, at both alignments."""
+    assert len(rows) == len(GPUS) * 3 * 7
+    assert {r["gpu"] for r in rows} == set(GPUS)
 
 
 def test_no_kernel_spills_a_register(rows):
@@ -42,57 +57,85 @@ def test_no_kernel_spills_a_register(rows):
     assert [r for r in rows if r["spill"]] == []
 
 
+def test_registers_leave_room_for_four_programs_on_a_multiprocessor(rows):
+    """65,536 registers for four times 256 threads."""
+    assert [r for r in nvidia(rows) if r["registers"] > 64] == []
+
+
+def test_a_warp_waits_for_dram_at_most_twice_a_tile(rows):
+    """By the scoreboard; most variants wait once."""
+    assert [r for r in nvidia(rows) if r["waits"] > 2] == []
+    assert all(r["waits"] >= 1 for r in rows)
+
+
+def test_the_scoreboard_counts_round_trips():
+    """By hand: two loads under way together are one wait, a load behind arithmetic is another, and
+    one whose result the next pass needs counts in that pass."""
+    together = ["LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E R8, desc[UR4][R2.64+0x10]"]
+    assert compile_report.dram_waits([*together, "FADD R0, R7, R0", "FADD R0, R8, R0"]) == 1
+    apart = [together[0], "FADD R0, R7, R0", "@P0 LDG.E.64 R8, [R2]", "FADD R0, R0, R9.reuse"]
+    assert compile_report.dram_waits(apart) == 2
+    assert compile_report.dram_waits(["FADD R0, R4, R0", together[0]]) == 1
+    assert compile_report.dram_waits(["FADD R0, R4, R0", "STG.E [R2], R0"]) == 0
+    amd = ["global_load_b128 v[2:5], v0, s[0:1]", "s_waitcnt vmcnt(0)", "s_waitcnt vmcnt(0)"]
+    assert compile_report.dram_waits([*amd, "buffer_load_dwordx4 v[2:5], v0", amd[1]]) == 2
+
+
 def test_main_loops_read_and_write_logits_by_128_bits(rows):
-    """SLOTS elements of logits, and of a float32 P, are so many 16-byte vectors. The narrower loads
-    are the membership of a two-level target: a word, and in forward its number of bits."""
+    """A tile of logits, and of a float32 P, is so many 16-byte vectors. The narrower loads are the
+    words of the bitmask, and the elements of a dense P of another alignment."""
     for r in rows:
-        dense = r["target"] == "dense"
-        backward = r["kernel"] == "backward"
-        vectors = SLOTS * SIZE[r["dtype"]] // 16
-        assert r["ld128"] == vectors + (SLOTS * 4 // 16 if dense else 0), r
-        assert r["ld_narrow"] == (0 if dense else 1 if backward else 2), r
-        assert r["st128"] == (vectors if backward else 0), r
+        backward, dense = r["kernel"] == "backward", r["target"] == "dense"
+        unaligned = r["target"] == "dense, unaligned"
+        assert r["ld128"] == vectors(r) + (bitmask.PER_THREAD * 4 // 16 if dense else 0), r
+        assert r["ld_narrow"] == (bitmask.PER_THREAD if unaligned else 0 if dense else 1), r
+        assert r["st128"] == (vectors(r) if backward else 0), r
         assert r["st_narrow"] == 0, r
 
 
-def test_no_lane_waits_for_another_inside_a_main_loop(rows):
-    """No shuffle and no barrier: each lane's maximum and sums stay in its registers."""
-    assert [r for r in rows if r["cross_lane"]] == []
+def test_no_thread_waits_for_another_inside_a_main_loop(rows):
+    """No shuffle and no barrier: each thread's maximum and sums stay in its registers."""
+    assert [r for r in rows if r["cross_thread"]] == []
 
 
 def test_rows_are_addressed_in_64_bits(rows):
     """42,731 rows of 50,257 are more than 2^31 elements: the row's number times the stride."""
-    assert {r["row_offset_bits"] for r in rows if r["gpu"].startswith("sm_")} == {64}
+    assert {r["row_offset_bits"] for r in nvidia(rows)} == {64}
 
 
-def test_an_element_costs_one_exponential_and_ten_instructions_at_most(rows):
-    """Machine instructions of the two-level main loops on sm_90, counted in the report."""
+def test_a_logit_costs_so_many_instructions(rows):
+    """Machine instructions of the main loops on sm_90: one exponential and ten in all for a
+    two-level target, one logarithm more and fourteen for a dense one."""
     for r in rows:
-        if r["gpu"] == "sm_90" and r["target"] != "dense":
-            assert r["special"] <= 1.1, r
-            assert r["loop_per_element"] <= 10, r
+        if r["gpu"] == "sm_90":
+            dense = r["target"].startswith("dense")
+            assert r["special"] <= (2.1 if dense and r["kernel"] == "forward" else 1.1), r
+            assert r["loop_per_element"] <= (14 if dense else 10.5), r
 
 
+@pytest.mark.skipif(not PINNED or triton.__version__ != PINNED[1], reason="of another compiler")
 def test_the_table_in_the_readme_is_the_report(rows):
     """Its rows for float32 and bfloat16 on sm_90, number by number."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| ((?:forward|backward) \| .*) \|$", readme, re.MULTILINE)
-    columns = ("registers", "spill", "loop_per_element", "special", "cross_lane")
+    columns = ("registers", "spill", "loop_per_element", "special", "waits")
     columns += ("ld128", "ld_narrow", "st128", "st_narrow")
     shown = {tuple(row.split(" | ")[:3]): row.split(" | ")[3:] for row in table}
-    assert len(shown) == len(table) == 10
-    for r in rows:
-        key = r["kernel"], r["target"], r["dtype"]
-        if r["gpu"] == "sm_90" and r["dtype"] != "fp16":
-            values = [format(r[c], ".2f" if isinstance(r[c], float) else "d") for c in columns]
-            assert shown[key] == values, key
+    expected = {
+        (r["kernel"], r["target"], r["dtype"]): [
+            format(r[c], ".2f" if isinstance(r[c], float) else "d") for c in columns
+        ]
+        for r in rows
+        if r["gpu"] == "sm_90" and r["dtype"] != "fp16"
+    }
+    assert shown == expected
 
 
 def test_the_report_explains_itself_without_compiling():
     """--help prints the docstring, columns and all; interpreted, so that it could not compile."""
     result = run_report(True, "--help")
     assert result.returncode == 0
-    assert "bytes spilled to memory" in result.stdout
+    assert "bytes of them spilled to memory" in result.stdout
 
 
 def test_the_report_refuses_to_run_interpreted():

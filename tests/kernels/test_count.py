@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 
 def test_logits_are_read_once_in_each_direction_and_by_whole_sectors():
-    """Two-level targets: the rest is two bits per logit of 13 whole tiles, and a few numbers per row
-    that each of 256 threads reads; and of the sectors that a request touches, at most one in 20 is not used whole."""
+    """Two-level targets: the rest is two bits per logit of 13 whole tiles, and a few numbers per
+    row that every thread reads; of the sectors that a request touches, 19 in 20 are used whole."""
     from tests.kernels import count
 
     logits = count.ROWS * count.VOCAB
