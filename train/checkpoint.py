@@ -5,19 +5,19 @@
     metrics.jsonl           {"step", "loss", "target_probability", "seconds"}, measured before that
                             step's update; {"step", "evaluation"} after so many updates, from 0
     samples.jsonl           {"step", "prompt", "ids"}: the texts of those evaluations
-    checkpoint.safetensors  weights, Adam's state and the data generator's; its metadata holds the
-                            step, the byte lengths of both logs, and digests of what the run began
-                            with
+    checkpoint.safetensors  weights, Adam's state, the data generator's state; in its metadata the
+                            step, length and digest of both logs, digests of what the run began with
     model.safetensors       the weights alone, written when the run ends or is stopped
 
 A save flushes the logs, then replaces checkpoint.safetensors in one atomic step. So whatever kills
-the process, there is either no checkpoint, and the run starts anew, or a whole one, and the logs
+the process, there is either no checkpoint, and the run starts anew, or a complete one, and the logs
 hold at least what it records. Resuming cuts them to the recorded lengths, then continues to the
-same curve, samples and weights bit for bit. Nothing is pickled. Only these files, the lock, and the
-folder for temporary files are ever written or removed.
+same curve, samples and weights bit for bit. Nothing is pickled. Only these files and the folder for
+temporary files are ever written or removed, never through a link.
 """
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -44,66 +43,104 @@ from weights.checkpoint import atomic_write, fsync
 CONFIG, CHECKPOINT, MODEL = "config.json", "checkpoint.safetensors", "model.safetensors"
 METRICS, SAMPLES = LOGS = ("metrics.jsonl", "samples.jsonl")
 SAMPLED = "inputs.safetensors"  # in the folder of the runs: text that the start model wrote
-LOCK = ".xfactor.lock"
-STAGING = ".xfactor.tmp"  # temporary files of a run; a kill leaves them here
+STAGING = ".xfactor.tmp"  # holds a run's temporary files; a killed process leaves it behind
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # the optimizer's state of one parameter
 MAY_CHANGE = ("steps", "eval_every", "save_every", "out", "resume")  # options of a resumed run
 MAY_MOVE = ("weights", "inputs", "tokens")  # its files, if their content is the same
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # some network file systems
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # of network file systems
+
+
+@contextmanager
+def _one_line(doing: str, folder: Path | None = None) -> Iterator[None]:
+    """Raise ValueError for an OSError: in one line, with what remains of the run in a folder."""
+    try:
+        yield
+    except OSError as error:
+        kept = last_save(folder) if folder else "choose another --out"
+        raise ValueError(f"cannot {doing}: {error}; {kept}") from error
 
 
 @contextmanager
 def open_folder(out: Path, names: Sequence[str], resuming: bool) -> Iterator[None]:
-    """Lock a folder for runs of these names against other commands; create it unless it exists.
+    """Lock a folder for runs of these names against other commands; create it if it is missing.
 
-    If the body of a new command raises before any run has logged a step, nothing is left behind.
+    If a new command fails before any run has logged a step, nothing is left behind.
 
-    Raises ValueError if it cannot be written, is locked, or holds something else to begin with.
+    Raises ValueError if the folder cannot be written, is locked, or holds something else.
     """
-    existed, lock = os.path.isdir(out), FileLock(out / LOCK)
+    created: list[Path] = []
     folders = [out / name for name in names]
     try:
-        if existed and not resuming:
-            _check_unused(out, names)
-        if not existed:
-            out.mkdir(parents=True)
-            fsync(out.resolve().parent)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"{out} is locked by another process; wait until it ends") from error
-    except (OSError, NotImplementedError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
-            raise ValueError(f"cannot write to {out}: {error}; choose another --out") from error
-        warnings.warn(f"{out}: no lock, as this file system has none", stacklevel=2)
-    try:
-        yield
+        with _one_line(f"write to {out}"):
+            for path in reversed((out, *out.parents)):
+                if not path.is_dir():
+                    path.mkdir()
+                    created.insert(0, path)
+                    fsync(path.resolve().parent)
+            if not resuming:
+                _check_unused(out, names)
+            folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _lock(folder, out)
+            try:
+                yield
+            except BaseException:
+                if not resuming and not any(map(_has_progress, folders)):
+                    _remove(folders)
+                raise
+        finally:
+            os.close(folder)
     except BaseException:
         with suppress(OSError):  # whatever is wrong with the folder, the first error is the reason
-            if not resuming and not any(map(_has_progress, folders)):
-                for path in [folder / name for folder in folders for name in (*LOGS, CONFIG)]:
-                    path.unlink(missing_ok=True)
-                (out / LOCK).unlink(missing_ok=True)
-                for folder in [f for f in folders if f.exists()] + [out] * (not existed):
-                    folder.rmdir()
+            for path in created:
+                path.rmdir()  # unless it holds anything
         raise
-    finally:
-        lock.release()
 
 
 def _check_unused(out: Path, names: Sequence[str]) -> None:
-    found = {path.name for path in out.iterdir()} - {LOCK}
-    if any((out / name / CONFIG).exists() for name in found):
+    if any(_configs(out)):
         raise ValueError(f"--out {out} holds a run; choose another folder, or --resume {out}")
-    if unknown := sorted(found - set(names)):  # a kill may leave folders that hold no run yet
-        raise ValueError(
-            f"--out {out} is not empty and holds no run, but {unknown[0]!r}; choose another folder"
-        )
+    for path in out.iterdir():  # a killed command may have left folders that hold no run yet
+        left = path.name in names and path.is_dir() and {p.name for p in path.iterdir()}
+        if left is False or left - {*LOGS, STAGING}:
+            raise ValueError(
+                f"--out {out} is not empty and holds no run, but {path.name!r}; choose another one"
+            )
+
+
+def _configs(out: Path) -> list[Path]:
+    return sorted([*out.glob(f"lr-*/{CONFIG}"), *out.glob(f"tilt-*/{CONFIG}")])
+
+
+def _lock(folder: int, out: Path) -> None:
+    """Lock a folder itself, so that no lock file is left anywhere, until it is closed."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{out} is locked by another process; wait until it ends") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise ValueError(f"cannot lock {out}: {error}; choose another --out") from error
+        warnings.warn(f"{out} is not locked, as its file system has no locks", stacklevel=2)
 
 
 def _has_progress(folder: Path) -> bool:
-    if (folder / CHECKPOINT).exists():
+    """Return whether a run has logged a step; if that cannot be read, it may have."""
+    try:
+        return (folder / CHECKPOINT).exists() or b'"loss"' in (folder / METRICS).read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError:
         return True
-    return (folder / METRICS).exists() and b'"loss"' in (folder / METRICS).read_bytes()
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    """Remove runs without a step: their files by name, and their folders unless more is there."""
+    for folder in folders:
+        with suppress(OSError):
+            for name in (*LOGS, CONFIG):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def create(folder: Path, model_config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -115,16 +152,14 @@ def create(folder: Path, model_config: Mapping[str, Any], about: Mapping[str, An
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     with suppress(PackageNotFoundError):
         versions["triton"] = version("triton")
-    try:
+    config = {**model_config, "xfactor": {**about, "versions": versions}}
+    with _one_line(f"write to {folder}"):
         folder.mkdir(exist_ok=True)
         for log in LOGS:
             os.close(_open(folder / log, os.O_CREAT))
-        config = {**model_config, "xfactor": {**about, "versions": versions}}
-        with _replacing(folder / CONFIG) as temporary:
+        with replacing(folder / CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
         fsync(folder.parent)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error}; choose another --out") from error
 
 
 def _open(path: Path, flags: int) -> int:
@@ -133,7 +168,7 @@ def _open(path: Path, flags: int) -> int:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces `path` in one step; clear what a kill left before."""
     staging = path.parent / STAGING
     shutil.rmtree(staging, ignore_errors=True)
@@ -150,13 +185,13 @@ def read_options(out: Path) -> dict[str, Any]:
 
     Raises ValueError if there is no run, or if its config.json is not what a run wrote.
     """
-    for path in sorted(out.glob(f"*/{CONFIG}")):
+    for path in _configs(out):
         try:
             return dict(json.loads(path.read_text(encoding="utf-8"))["xfactor"]["options"])
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"{type(error).__name__} {error}"[:200]
             raise ValueError(f"{path}: {reason}; expected what a run wrote there") from error
-    raise ValueError(f"--resume {out}: got no */{CONFIG}, expected the --out of an earlier run")
+    raise ValueError(f"--resume {out}: got no run there, expected the --out of an earlier command")
 
 
 def append_steps(
@@ -166,9 +201,9 @@ def append_steps(
 
     Returns what is wrong if a loss is not finite, else ""; the steps before it are logged.
     """
-    first, each, lines, problem = step - len(results) + 1, seconds / len(results), [], ""
+    each, lines, problem = seconds / len(results), [], ""
     names = "loss", "target_probability", "predicted_probability"
-    for n, measured in enumerate(results, first):
+    for n, measured in enumerate(results, step - len(results) + 1):
         if not math.isfinite(measured[0]):
             problem = f"the loss became {measured[0]} at step {n}"
             break
@@ -189,11 +224,8 @@ def append_evaluation(folder: Path, step: int, evaluation: Evaluation) -> str:
 
 def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    try:
-        with open(_open(path, os.O_APPEND), "ab") as file:
-            file.write(data)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error}; {last_save(path.parent)}") from error
+    with _one_line(f"write {path}", path.parent), open(_open(path, os.O_APPEND), "ab") as file:
+        file.write(data)
 
 
 def save(
@@ -209,36 +241,36 @@ def save(
     Args:
         origin: digests of what the run began with, which `read` compares.
 
-    Raises ValueError if the folder cannot be written; the checkpoint before is then still there.
+    Raises ValueError if the folder cannot be written; the previous checkpoint is then still there.
     """
     tensors = {"generator": generator.get_state()}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p
         tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in ADAM}
-    try:
+    with _one_line(f"save step {step} in {folder}", folder):
         for log in LOGS:
             fsync(folder / log)
-        sizes = {log: str((folder / log).stat().st_size) for log in LOGS}
-        metadata = {"step": str(step), **sizes, **origin}
-        write_tensors(folder / CHECKPOINT, tensors, metadata)
-    except OSError as error:
-        kept = last_save(folder)
-        raise ValueError(f"cannot save step {step} in {folder}: {error}; {kept}") from error
+        logs = {log: _length_and_digest(folder / log) for log in LOGS}
+        write_tensors(folder / CHECKPOINT, tensors, {"step": str(step), **logs, **origin})
+
+
+def _length_and_digest(path: Path, length: int | None = None) -> str:
+    """Describe the first bytes of a log, all of them by default."""
+    data = path.read_bytes()[:length]
+    return f"{len(data)} {sha256(data).hexdigest()}"
 
 
 def save_model(folder: Path, model: nn.Module) -> None:
     """Write the weights alone, as load_weights and transformers read them."""
-    try:
+    with _one_line(f"write {folder / MODEL}", folder):
         write_tensors(folder / MODEL, dict(model.named_parameters()), {"format": "pt"})
-    except OSError as error:
-        raise ValueError(f"cannot write {folder / MODEL}: {error}; {last_save(folder)}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Replace a safetensors file in one atomic step; raises OSError, also for a full disk."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             save_file(on_cpu, temporary, metadata=metadata)
     except SafetensorError as error:
         raise OSError(str(error)) from error
@@ -273,20 +305,25 @@ def read(
         expected[f"step.{name}"] = torch.zeros(())
     try:
         tensors, metadata = read_tensors(path, expected)
+        if missing := {"step", *LOGS, *origin} - metadata.keys():
+            raise ValueError(f"got no {min(missing)!r} in its metadata")
         for key, value in origin.items():
             if metadata[key] != value:
                 raise ValueError(f"the run began with other {key}")
-        step, sizes = int(metadata["step"]), {log: int(metadata[log]) for log in LOGS}
-        if any(tensors[f"step.{name}"] != step for name, _ in model.named_parameters()):
-            raise ValueError(f"got step {step}, but another one in Adam's state")
-        for log, size in sizes.items():
-            _check_log(folder / log, size, step)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        step, lengths = int(metadata["step"]), {}
+        if {tensors[f"step.{name}"].item() for name, _ in model.named_parameters()} != {step}:
+            raise ValueError(f"Adam's state is not that of step {step}")
+        for log in LOGS:
+            lengths[log] = int(metadata[log].partition(" ")[0])
+            if _length_and_digest(folder / log, lengths[log]) != metadata[log]:
+                raise ValueError(f"{log} is not the log of these {step} steps")
+        torch.Generator().set_state(tensors["generator"])
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{path}: {error}. Nothing has been changed: put back what the run had, or start "
-            "another one with another --out"
+            f"{path}: {str(error)[:300]}. Nothing has been changed: put back what the run had, or "
+            "start another one with another --out"
         ) from error
-    return step, sizes, tensors
+    return step, lengths, tensors
 
 
 def read_tensors(
@@ -315,16 +352,6 @@ def read_tensors(
     return tensors, metadata
 
 
-def _check_log(path: Path, size: int, step: int) -> None:
-    """Raise ValueError unless a log, cut to this length, holds whole lines up to this step."""
-    with open(path, "rb") as file:
-        data = file.read(max(size, 0))
-    steps = [line["step"] for line in map(json.loads, data.splitlines()) if "loss" in line]
-    whole = len(data) == size and (not data or data.endswith(b"\n"))
-    if not whole or steps != list(range(1, step + 1) if path.name == METRICS else []):
-        raise ValueError(f"{path.name} does not hold the {size} bytes of step {step}")
-
-
 def resume(
     folder: Path,
     model: nn.Module,
@@ -336,7 +363,7 @@ def resume(
 
     Raises ValueError if there is another one than `save` wrote, or if the logs cannot be written.
     """
-    step, sizes, tensors = read(folder, model, origin)
+    step, lengths, tensors = read(folder, model, origin)
     if step:
         names = [name for name, _ in model.named_parameters()]
         model.load_state_dict({name: tensors[f"model.{name}"] for name in names})
@@ -348,13 +375,11 @@ def resume(
         generator.set_state(tensors["generator"])
     barrier()  # all ranks have read what the main rank now cuts
     if is_main():
-        try:
-            for log, size in sizes.items():
+        with _one_line(f"resume in {folder}", folder):
+            for log, length in lengths.items():
                 descriptor = _open(folder / log, 0)
-                os.ftruncate(descriptor, size)
+                os.ftruncate(descriptor, length)
                 os.close(descriptor)
-        except OSError as error:
-            raise ValueError(f"cannot resume in {folder}: {error}") from error
     return step
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from train.checkpoint import replacing
 from train.report.runs import Run, best, printable, read_runs
 from train.report.samples import count, moments, opening, pieces, typical
 from train.report.table import FORMATS, as_csv, measured, shown
-from weights.checkpoint import atomic_write
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
@@ -42,7 +42,7 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            with atomic_write(out / name) as temporary:
+            with replacing(out / name) as temporary:
                 temporary.write_bytes(content)
     except OSError as error:
         folders = printable(shlex.join(map(str, run_folders)))
