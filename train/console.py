@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -36,7 +35,7 @@ def command() -> Iterator[None]:
     """Run the body of a command: an error ends in one line, a signal with status 128 + number."""
     for name in ("stdout", "stderr"):  # closed, or unable to show every character
         if (stream := getattr(sys, name)) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -52,7 +51,8 @@ def command() -> Iterator[None]:
         reason = str(error).splitlines()[0]
         sys.exit(f"error: {reason} Try a smaller --batch, --dtype bfloat16 or --model gpt2")
     except Interrupted as stopped:
-        say(str(stopped), error=True)
+        if distributed.is_main():
+            say(str(stopped), error=True)
         sys.exit(128 + stopped.number)
 
 
@@ -72,7 +72,8 @@ def signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    obeyed = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in obeyed}  # the rest: as in nohup
     try:
         yield
     finally:
@@ -82,11 +83,11 @@ def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 def say(text: str, error: bool = False, end: str = "\n") -> None:
     """Print a line on stdout or stderr, even if nobody reads it (`| head -1`)."""
-    name = "stderr" if error else "stdout"
+    stream = sys.stderr if error else sys.stdout
     try:
-        print(text, end=end, file=getattr(sys, name), flush=True)
-    except OSError:
-        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        print(text, end=end, file=stream, flush=True)
+    except OSError:  # also for what is still in its buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse_options(options_class: Any, arguments: Sequence[str], description: str | None) -> Any:
@@ -98,10 +99,12 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
     options = tyro.cli(options_class, args=arguments, prog=program, description=description)
     if options.resume is not None:
         out = _expand(options.resume)
-        saved = _validated(options_class, checkpoint.read_options(out))
-        saved = replace(saved, out=out)
+        values, names = checkpoint.read_options(out), [f.name for f in fields(options_class)]
+        if unlike := sorted(set(names) ^ values.keys()):
+            raise ValueError(f"{out}: the options in config.json are not a run's: {unlike[0]!r}")
+        saved = _validated(options_class, values | {"out": out}, f"{out}, config.json: ")
         options = tyro.cli(options_class, args=arguments, default=saved)
-        for name in (field.name for field in fields(options)):
+        for name in names:
             was, given = getattr(saved, name), getattr(options, name)
             same = set(was) == set(given) if isinstance(was, tuple) else was == given
             if not same and name not in (*checkpoint.MAY_CHANGE, *checkpoint.MAY_MOVE):
@@ -125,13 +128,14 @@ def _expand(path: str | Path) -> Path:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _validated(options_class: Any, values: dict[str, Any]) -> Any:
+def _validated(options_class: Any, values: dict[str, Any], where: str = "") -> Any:
     try:
         return TypeAdapter(options_class).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
-        raise ValueError(f"--{name} {str(first['input'])[:40]}: {first['msg']}") from error
+        message = f"{where}--{name} {str(first['input'])[:40]}: {first['msg']}"
+        raise ValueError(message) from error
 
 
 def describe(options: Any, goal: str, target: TwoLevelTarget) -> None:
@@ -155,9 +159,12 @@ def describe(options: Any, goal: str, target: TwoLevelTarget) -> None:
 
 
 def progress(label: str, done: int, total: int) -> tqdm:
-    """Return a bar over the steps of a run, which shows itself on a terminal only."""
-    hidden = None if distributed.is_main() else True
-    bar = tqdm(initial=done, total=total, unit="step", disable=hidden)
+    """Return a bar over the steps of a run, which shows itself on a terminal only.
+
+    Its estimate covers steps alone if `unpause` is called after whatever else takes time.
+    """
+    hidden = None if distributed.is_main() else True  # None: unless it is on a terminal
+    bar = tqdm(initial=done, total=total, unit="step", disable=hidden, mininterval=0, miniters=0)
     bar.desc = label  # which a hidden one does not keep
     return bar
 
@@ -181,15 +188,6 @@ def show(bar: tqdm, step: int, measured: Sequence[float], speed: float, evaluati
     else:
         bar.set_postfix_str(text, refresh=False)
         bar.update(step - bar.n)
-        bar.refresh()
-
-
-def pause(bar: tqdm, since: float) -> float:
-    """Leave the time since then out of the bar's estimate; return the present time."""
-    now = time.perf_counter()
-    if not bar.disable:
-        bar.start_t += now - since
-    return now
 
 
 def report(folders: Sequence[Path], out: Path) -> None:
@@ -198,5 +196,5 @@ def report(folders: Sequence[Path], out: Path) -> None:
         for path in write_report(folders, out):
             say(f"wrote {path}")
         say(summary(folders))
-    except ValueError as error:
+    except Exception as error:  # whatever it is, the runs are complete
         say(f"no report: {error}", error=True)

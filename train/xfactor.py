@@ -10,6 +10,7 @@ distribution on the tokens with the letter. A small learning rate nudges the mod
 collapses it: the report says which, in numbers.
 """
 
+import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -120,6 +121,8 @@ def fine_tune(
     step = done = checkpoint.resume(folder, model, optimizer, generator, origin)
     if is_main and before and done == 0:
         checkpoint.append_evaluation(folder, 0, before)
+    if is_main and done:
+        console.say(f"{folder.name}: resumes after step {done}")
     pending: list[Tensor] = []  # (loss, target probability) of steps that are not logged yet
     problem, stop, logged = "", 0, time.perf_counter()
     with console.progress(folder.name, done, options.steps) as bar, console.signals() as received:
@@ -149,15 +152,18 @@ def fine_tune(
                 pending.clear()
                 if is_main:
                     problem = checkpoint.append_steps(folder, step, results, seconds)
-                    tokens_per_second = len(results) * options.batch * options.length / seconds
-                    console.show(bar, step, results[-1], tokens_per_second, evaluating)
+                    tokens_drawn = len(results) * options.batch * options.length
+                    speed = tokens_drawn / max(seconds, 1e-9)  # a clock may stand still
+                    console.show(bar, step, results[-1], speed, evaluating)
                 if is_main and evaluating and not problem:
                     evaluation = evaluate(model, start, load_tokenizer(), mask, options.seed)
                     problem = checkpoint.append_evaluation(folder, step, evaluation)
                 if is_main and saving and not problem:
                     checkpoint.save(folder, step, model, optimizer, generator, origin)
-                logged = console.pause(bar, logged + seconds)
+                bar.unpause()  # what was not a step does not count
+                logged = time.perf_counter()
             if distributed.all_reduce_max(bool(problem)):
+                problem = problem or "the main rank says why"
                 return f"{problem}; {checkpoint.last_save(folder)}. Try a smaller --lr"
             if stop:
                 break
@@ -165,7 +171,8 @@ def fine_tune(
         checkpoint.save_model(folder, model)
     distributed.barrier()
     if stop := stop or next(iter(received), 0):  # or a signal after the last step
-        what_now = f" after step {step}, which is saved; resume with --resume {options.out}"
+        out = shlex.quote(str(options.out))
+        what_now = f" after step {step}, which is saved; resume with --resume {out}"
         raise console.Interrupted(stop, what_now)
     return ""
 
