@@ -1,212 +1,295 @@
-"""A save on disk: whatever kills it, whatever damages it; on a small model, on the CPU.
+"""Every moment of a run's files: killed before each operation, each operation failing, links.
 
-The commands as a user runs them are in test_run.py.
+A run on a small model, in this process or forks of one; the commands are in test_run.py.
 """
 
+import errno
 import json
-import math
 import os
-import shutil
+import re
 import signal
+import stat
 import sys
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
-import train.saves as train_saves
-from train.folders import create, digest
-from train.run import Run
-from train.saves import LOGS, Training, read_save, sweep, write_save
 
+import train.evaluate
 from kernels import TwoLevelTarget
 from model import GPT2, GPT2Config
 from tests.train import quick_run
-from tests.train.quick_run import contents, cut, flip, logged
-from train.evaluate import Evaluation
-from train.inputs import Inputs
-from train.xfactor import LOSSES, training_steps
-from weights.checkpoint import atomic_write
+from tests.train.quick_run import assert_same_run, contents, has_step
+from train import checkpoint
+from train.xfactor import Options, fine_tune
 
-SMALL = GPT2Config(vocab_size=503, n_positions=16, n_embd=64, n_layer=1, n_head=1)
-CONFIG = {"xfactor": {"lr": 1e-2, "options": {}}}
-EVALUATION = Evaluation(0.0, 0.0, 1.0, 1.0, [("The", [1, 2, 3])])
+RATE = "lr-0.01"
+EVALUATION = train.evaluate.Evaluation(0.0, 0.0, 1.0, 1.0, [("The", [1, 2, 3])])
+OPERATIONS = {f"os.{name}" for name in ("mkdir", "rmdir", "remove", "rename", "truncate", "chmod")}
 
 
-def new_training() -> tuple[Training, Inputs]:
-    """The same small model each time, before its first step, and its inputs."""
+def run(out: Path, steps: int = 2, resuming: bool = False) -> None:
+    """Run one rate of the experiment on a small model; each step is saved."""
     torch.manual_seed(0)
-    model = GPT2(SMALL)
-    inputs = Inputs(SMALL.vocab_size, 2, 8, 0, torch.device("cpu"))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
-    return Training(model, optimizer, inputs.generator), inputs
+    start = GPT2(GPT2Config(vocab_size=53, n_positions=16, n_embd=64, n_layer=1, n_head=1))
+    target = TwoLevelTarget(torch.arange(53) % 7 == 0)
+    options = Options(steps=steps, batch=2, length=8, save_every=1, eval_every=1, out=out)
+    text = torch.arange(53)
+    origin = checkpoint.origin(options, start, target.index, text)
+    with (
+        patch("train.xfactor.evaluate", lambda *_: EVALUATION),
+        checkpoint.open_folder(out, [RATE], resuming),
+    ):
+        checkpoint.read(out / RATE, start, origin)
+        checkpoint.create(out / RATE, {}, {"options": asdict(options)})
+        of_run = {"lr": 0.01, "target": target, "start": start, "before": EVALUATION}
+        assert not fine_tune(options, folder=out / RATE, text=text, origin=origin, **of_run)
 
 
-def train(run: Run, training: Training, inputs: Inputs, until: int) -> list[float]:
-    """Steps up to `until`; their losses."""
-    members = torch.arange(SMALL.vocab_size) % 29 == 0
-    model, optimizer = training.model, training.optimizer
-    steps = training_steps(model, optimizer, TwoLevelTarget(members), inputs.draw, LOSSES["linear"])
-    losses = []
-    while run.step < until:
-        loss, mass = next(steps)
-        run.add(loss, mass)
-        losses.append(loss.item())
-    run.flush()
-    return losses
+def run_again(out: Path) -> None:
+    """Do what a user does after a kill: resume what is there, or give the command again."""
+    run(out, resuming=any(out.glob("*/config.json")))
 
 
-def saved_run(folder: Path, step: int = 2) -> tuple[Run, Training, Inputs]:
-    """A run that was saved at `step` and has logged two more."""
-    create(folder.parent, {folder.name: CONFIG})
-    run, (training, inputs) = Run(folder), new_training()
-    train(run, training, inputs, step)
-    run.evaluate(lambda: EVALUATION)
-    run.save(training)
-    train(run, training, inputs, step + 2)
-    return run, training, inputs
+def kill_before_every_change(arguments: list[str]) -> None:
+    """Run in forks that die before their first change of a file, their second, and so on.
 
-
-def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path) -> None:
-    """Losses and weights, bit for bit; the steps logged after the save are cut and run again."""
-    create(tmp_path / "whole", {"a": CONFIG})
-    whole, (training, inputs) = Run(tmp_path / "whole" / "a"), new_training()
-    expected = train(whole, training, inputs, 7)
-    saved_run(tmp_path / "stopped" / "a", step=3)
-
-    resumed, (again, inputs) = Run(tmp_path / "stopped" / "a"), new_training()
-    resumed.restore(again)
-    resumed.begin(CONFIG)
-    assert resumed.step == 3
-    assert train(resumed, again, inputs, 7) == expected[3:]
-    assert logged(resumed.folder) == logged(whole.folder)
-    for name, p in training.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], p), name
-
-
-def rename_all_but(path: Path):
-    """os.replace, which fails onto one path."""
-    replace = os.replace
-
-    def rename(source, target) -> None:
-        if target == path:
-            raise OSError("no such luck")
-        replace(source, target)
-
-    return rename
-
-
-def kill_at_every_line(arguments: list[str]) -> None:
-    """In a process of its own: save in children that die at the first line, the second, ..."""
+    Before the next one is after this one. Prints how often a checkpoint of each step was there.
+    """
     folder, until = Path(arguments[0]), int(arguments[1])
     os.fsync = lambda descriptor: None  # a killed process loses nothing that it has written
-    create(folder.parent, {folder.name: CONFIG})
-    run, (training, inputs) = Run(folder), new_training()
-    train(run, training, inputs, 2)
-    if until == 4:
-        write_save(folder, 2, training, 0, "")
-        train(run, training, inputs, 4)
-    traced = {write_save.__code__.co_filename, atomic_write.__wrapped__.__code__.co_filename}
-    functions = {"write_save", "sweep", "atomic_write", "fsync"}
-    outcomes, copy = [], folder.with_name("copy")
+    run(folder / "whole")
+    found: list[int] = []
     for n in range(1, 1000):
-        shutil.copytree(folder, copy)
-        child = os.fork()
-        if child == 0:
-            lines = 0
+        out = folder / str(n)
+        if until == 2:
+            run(out, steps=1)
+        if (child := os.fork()) == 0:
+            count = 0
 
-            def trace(frame, event, _, n=n):
-                nonlocal lines
-                if frame.f_code.co_filename not in traced or frame.f_code.co_name not in functions:
-                    return None
-                lines += event == "line"
-                if lines == n:
+            def die(event: str, arguments: tuple, n=n) -> None:
+                nonlocal count
+                opened = event == "open" and arguments[2] & os.O_ACCMODE  # to write
+                changing = bool(opened) or event in OPERATIONS
+                count += changing
+                if changing and count == n:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return trace
 
-            sys.settrace(trace)
-            write_save(copy, until, training, until - 2, "")
+            sys.addaudithook(die)
+            run(out, steps=until, resuming=until == 2)
             os._exit(0)
-        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        restored, _ = new_training()
-        step, sizes = read_save(copy, restored, "")
-        outcomes.append(step)
-        for log in LOGS:
-            assert (copy / log).stat().st_size >= sizes[log]
-        if step == until:
-            for name, p in training.model.state_dict().items():
-                assert torch.equal(restored.model.state_dict()[name], p)
-        shutil.rmtree(copy)
+        killed = os.waitpid(child, 0)[1]
+        assert killed in (0, signal.SIGKILL)
+        kept = checkpoint.last_save(out / RATE)
+        found.append(int(kept.split()[1]) if kept[:4] == "step" else 0)
+        run_again(out)
+        assert_same_run(out / RATE, folder / "whole" / RATE)
         if not killed:
             break
-    print(json.dumps(outcomes))
+    print(json.dumps(found))
 
 
-@pytest.mark.parametrize("until", [2, 4])
-def test_a_kill_at_any_line_of_a_save_leaves_the_save_before_or_this_one(
+@pytest.mark.parametrize("until", [1, 2])
+def test_a_kill_before_any_change_of_a_file_is_resumed_to_the_whole_run(
     until: int, tmp_path: Path
 ) -> None:
-    """The first save and the second. Both outcomes occur, once each in the order of the lines."""
-    arguments = [str(tmp_path / "runs" / "a"), str(until)]
-    code, output = quick_run.run(arguments, tmp_path / "log", kill_at_every_line)
+    """While a folder is made, at its first save, at a resumption, at a later save, at the end."""
+    arguments = [str(tmp_path), str(until)]
+    code, output = quick_run.run(arguments, tmp_path / "log", kill_before_every_change)
     assert code == 0, output
-    outcomes = json.loads(output.splitlines()[-1])
-    assert len(outcomes) > 40
-    assert outcomes == sorted(outcomes)
-    assert set(outcomes) == {until - 2, until}
+    found = json.loads(output.splitlines()[-1])
+    assert len(found) > 25
+    assert found == sorted(found)
+    assert set(found) == {until - 1, until}
 
 
-@pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_kill_while_the_rest_of_a_first_save_is_removed(at: int, tmp_path, monkeypatch) -> None:
-    """The save ended before its last rename; at each removal, the folder goes on from its start."""
-    create(tmp_path / "runs", {"a": CONFIG})
-    run, (training, inputs) = Run(tmp_path / "runs" / "a"), new_training()
-    train(run, training, inputs, 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_saves.os, "replace", rename_all_but(run.folder / train_saves.MODEL))
-        with pytest.raises(ValueError, match="cannot save step 2"):
-            run.save(training)
-    left = iter(range(100))
-
-    def dying(remove):
-        def removed(*args, **options):
-            if next(left) == at:
-                raise KeyboardInterrupt
-            remove(*args, **options)
-
-        return removed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", dying(Path.unlink))
-        patch.setattr(train_saves.shutil, "rmtree", dying(shutil.rmtree))
-        with pytest.raises(KeyboardInterrupt):
-            sweep(run.folder, 0)
-    assert read_save(run.folder, new_training()[0], digest(CONFIG))[0] == 0
+ALL = ["open", "mkdir", "replace", "fsync", "ftruncate", "unlink", "rmdir", "chmod", "utime"]
+ERRORS = [  # the function of os that fails, after how many calls, and how
+    (["open"], 0, errno.EMFILE),
+    (["fsync"], 1, errno.EIO),
+    (["replace"], 1, errno.EDQUOT),
+    (["mkdir"], 1, errno.EROFS),
+    (ALL, 0, errno.ENOSPC),
+    (ALL, 2, errno.EIO),
+]
 
 
-@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-@pytest.mark.parametrize("pattern", ["model.*", "optimizer-*", "state-*", *LOGS])
-def test_a_damaged_file_is_named_and_nothing_is_changed(pattern, damage, tmp_path: Path) -> None:
-    """One bit of any of them is enough; every byte that was there stays."""
-    run, *_ = saved_run(tmp_path / "runs" / "a", step=8)
-    (path,) = run.folder.glob(pattern)
-    damage(path)
-    before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"Nothing has been changed|No such file") as raised:
-        Run(run.folder).restore(new_training()[0])
-    assert str(run.folder) in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert contents(tmp_path) == before
+def failing(functions: list[str], after: int, number: int) -> ExitStack:
+    """Let functions of os raise an OSError, each after its first calls."""
+
+    def failing_function(name: str):
+        function, calls = getattr(os, name), []
+
+        def fail(*arguments, **options):
+            calls.append(name)
+            if len(calls) > after:
+                raise OSError(number, os.strerror(number))
+            return function(*arguments, **options)
+
+        return fail
+
+    stack = ExitStack()
+    for name in functions:
+        stack.enter_context(patch(f"os.{name}", failing_function(name)))
+    return stack
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_save(
-    bad: float, tmp_path: Path
-) -> None:
-    """Also when nobody looked for several steps; the steps before it are logged."""
-    run, training, _ = saved_run(tmp_path / "runs" / "a", step=2)
-    for loss in (0.5, bad, 0.25):
-        run.add(torch.tensor(loss), torch.tensor(0.5))
-    run.save(training)
-    assert "at step 6; step 2 is the last one saved" in str(run.diverged)
-    assert [step for step, *_ in logged(run.folder)] == [1, 2, 3, 4, 5]
-    assert read_save(run.folder, new_training()[0], digest(CONFIG))[0] == 2
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: f"{errno.errorcode[e[2]]}-{len(e[0])}")
+def test_an_error_of_the_disk_is_one_line_and_keeps_what_was_saved(error, tmp_path: Path) -> None:
+    """A first command leaves nothing, unless cleaning up fails too, and works once the disk is well
+    again; a resumption leaves the save, and resumes then."""
+    functions, _, number = error
+    run(tmp_path / "whole")
+    run(tmp_path / "run", steps=1)
+    saved = {k: v for k, v in contents(tmp_path / "run").items() if "safetensors" in k}
+    for out, resuming in ((tmp_path / "new", False), (tmp_path / "run", True)):
+        with failing(*error), pytest.raises(ValueError, match="cannot ") as raised:
+            run(out, resuming=resuming)
+        assert os.strerror(number) in str(raised.value)
+        assert "\n" not in str(raised.value)
+    assert not (tmp_path / "new").exists() or has_step(tmp_path / "new" / RATE) or functions == ALL
+    assert saved.items() <= contents(tmp_path / "run").items()
+    for out in (tmp_path / "new", tmp_path / "run"):
+        run_again(out)
+        assert_same_run(out / RATE, tmp_path / "whole" / RATE)
+
+
+def test_a_file_system_without_locks_and_fsync_of_folders_is_a_warning(tmp_path: Path) -> None:
+    """As some network file systems are; the run is the same."""
+    fsync = os.fsync
+
+    def of_files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    run(tmp_path / "whole")
+    no_locks = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    with (
+        patch("os.fsync", of_files_only),
+        patch("fcntl.flock", side_effect=no_locks),
+        pytest.warns(UserWarning, match="is not locked, as its file system has no locks"),
+        pytest.warns(UserWarning, match="folders cannot be fsynced"),
+    ):
+        run(tmp_path / "run")
+    assert_same_run(tmp_path / "run" / RATE, tmp_path / "whole" / RATE)
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "config.json", "checkpoint.safetensors", "model.safetensors"]
+)
+def test_a_link_is_not_followed_on_writing(name: str, tmp_path: Path) -> None:
+    """In place of a file of the run: what it leads to stays as it is."""
+    run(tmp_path / "run", steps=1)
+    path, elsewhere = tmp_path / "run" / RATE / name, tmp_path / "elsewhere"
+    before = path.read_bytes()
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    with (
+        nullcontext() if "jsonl" not in name else pytest.raises(ValueError, match="symbolic links")
+    ):
+        run(tmp_path / "run", resuming=True)
+    assert elsewhere.read_bytes() == before
+
+
+def test_a_link_in_place_of_the_folder_for_temporary_files_is_an_error(tmp_path: Path) -> None:
+    """Nothing is removed where it leads to."""
+    run(tmp_path / "run", steps=1)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").touch()
+    (tmp_path / "run" / RATE / checkpoint.STAGING).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="File exists"):
+        run(tmp_path / "run", resuming=True)
+    assert (tmp_path / "elsewhere" / "file").exists()
+
+
+def test_temporary_names_are_unpredictable_and_exclusive(tmp_path: Path) -> None:
+    """In a folder that is nobody else's; the mode of what takes its place is the usual one."""
+    names, replace = [], os.replace
+
+    def collect(source: Path, target: Path) -> None:
+        names.append(source.name)
+        assert stat.S_IMODE(source.parent.stat().st_mode) == 0o700
+        replace(source, target)
+
+    with patch("os.replace", collect):
+        run(tmp_path / "run")
+    assert len(set(names)) == len(names) > 3
+    assert all(re.search(r"[0-9a-f]{16}", name) for name in names)
+    (tmp_path / "usual").touch()
+    for path in (tmp_path / "run" / RATE).iterdir():
+        assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_files_of_others_in_a_run_survive(tmp_path: Path) -> None:
+    """Names that look like temporary files or an optimizer's, through saves and a resumption."""
+    run(tmp_path / "run", steps=1)
+    for folder in (tmp_path / "run", tmp_path / "run" / RATE):
+        (folder / ".syncthing.x.tmp").write_text("x")
+        (folder / "optimizer-best.safetensors").write_text("x")
+        (folder / ".tmpcache").mkdir()
+        (folder / ".tmpcache" / "file").write_text("x")
+    run(tmp_path / "run", resuming=True)
+    for folder in (tmp_path / "run", tmp_path / "run" / RATE):
+        for name in (".syncthing.x.tmp", "optimizer-best.safetensors", ".tmpcache/file"):
+            assert (folder / name).read_text() == "x"
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755], ids=oct)
+def test_an_empty_folder_is_used_as_it_is(mode: int, tmp_path: Path, monkeypatch) -> None:
+    """It stays the same folder, with its mode; `.` is one, and its parent is left alone."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out").chmod(mode)
+    monkeypatch.chdir(tmp_path / "out")
+    before = (tmp_path / "out").stat(), tmp_path.stat().st_mtime_ns
+    run(Path())
+    after = (tmp_path / "out").stat()
+    assert (after.st_mode, after.st_ino) == (before[0].st_mode, before[0].st_ino)
+    assert tmp_path.stat().st_mtime_ns == before[1]
+    assert (tmp_path / "out" / RATE / "model.safetensors").exists()
+
+
+def test_a_new_folder_is_on_disk_with_its_parents(tmp_path: Path) -> None:
+    """Each parent of a folder that was made is flushed, and the run's folder after its files."""
+    flushed = []
+    with patch("train.checkpoint.fsync", lambda path: flushed.append(path)):
+        run(tmp_path / "a" / "b")
+    assert flushed[:3] == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+
+
+@pytest.mark.parametrize("name", ["file", RATE, f"{RATE}/file", "lr-1/config"])
+def test_a_folder_that_is_not_empty_and_holds_no_run_is_refused(name: str, tmp_path: Path) -> None:
+    """Untouched, not even the times of the folder change."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x")
+    before = {path: path.stat() for path in (tmp_path, *tmp_path.rglob("*"))}
+    with pytest.raises(
+        ValueError, match=r"is not empty and holds no run, but '(file|lr-.*)'; choose"
+    ):
+        run(tmp_path)
+    after = {path: path.stat() for path in (tmp_path, *tmp_path.rglob("*"))}
+    assert {p: s.st_mtime_ns for p, s in after.items()} == {
+        p: s.st_mtime_ns for p, s in before.items()
+    }
+
+
+def test_an_error_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:
+    """Neither the folder nor its new parents; in a folder that was there, nothing. The corrected
+    command then works."""
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "a" / "b", tmp_path / "empty"):
+        with patch("train.xfactor.get_batch", side_effect=KeyError), pytest.raises(KeyError):
+            run(out)
+        assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+    run(tmp_path / "empty")
+
+
+def test_a_clock_that_stands_still_divides_nothing_by_zero(tmp_path: Path) -> None:
+    """Steps take 0 seconds then."""
+    with patch("time.perf_counter", lambda: 1.0):
+        run(tmp_path / "run")
+    lines = (tmp_path / "run" / RATE / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seconds"] for line in lines if "loss" in line] == [0.0, 0.0]
