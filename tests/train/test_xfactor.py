@@ -235,6 +235,6 @@ def test_the_command_ends_with_table_samples_and_curves(small_start: Path, tmp_p
     assert "evaluating the model before fine-tuning" in done.stdout
     assert "Once upon a time" in done.stdout
     assert str(tmp_path / "report.html") in done.stdout
-    assert "lr 0.01: step 4 of 4, loss " in done.stderr
+    assert "lr-0.01: step 4 of 4, loss " in done.stderr
     assert "\r" not in done.stderr
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
