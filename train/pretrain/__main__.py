@@ -11,7 +11,6 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,11 +64,10 @@ def make_model(options: Options, vocab_size: int) -> tuple[GPT2, torch.optim.Ada
     config = GPT2Config(vocab_size, o.n_positions, o.n_embd, o.n_layer, o.n_embd // HEAD_DIM)
     torch.manual_seed(o.seed)
     model = GPT2(replace(config, embd_pdrop=o.dropout, resid_pdrop=o.dropout))
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": o.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    return model, torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    matrices, vectors = ([p for p in model.parameters() if p.dim() == n] for n in (2, 1))
+    optimizer = torch.optim.AdamW(vectors, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+    optimizer.add_param_group({"params": matrices, "weight_decay": o.weight_decay})
+    return model, optimizer
 
 
 def named_state(model: GPT2, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -82,7 +80,7 @@ def named_state(model: GPT2, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     return state
 
 
-def resume(path: Path, state: dict[str, Tensor]) -> list[dict[str, Any]]:
+def resume(path: Path, state: dict[str, Tensor]) -> list[dict[str, float]]:
     """Restore the last save, if any, and return its log; ValueError if it does not fit."""
     if not path.exists():
         return []
@@ -101,8 +99,8 @@ def learning_rate(options: Options, step: int) -> float:
     """Return the rate of a step, from 0: linear warm-up, then half a cosine down to a tenth."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
-    progress = (step - options.warmup) / max(1, options.steps - options.warmup)
-    return options.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+    done = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return options.lr * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
 @torch.no_grad()
@@ -133,9 +131,8 @@ def pretrain(options: Options) -> None:
     buffer = torch.empty(B * T, vocabulary.size, dtype=torch.bfloat16)
     losses = []
     out.mkdir(parents=True, exist_ok=True)
-    done = log[-1]["step"] if log else 0
-    with progress("pretrain", done, options.steps) as bar:
-        for step in range(done, options.steps):
+    with progress("pretrain", int(log[-1]["step"]) if log else 0, options.steps) as bar:
+        for step in range(bar.n, options.steps):
             model.train()
             torch.manual_seed(options.seed + step)  # of the batch and the dropout
             starts = torch.randint(len(corpus) - T, (B, 1))

@@ -47,8 +47,7 @@ def backpropagate_cross_entropy(
     cross-entropy), then continue through `hidden` and into `weight.grad`.
 
     Args:
-        hidden: (B, T, C). weight: (V, C), a leaf. bias: (V,), which gets no gradient.
-        target: ids, int64 (B, T).
+        hidden: (B, T, C). weight: (V, C), a leaf. bias: (V,), without gradient. target: (B, T) ids.
         buffer: (B T, V), overwritten; the products are computed in its dtype.
     """
     with torch.no_grad():
