@@ -20,7 +20,6 @@ def kept(cell: dict[str, Any]) -> str:
     return "".join("".join(out["text"]) for out in cell["outputs"] if out.get("name") == "stdout")
 
 
-@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
 def test_the_cells_run_and_print_what_the_notebook_shows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
