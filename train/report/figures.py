@@ -1,8 +1,8 @@
 """Draw the report's figures for a light or a dark page."""
 
 import io
-import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +10,6 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from train.report.runs import Run
@@ -30,17 +29,11 @@ class Theme(NamedTuple):
 
 LIGHT = Theme("#24292f", "#5d6670", "#e4e7ea", "#ffffff", "#ffe3a3", (0.5, 0.9))
 DARK = Theme("#dfe3e8", "#9aa4af", "#272c33", "#14171b", "#5c4708", (0.65, 0.35))
-CURVES = {  # by name: the title, and what a line's style means
-    "loss": ("Loss: KL to the target, nats", {}),
-    "probability": (
-        "Probability on the target tokens",
-        {"-": "model", "--": "tilted teacher", ":": "lower bound exp(-KL)"},
-    ),
-    "r": ("R: share of target tokens in sampled text", {"-": "untruncated", "--": "top-k"}),
-    "perplexity": (
-        "Perplexity",
-        {"-": "samples, start model", "--": "passage, fine-tuned model"},
-    ),
+CURVES = {  # the titles, by name
+    "loss": "Loss: KL to the target, nats",
+    "probability": "Probability on the target tokens",
+    "r": "R: share of target tokens in sampled text",
+    "perplexity": "Perplexity",
 }
 
 
@@ -50,7 +43,7 @@ def curves(names: Sequence[str], runs: Sequence[Run], theme: Theme, kind: str) -
         figure = Figure(figsize=(5.6 * len(names), 4), layout="constrained")
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
             _curve(axes, name, runs, theme)
-        lines = [Line2D([], [], color=colour) for colour in colours(runs, theme)]
+        lines = [axes.plot([], [], color=colour)[0] for colour in colours(runs, theme)]
         labels = [_escaped(run.label) for run in runs]
         figure.legend(lines, labels, loc="outside upper left", ncols=5)
         return _saved(figure, kind)
@@ -59,13 +52,12 @@ def curves(names: Sequence[str], runs: Sequence[Run], theme: Theme, kind: str) -
 def tradeoff(runs: Sequence[Run], theme: Theme, kind: str) -> bytes:
     """R against the perplexity of the samples; as a PNG, with some text beside it."""
     with matplotlib.rc_context(_settings(theme)):
-        if kind == "svg":
-            figure = Figure(figsize=(6.2, 4.4), layout="constrained")
-            _tradeoff(figure.subplots(), runs, theme)
-        else:
-            figure = Figure(figsize=(12, 5.2))
-            _tradeoff(figure.add_axes((0.065, 0.12, 0.5, 0.76)), runs, theme)
-            _write_texts(figure.add_axes((0.6, 0.04, 0.39, 0.92)), runs, theme)
+        figure = Figure(figsize=(6.2, 4.4) if kind == "svg" else (12, 5.2), layout="constrained")
+        columns = (5,) if kind == "svg" else (5, 4)
+        axes, *beside = figure.subplots(1, len(columns), width_ratios=columns, squeeze=False)[0]
+        _tradeoff(axes, runs, theme)
+        for text_axes in beside:
+            _write_texts(text_axes, runs, theme)
         return _saved(figure, kind)
 
 
@@ -88,6 +80,7 @@ def _settings(theme: Theme) -> dict[Any, Any]:  # Any: matplotlib types the keys
         "axes.edgecolor": theme.faint, "axes.labelcolor": theme.faint, "grid.color": theme.grid,
         "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left",
         "axes.titlesize": 12, "axes.titleweight": "bold", "font.size": 11,
+        "figure.constrained_layout.h_pad": 0.12, "figure.constrained_layout.w_pad": 0.12,
         "legend.fontsize": 10, "legend.frameon": False, "lines.linewidth": 1.6,
         "figure.facecolor": theme.ground, "text.color": theme.ink,
         "svg.fonttype": "none",  # text in the reader's own font
@@ -97,49 +90,52 @@ def _settings(theme: Theme) -> dict[Any, Any]:  # Any: matplotlib types the keys
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
-    svg = kind == "svg"
-    metadata: dict[str, Any] = {"Date": None} if svg else {}
-    image = io.BytesIO()
+    image, svg = io.BytesIO(), kind == "svg"
+    metadata: Any = {"Date": None} if svg else None
     figure.savefig(image, format=kind, dpi=200, transparent=svg, metadata=metadata)
     return image.getvalue()
 
 
 def _curve(axes: Axes, name: str, runs: Sequence[Run], theme: Theme) -> None:
-    title, styles = CURVES[name]
-    axes.set_title(title)
-    axes.set_xlabel("updates done")
+    axes.set(title=CURVES[name], xlabel="updates done")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if name in ("probability", "r"):
-        axes.set_ylim(-0.03, 1.03)
-    elif any(0 < value < math.inf for run in runs for value in _values(name, run)["-"]):
-        axes.set_yscale("log", nonpositive="mask")
+    keys, positive = {}, False
     for run, colour in zip(runs, colours(runs, theme), strict=True):
-        for style, values in _values(name, run).items():
+        for style, meaning, values in _lines(name, run):
             updates = range(len(values)) if name in ("loss", "probability") else [*run.evaluations]
             marker = "o" if style == "-" and len(values) < 30 else ""
             axes.plot(updates, values, style, marker=marker, markersize=4, color=colour)
-    drawn = {style for run in runs for style in _values(name, run)}
-    keys = {text: style for style, text in styles.items() if style in drawn}
-    lines = [axes.plot([], [], style, color=theme.faint)[0] for style in keys.values()]
-    if keys:
+            keys[meaning] = style
+            positive = positive or any(0 < value < math.inf for value in values)
+    if name in ("probability", "r"):
+        axes.set_ylim(-0.03, 1.03)
+    elif positive:
+        axes.set_yscale("log", nonpositive="mask")
+    if len(keys) > 1:
+        lines = [axes.plot([], [], style, color=theme.faint)[0] for style in keys.values()]
         axes.legend(lines, keys, loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=3)
 
 
-def _values(name: str, run: Run) -> dict[str, Sequence[float]]:
-    """The values of a figure's lines by their style."""
-    found = list(run.evaluations.values())
+def _lines(name: str, run: Run) -> list[tuple[str, str, Sequence[float]]]:
+    """A run's lines in a figure: style, meaning, values."""
+    found = run.evaluations.values()
     if name == "loss":
-        return {"-": run.losses}
+        return [("-", "", run.losses)]
     if name == "r":
-        return {"-": [e.r for e in found], "--": [e.r_top_k for e in found]}
+        top_k = [e.r_top_k for e in found]
+        return [("-", "untruncated", [e.r for e in found]), ("--", "top-k", top_k)]
     if name == "perplexity":
+        samples = [e.sample_perplexity for e in found]
         passage = [e.passage_perplexity for e in found]
-        return {"-": [e.sample_perplexity for e in found], "--": passage}
+        return [
+            ("-", "samples, start model", samples),
+            ("--", "passage, fine-tuned model", passage),
+        ]
+    bound = [math.exp(-max(loss, 0)) for loss in run.losses]
+    lines: list[tuple[str, str, Sequence[float]]] = [("-", "model", run.probabilities)]
     if run.tilt is not None:
-        return {"-": run.probabilities, "--": run.predicted}
-    if run.about["beta"]:  # the target has probability elsewhere: no bound
-        return {"-": run.probabilities}
-    return {"-": run.probabilities, ":": [math.exp(-max(loss, 0)) for loss in run.losses]}
+        return [*lines, ("--", "tilted teacher", run.predicted)]
+    return lines if run.about["beta"] else [*lines, (":", "lower bound exp(-KL)", bound)]
 
 
 def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
@@ -207,12 +203,10 @@ def _monospaced(written: Sequence[Piece], width: int) -> tuple[str, str]:
     font = get_font(findfont("monospace"))
     text = "".join(c if font.get_char_index(ord(c)) else "?" for p in written for c in p.text)
     marks = "".join(("█" if p.target else " ") * len(p.text) for p in written)
-    cuts = [1 if text.startswith(" ") else 0]
-    for _ in range(2):
-        end = text.rfind(" ", cuts[-1], cuts[-1] + width) if len(text) > cuts[-1] + width else -1
-        cuts.append(end + 1 if end > 0 else cuts[-1] + width)
-    lines = [text[a:b].rstrip() for a, b in itertools.pairwise(cuts)]
-    blocks = [marks[a : a + len(line)] for a, line in zip(cuts, lines, strict=False)]
+    lines, blocks, at = textwrap.wrap(text.lstrip(), width, break_on_hyphens=False)[:2], [], 0
+    for line in lines:
+        at = text.index(line, at)
+        blocks.append(marks[at : at + len(line)])
     return "\n".join(blocks), "\n".join(lines)
 
 
