@@ -174,13 +174,13 @@ def _read(folder: Path) -> Run:
             if not ids:
                 raise ValueError("got no id")
             sample = Sample(_check(line["prompt"], str), ids)
-            samples.setdefault(_check(line["step"], int, 0), []).append(sample)
+            samples.setdefault(_check(line["step"], int, 0, 1e9), []).append(sample)
     for where, line in _lines(folder / METRICS):
         with _expecting(where, '{"step", "loss", ...} or {"step", "evaluation"}'):
-            step = _check(line["step"], int, 0)
+            step = _check(line["step"], int, 0, 1e9)
             if "evaluation" in line:
                 e = {k: math.inf if v is None else v for k, v in line["evaluation"].items()}
-                if step in samples and step <= len(run.losses):  # else a kill cut the logs apart
+                if step in samples:  # a kill may cut the one log and not the other
                     run.evaluations[step] = Evaluation(
                         r=_check(e["r"], float, 0, 1),
                         r_top_k=_check(e["r_top_k"], float, 0, 1),
@@ -225,5 +225,5 @@ def _expecting(where: object, expected: str) -> Iterator[None]:
         yield
     except (KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
         got = f"no key {error}" if isinstance(error, KeyError) else error
-        line = f"{printable(where)}: {printable(str(got)[:200])}; expected {expected}"
+        line = f"{printable(where)}: {printable(got)}; expected {expected}"
         raise ValueError(line) from error
