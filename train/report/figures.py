@@ -80,7 +80,7 @@ def _settings(theme: Theme) -> dict[Any, Any]:  # Any: matplotlib types the keys
         "axes.edgecolor": theme.faint, "axes.labelcolor": theme.faint, "grid.color": theme.grid,
         "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left",
         "axes.titlesize": 12, "axes.titleweight": "bold", "font.size": 11,
-        "figure.constrained_layout.h_pad": 0.12, "figure.constrained_layout.w_pad": 0.12,
+        "figure.constrained_layout.h_pad": 0.08, "figure.constrained_layout.w_pad": 0.12,
         "legend.fontsize": 10, "legend.frameon": False, "lines.linewidth": 1.6,
         "figure.facecolor": theme.ground, "text.color": theme.ink,
         "svg.fonttype": "none",  # text in the reader's own font
@@ -102,8 +102,9 @@ def _curve(axes: Axes, name: str, runs: Sequence[Run], theme: Theme) -> None:
     keys, positive = {}, False
     for run, colour in zip(runs, colours(runs, theme), strict=True):
         for style, meaning, values in _lines(name, run):
-            updates = range(len(values)) if name in ("loss", "probability") else [*run.evaluations]
-            marker = "o" if style == "-" and len(values) < 30 else ""
+            every_step = name in ("loss", "probability")
+            updates = range(len(values)) if every_step else [*run.evaluations]
+            marker = "" if (every_step and len(values) > 1) or style != "-" else "o"
             axes.plot(updates, values, style, marker=marker, markersize=4, color=colour)
             keys[meaning] = style
             positive = positive or any(0 < value < math.inf for value in values)
@@ -167,9 +168,11 @@ def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         if run.tilt is None:
             below = min(y, below - 0.06)
             _label(axes, run.label, x, below, colour, (9, -12), weight="bold")
-    for x, y in sorted({(run.before.sample_perplexity, run.before.r) for run in runs}):
-        axes.plot(x, y, "D", color=theme.ink, markersize=7)
-        _label(axes, "before", x, y, theme.ink, (6, -19), ha="right")
+    for run, start in moments(runs):
+        if start is run.before:
+            axes.plot(start.sample_perplexity, start.r, "D", color=theme.ink, markersize=7)
+            place = start.sample_perplexity, start.r, theme.ink, (6, -19)
+            _label(axes, "before", *place, ha="right")
     axes.margins(x=0.16)
     for text, mark, fill in (("before", "D", "full"), ("after", "o", "full"),
                              ("predicted R", "o", "none")):  # fmt: skip
@@ -183,10 +186,11 @@ def _label(axes: Axes, text: str, x: float, y: float, colour: str, offset: tuple
 
 
 def _write_texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
-    """Before, and after up to five of the runs: a heading, and two lines of text each."""
+    """Six of the moments, evenly spread: a heading, and two lines of text each."""
     axes.set_axis_off()
-    shown = moments(runs)[:: math.ceil(len(moments(runs)) / 6)]  # at most 6, the start first
-    for i, (run, evaluation) in enumerate(shown):
+    shown = moments(runs)
+    for i, chosen in enumerate(sorted({i * (len(shown) - 1) // 5 for i in range(6)})):
+        run, evaluation = shown[chosen]
         top, before = 1 - i / 6, evaluation is run.before
         title = "before" if before else _escaped(f"{run.label}: {run.kind}")
         colour = theme.ink if before else colours(runs, theme)[list(runs).index(run)]

@@ -19,11 +19,12 @@ class Piece(NamedTuple):
 def moments(runs: Sequence[Run]) -> list[tuple[Run, Evaluation]]:
     """What is shown side by side: each distinct start, ahead of its first run, and each run's end.
 
-    A start is told from an end by `evaluation is run.before`.
+    Starts with the same samples are one: their numbers may differ in the last digits. A start is
+    told from an end by `evaluation is run.before`.
     """
     shown: list[tuple[Run, Evaluation]] = []
     for run in runs:
-        if all(run.before != evaluation for _, evaluation in shown):
+        if all(run.before.samples != evaluation.samples for _, evaluation in shown):
             shown.append((run, run.before))
         shown.append((run, run.after))
     return shown
