@@ -13,6 +13,7 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from .checkpoint import FILE_NAME, read_entries, read_tensors
 from .layout import HEAD_DIM, Layout, WeightsError, expand, printable
 
-TIMEOUT = 2  # seconds to wait for the hub's first answer, for each of its addresses
+TIMEOUT = 3  # seconds to wait for the hub's first answer
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,15 @@ def _download(name: str, official: Official) -> Path:
     url = hf_hub_url(repo, FILE_NAME, revision=revision)
     size = f"{official.size:,} bytes" if official.size else "size not on record"
     try:
-        get_hf_file_metadata(url, timeout=TIMEOUT)  # fails at once where downloading would retry
+        # Downloading would retry for a minute. In a thread: looking up a name has no timeout.
+        ThreadPoolExecutor(1).submit(get_hf_file_metadata, url, timeout=TIMEOUT).result(TIMEOUT)
         print(f"downloading {repo}, {FILE_NAME} ({size})", file=sys.stderr)
         return Path(hf_hub_download(repo, FILE_NAME, revision=revision))
     except Exception as error:  # the hub's, HTTP's and Xet's errors share no narrower class
         folder = Path(HF_HUB_CACHE, "models--" + repo.replace("/", "--"), "snapshots", revision)
+        reason = str(error.__cause__ or error) or f"no answer within {TIMEOUT} seconds"
         raise WeightsError(
-            f"{name} is not cached and cannot be downloaded: {error.__cause__ or error}",
+            f"{name} is not cached and cannot be downloaded: {reason}",
             f"  file:  {url} ({size})",
             f"  download, on a machine with internet:  "
             f"hf download {repo} {FILE_NAME} --revision {revision} --local-dir {name}",
