@@ -2,6 +2,6 @@
 
 from .fused_kl_div import fused_kl_div
 from .fused_linear_kl_div import fused_linear_kl_div
-from .target import TwoLevelTarget
+from .target import TeacherTarget, TwoLevelTarget
 
-__all__ = ["TwoLevelTarget", "fused_kl_div", "fused_linear_kl_div"]
+__all__ = ["TeacherTarget", "TwoLevelTarget", "fused_kl_div", "fused_linear_kl_div"]

@@ -1,28 +1,31 @@
 """The LM head and the loss in one: the N x V logits never exist.
 
 For hidden states h (N, C), the head's weight W (V, C), a target P, (V,) or (N, V), with |P| = sum P
-a row, and an upstream gradient g of each row's loss,
+per row, and an upstream gradient g of each row's loss,
 
     z = h W^T,    L = sum over rows of g KL(P || softmax(z))                           (1)
     dz = g (|P| softmax(z) - P)                                                        (2)
     dh = dz W,    dW = dz^T h                                                          (3)
 
 Rows are taken in chunks. A chunk's logits lie in one buffer that all chunks reuse; the loss's
-backward writes dz over them, and two matrix products make dh and add to dW. What stays beside the
-results is one chunk, whatever N. (The idea is that of Liger's fused linear cross-entropy; Cut
-Cross-Entropy, Wijmans et al. 2024, goes further and keeps no chunk.)
+backward writes dz over them, and two matrix products make dh and add to dW. Beside the results only
+one chunk is ever in memory, whatever N; a teacher given by its hidden states has a second one. (The
+idea is that of Liger's fused linear cross-entropy; Cut Cross-Entropy, Wijmans et al. 2024, goes
+further and keeps no chunk.)
 
-When the gradients are formed. For "batchmean" and "sum" every row has the same g, so the forward
-computes (2) and (3) with g = 1 while the chunk's logits are at hand, and the first backward scales
-the results in place by the upstream gradient. Three cases compute the logits once more in the
+When the gradients are formed. For "batchmean" and "sum" the upstream gradient is one number, so the
+forward computes (2) and (3) with g = 1, or the row's weight, while the chunk's logits are at hand,
+and the first backward scales the results in place. Three cases compute the logits once more in the
 backward instead, at the price of one more product: "none", where each row has an upstream gradient
 of its own, which no scaling of dW can bring in afterwards; float16, whose range would lose dz
 before the gradient scaler's factor reaches it; and a second backward over a retained graph.
 
-Precision. Products run in the dtype of the arguments, or autocast's; the loss in float32; dW is
-accumulated over chunks in float32 (float64 for float64) whatever the dtype, and returned in the
-weight's. Rows of the buffer are a multiple of 64 elements long, so that every row of a vocabulary
-of odd size starts on an aligned address: 50,304 for 50,257.
+Precision. Products run in the dtype of the arguments, or autocast's, and the loss in float32. On
+CUDA, the products of (3) return their float32 sums where they would round to 16 bits: cuBLAS splits
+the sum over V of dh, and would add the parts in 16 bits. The CPU's products have no such mode, and
+no such split: each is rounded once. dW is accumulated over chunks in float32 (float64 for float64)
+and returned in the weight's dtype. Rows of the buffer are a multiple of 64 elements long, so that
+every row of a vocabulary of odd size starts on an aligned address: 50,304 for 50,257.
 
 Traffic of loss and gradients in float32, N C left out. With n = N / chunk_rows chunks, rounded up:
 
@@ -31,20 +34,30 @@ Traffic of loss and gradients in float32, N C left out. With n = N / chunk_rows 
                    dW written by the first chunk, read and written by the others       2 n - 1
                    dW read and written when it is scaled                                     2
 
-F.linear and the unfused loss take 16 and 3 (kernels/triton_kl_div.py has the 13 of the loss): what
-chunks save is memory, and what they cost is V C.
+F.linear and the unfused loss take 16 and 3 (triton_kl_div.py has the 13 of the loss): chunks save
+memory and cost V C.
 """
 
+import math
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from .fused_kl_div import launchers, pack, resolve_impl, resolve_target, unpack
+from .arguments import (
+    mean_of,
+    refuse_forward_mode,
+    refuse_negative,
+    resolve_impl,
+    resolve_row_weights,
+    resolve_target,
+)
+from .fused_kl_div import FirstDerivative, launchers, pack, unpack
 from .reference import compute_dtype
-from .target import Target
+from .target import Target, TeacherTarget
 
 CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
+CUDA_CHUNK_ROWS = 2048  # 412 MB: what a GPU needs to be busy with each product
 VOCAB_BLOCK = 8192  # rows of dW converted to float32 at a time
 
 
@@ -56,6 +69,8 @@ def fused_linear_kl_div(
     reduction: str = ...,
     chunk_rows: int | None = ...,
     impl: str | None = ...,
+    *,
+    row_weights: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -69,7 +84,8 @@ def fused_linear_kl_div(
     impl: str | None = ...,
     *,
     return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    row_weights: Tensor | None = ...,
+) -> tuple[Tensor, ...]: ...
 
 
 def fused_linear_kl_div(
@@ -81,45 +97,65 @@ def fused_linear_kl_div(
     impl: str | None = None,
     *,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    row_weights: Tensor | None = None,
+) -> Tensor | tuple[Tensor, ...]:
     """fused_kl_div(F.linear(hidden, weight), target, reduction) without the logits.
 
     Args:
         hidden: (..., C), the LM head's input.
         weight: (V, C), as F.linear takes it; of hidden's dtype, or any under autocast.
-        target: a TwoLevelTarget, or probabilities (V,) or (..., V). No gradient flows to it.
-        reduction: "batchmean" (mean over all rows), "sum", or "none" (one value a row, (...)).
-        chunk_rows: rows whose logits exist at a time; 512 if None.
+        target: a TwoLevelTarget, a TeacherTarget, or probabilities (V,) or (..., V). No gradient
+            flows to it. Negative probabilities are refused as in fused_kl_div.
+        reduction: "batchmean" (mean over all rows), "sum", or "none" (one value per row, (...)).
+        chunk_rows: rows whose logits exist at a time; None: 2,048 on CUDA, 512 elsewhere.
         impl: "triton" (the default for CUDA tensors) or "torch" (for all others).
-        return_lse: give back each row's log-sum-exp too, so that e^(z - lse) is the probability
-            of any token whose logit z the caller works out. It carries no gradient.
+        return_lse: return each row's log-sum-exp too, so that e^(z - lse) is the probability of any
+            token whose logit z the caller computes. It carries no gradient.
+        row_weights: (...), a factor per row, 0 to leave a row out (padding); "batchmean" divides by
+            their sum. No gradient flows to them.
 
     Returns:
-        The loss in float32 (float64 for float64 arguments), first derivatives only; with
-        return_lse the pair of it and lse, (...) and of the same dtype.
+        The loss in float32 (float64 for float64 arguments), first derivatives in reverse mode only.
+        With return_lse the pair of it and lse, (...) and of the same dtype; with a TeacherTarget
+        the triple of it, lse and lse_target, (...), the log-sum-exp of the teacher's t + b: the
+        target itself gives a token the probability e^(t + b - lse_target).
 
     Raises:
-        TypeError, ValueError: what was got, what was expected.
-        RuntimeError: the path asked for cannot run here, or a second derivative is asked for.
+        TypeError, ValueError: a bad argument: what was got, what was expected.
+        RuntimeError: the path asked for cannot run here, or a second or a forward-mode derivative
+            is asked for.
     """
     dtype = _product_dtype(hidden, weight)
+    refuse_forward_mode("fused_linear_kl_div", hidden, weight)
     vocab, leading = weight.shape[0], hidden.shape[:-1]
     target = resolve_target(target, torch.Size((*leading, vocab)), hidden.device, reduction)
+    weights = resolve_row_weights(row_weights, leading, hidden.device)
     impl = resolve_impl(impl, hidden.device, dtype)
     if chunk_rows is None:
-        chunk_rows = CHUNK_ROWS
+        chunk_rows = CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden.reshape(math.prod(leading), hidden.shape[-1])  # (N, C)
     sum_rows = reduction != "none"
     early = sum_rows and dtype != torch.float16 and torch.is_grad_enabled()
-    packed = pack(target, torch.Size((rows.shape[0], vocab)))
-    loss, lse = _LinearKlDiv.apply(rows, weight, *packed, sum_rows, early, chunk_rows, dtype, impl)
-    if reduction == "none":
-        loss = loss.view(leading)
-    elif reduction == "batchmean":
-        loss = loss / rows.shape[0]
-    return (loss, lse.view(leading)) if return_lse else loss
+    if weights is not None:
+        weights = weights.to(compute_dtype(dtype))
+    teacher_weight = None
+    if isinstance(target, TeacherTarget) and target.hidden is not None:
+        assert target.weight is not None
+        teacher_weight = target.weight
+        products = _product_dtype(target.hidden, teacher_weight)
+        target = TeacherTarget.from_parts(target.hidden.to(products), target.bias)
+    packed = pack(target, rows.shape[0], dtype, impl)
+    loss, lse, lse_target, *_ = _LinearKlDiv.apply(
+        rows, weight, weights, early, sum_rows, chunk_rows, dtype, teacher_weight, *packed, impl
+    )
+    loss = mean_of(loss, reduction, rows.shape[0], weights) if sum_rows else loss.view(leading)
+    if not return_lse:
+        return loss
+    if isinstance(target, TeacherTarget):
+        return loss, lse.view(leading), lse_target.view(leading)
+    return loss, lse.view(leading)
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -149,113 +185,151 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def linear_kl_div(
     hidden: Tensor,
     weight: Tensor,
-    target: Tensor,
-    index: Tensor | None,
-    alpha: float,
-    beta: float,
-    grad_loss: Tensor | None,
+    row_weights: Tensor | None,
+    upstream: Tensor | None,
     sum_rows: bool,
     need_hidden: bool,
     need_weight: bool,
     chunk_rows: int,
     dtype: torch.dtype,
+    teacher_weight: Tensor | None,
+    kind: str,
+    p: Tensor,
+    aux: Tensor | None,
+    table: Tensor | None,
+    alpha: float,
+    beta: float,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, summed or a row (N,); lse (N,); dh and dW of (3) if needed, else (0,).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, summed or per row (N,); lse (N,); lse_target, (N,) for a teacher, else (0,); dh and
+    dW of (3) if needed, else (0,).
 
-    hidden is (N, C); grad_loss (N,) is the g of (2), 1 for None; dtype that of the products.
+    hidden is (N, C); the g of (2) is row_weights (N,) times upstream (N,), each None for 1; dtype
+    is that of the products. With a teacher_weight, p is the teacher's hidden states.
     """
-    p = unpack(target, index, alpha, beta)
-    kernels = launchers(impl, hidden.device)
+    kernels = launchers(impl, hidden.device, kind)
     (n, width), vocab = hidden.shape, weight.shape[0]
     padded = (vocab + 63) // 64 * 64
     buffer = hidden.new_empty((min(chunk_rows, n), padded), dtype=dtype)[:, :vocab]
     loss = hidden.new_empty(n, dtype=compute_dtype(dtype))
-    lse = torch.empty_like(loss)
+    lse, lse_target = torch.empty_like(loss), loss.new_empty(n if kind == "teacher" else 0)
     grad_hidden = hidden.new_empty((n, width) if need_hidden else 0)
-    # Unwritten until the first chunk; of no rows it is zero.
+    # Unwritten until the first chunk; zero if there are no rows.
     grad_weight = (loss.new_empty if n else loss.new_zeros)((vocab, width) if need_weight else 0)
-    if grad_loss is None:
-        grad_loss = loss.new_ones(1).expand(n)
+    g = loss.new_ones(1).expand(n) if upstream is None else upstream
+    if row_weights is not None:
+        g = g * row_weights
     with torch.autocast(hidden.device.type, enabled=False):
-        w = weight.to(dtype)
+        w = weight.to(dtype)  # (V, C)
+        if teacher_weight is not None:
+            teacher_weight = teacher_weight.to(p.dtype)
+            teacher_buffer = buffer.new_empty((len(buffer), padded), dtype=p.dtype)[:, :vocab]
         for start in range(0, n, chunk_rows):
             rows = slice(start, min(start + chunk_rows, n))
-            h = hidden[rows].to(dtype)
-            p_rows = p[rows] if isinstance(p, Tensor) and p.ndim == 2 else p
-            z = torch.mm(h, w.t(), out=buffer[: len(h)])  # (1)
-            loss[rows], lse[rows], norm = kernels.forward(z, p_rows)
+            h = hidden[rows].to(dtype)  # (R, C)
+            p_rows = p[rows] if p.ndim == 2 else p
+            if teacher_weight is not None:  # (R, C) -> (R, V)
+                p_rows = torch.mm(p_rows, teacher_weight.t(), out=teacher_buffer[: len(h)])
+            z = torch.mm(h, w.t(), out=buffer[: len(h)])  # (1): (R, V)
+            target = unpack(dtype, kind, p_rows, aux, table, alpha, beta)
+            loss[rows], lse[rows], norm = kernels.forward(z, target)
+            refuse_negative(loss[rows], target)
+            if kind == "teacher":
+                lse_target[rows] = norm[:, 0]
             if need_hidden or need_weight:
-                kernels.backward(z, lse[rows], norm, p_rows, grad_loss[rows], z)  # (2), over z
+                kernels.backward(z, lse[rows], norm, target, g[rows], z)  # (2), over z
             if need_hidden:
-                grad_hidden[rows] = z @ w  # (3)
+                grad_hidden[rows] = _product(z, w)  # (3): (R, C)
             if need_weight:
-                _add_product(grad_weight, z, h, first=start == 0)  # (3)
-    return loss.sum() if sum_rows else loss, lse, grad_hidden, grad_weight.to(weight.dtype)
+                _add_product(grad_weight, z, h, first=start == 0)  # (3): (V, C)
+    if row_weights is not None:
+        loss = torch.where(row_weights == 0, 0.0, loss * row_weights)
+    loss = loss.sum() if sum_rows else loss
+    return loss, lse, lse_target, grad_hidden, grad_weight.to(weight.dtype)
+
+
+def has_wide_products(x: Tensor) -> bool:
+    """Whether a product of 16-bit matrices like x can return its float32 sums unrounded."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.version.hip is None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32) if has_wide_products(a) else torch.mm(a, b)
 
 
 def _add_product(total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
     """total = dz^T h, or += after the first chunk, without a second tensor of total's size.
 
-    ATen adds tensors of two dtypes element by element, so a product is converted before it is
-    added, and where it is the first one converted in place of being added.
+    Where a product can only return 16 bits, it is made in blocks and converted before it is added:
+    ATen adds tensors of two dtypes element by element.
     """
     if total.dtype == dz.dtype:
         torch.mm(dz.t(), h, out=total) if first else total.addmm_(dz.t(), h)
-        return
-    for start in range(0, len(total), VOCAB_BLOCK):
-        block = slice(start, start + VOCAB_BLOCK)
-        product = dz[:, block].t() @ h
+    elif has_wide_products(dz):
         if first:
-            total[block] = product
+            torch.mm(dz.t(), h, out_dtype=total.dtype, out=total)
         else:
-            total[block] += product.to(total.dtype)
+            torch.addmm(total, dz.t(), h, out_dtype=total.dtype, out=total)
+    else:
+        for start in range(0, len(total), VOCAB_BLOCK):
+            block = slice(start, start + VOCAB_BLOCK)
+            product = torch.mm(dz[:, block].t(), h)
+            if first:
+                total[block] = product
+            else:
+                total[block] += product.to(total.dtype)
 
 
 @linear_kl_div.register_fake
-def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, sum_rows, need_hidden, need_weight, _, dtype, _ = rest
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, sum_rows, need_hidden, need_weight, _, dtype, _, kind, *_ = rest
     lse = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(dtype))
     loss = lse.new_empty(() if sum_rows else lse.shape)
+    lse_target = lse.new_empty(lse.shape if kind == "teacher" else 0)
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     grad_weight = weight.new_empty(weight.shape if need_weight else 0)
-    return loss, lse, grad_hidden, grad_weight
+    return loss, lse, lse_target, grad_hidden, grad_weight
 
 
 class _LinearKlDiv(torch.autograd.Function):
-    """The operator's autograd; not registered with it, for it scales an output in place."""
+    """The operator's autograd; not registered with it, because it scales outputs in place."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, index: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        alpha, beta, sum_rows, ctx.is_early, *ctx.options = rest
-        ctx.save_for_backward(hidden, weight, target, index)
-        ctx.levels = alpha, beta
-        early = [ctx.is_early and need for need in ctx.needs_input_grad[:2]]
-        packed = target, index, *ctx.levels
-        loss, lse, *ctx.early = linear_kl_div(
-            hidden, weight, *packed, None, sum_rows, *early, *ctx.options
-        )
-        ctx.mark_non_differentiable(lse)
-        return loss, lse
+        hidden: Tensor, weight: Tensor, row_weights: Tensor | None, early: bool, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        needs = early and hidden.requires_grad, early and weight.requires_grad
+        sum_rows, *options = rest
+        return linear_kl_div(hidden, weight, row_weights, None, sum_rows, *needs, *options)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fused_linear_kl_div has first derivatives only, and create_graph=True asks for "
-                "more; use kernels.reference.kl_div(F.linear(hidden, weight), target)"
-            )
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        (hidden, weight, row_weights, ctx.is_early, _, ctx.chunk_rows, ctx.dtype, teacher_weight,
+         ctx.kind, p, aux, table, ctx.alpha, ctx.beta, ctx.impl) = inputs  # fmt: skip
+        ctx.save_for_backward(hidden, weight, row_weights, teacher_weight, p, aux, table)
+        ctx.early = output[3:]
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:2]
         grads, ctx.early = ctx.early, None  # scaled in place, so one backward alone may have them
-        if not ctx.is_early or grads is None:
-            hidden, weight, target, index = ctx.saved_tensors
-            upstream = None if ctx.is_early else grad_loss.expand(hidden.shape[0])
-            packed = target, index, *ctx.levels
-            _, _, *grads = linear_kl_div(
-                hidden, weight, *packed, upstream, True, *needs, *ctx.options
-            )
-        if ctx.is_early:
+        once = torch.is_grad_enabled()  # create_graph=True, or torch.func.grad
+        late = once or not ctx.is_early
+        if late or grads is None:
+            hidden, weight, row_weights, teacher_weight, *tensors = ctx.saved_tensors
+            upstream = grad_loss.expand(hidden.shape[0]) if late else None
+            arguments = (
+                hidden, weight, row_weights, upstream, True, *needs, ctx.chunk_rows, ctx.dtype,
+                teacher_weight, ctx.kind, *tensors, ctx.alpha, ctx.beta, ctx.impl,
+            )  # fmt: skip
+            if once:
+                name = "fused_linear_kl_div"
+                grads = FirstDerivative.apply(name, linear_kl_div, *arguments)[3:]
+            else:
+                grads = linear_kl_div(*arguments)[3:]
+        if not late:
             grads = [grad.mul_(grad_loss) for grad in grads]
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 13

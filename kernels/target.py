@@ -2,17 +2,29 @@
 
     V     vocabulary size
     S     the target tokens, |S| of them
-    P     target probabilities: alpha on S, beta elsewhere, |S| alpha + (V - |S|) beta = 1
+    P     target probabilities
+
+    TwoLevelTarget   alpha on S, beta elsewhere, |S| alpha + (V - |S|) beta = 1
+    TeacherTarget    softmax(t + b): t the logits of a teacher, b a bias per token
+    a tensor         P itself, (V,) for all rows of the logits, or one row for each of theirs
 
 A two-level target is a mask and two numbers, so no N x V matrix of probabilities is ever built: the
-Triton kernels read one bit per token, from a table that all rows share (bitmask.py). A dense
-target is a tensor of probabilities: (V,) for all rows of the logits, or one row for each of theirs.
+Triton kernels read one bit per token, from a table that all rows share (bitmask.py). A teacher's
+bias that has one value besides 0 is a mask and a number too. The tables are made with the target,
+never inside an operator: a CUDA graph that captured a loss would own what it allocates.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .bitmask import pack_bits, shifted_copies
+
+VECS = (4, 8)  # elements in 16 bytes of logits: float32, and bfloat16 or float16
 
 
 class TwoLevelTarget:
@@ -25,6 +37,7 @@ class TwoLevelTarget:
     Attributes:
         mask: bool (V,).
         index: int64 (|S|,), the ids of the target tokens, ascending.
+        bitmasks: the tables of bitmask.py, by the elements in 16 bytes of logits.
         alpha, beta: the normalised probabilities.
         sum_p_log_p: sum over the vocabulary of P log P in nats, with 0 log 0 = 0.
 
@@ -51,6 +64,7 @@ class TwoLevelTarget:
         with torch.inference_mode(False):  # an inference tensor could not be saved for backward
             mask = mask.clone()
             index = mask.nonzero().squeeze(1)
+            bitmasks = {vec: pack_bits(mask, vec) for vec in VECS}
         size, vocab = index.numel(), mask.numel()
         if not 0 < size < vocab:
             raise ValueError(
@@ -59,17 +73,22 @@ class TwoLevelTarget:
             )
         ratio = beta / alpha  # before any sum of weights, which could overflow
         total = size + (vocab - size) * ratio
-        self._set(mask, index, 1 / total, ratio / total)
+        self._set(mask, index, bitmasks, 1 / total, ratio / total)
 
     @classmethod
-    def from_parts(cls, mask: Tensor, index: Tensor, alpha: float, beta: float) -> "TwoLevelTarget":
+    def from_parts(
+        cls, mask: Tensor, index: Tensor, bitmasks: dict[int, Tensor], alpha: float, beta: float
+    ) -> "TwoLevelTarget":
         """Build from these attributes, unchecked: no copy, no host synchronisation."""
         target = cls.__new__(cls)
-        target._set(mask, index, alpha, beta)
+        target._set(mask, index, bitmasks, alpha, beta)
         return target
 
-    def _set(self, mask: Tensor, index: Tensor, alpha: float, beta: float) -> None:
-        self.mask, self.index, self.alpha, self.beta = mask, index, alpha, beta
+    def _set(
+        self, mask: Tensor, index: Tensor, bitmasks: dict[int, Tensor], alpha: float, beta: float
+    ) -> None:
+        self.mask, self.index, self.bitmasks = mask, index, bitmasks
+        self.alpha, self.beta = alpha, beta
         others = self.vocab_size - self.size
         beta_log_beta = beta * math.log(beta) if beta > 0 else 0.0
         self.sum_p_log_p = self.size * alpha * math.log(alpha) + others * beta_log_beta
@@ -98,7 +117,11 @@ class TwoLevelTarget:
         if device not in self._on_device:
             with torch.inference_mode(False):
                 self._on_device[device] = TwoLevelTarget.from_parts(
-                    self.mask.to(device), self.index.to(device), self.alpha, self.beta
+                    self.mask.to(device),
+                    self.index.to(device),
+                    {vec: table.to(device) for vec, table in self.bitmasks.items()},
+                    self.alpha,
+                    self.beta,
                 )
         return self._on_device[device]
 
@@ -109,4 +132,167 @@ class TwoLevelTarget:
         )
 
 
-Target = TwoLevelTarget | Tensor  # a tensor holds probabilities: (V,), or the logits' shape
+@dataclass(frozen=True, eq=False)
+class TokenBias:
+    """A teacher's bias b, (V,), as the losses read it.
+
+    vector: b. mask, strength: where b is not 0, and its value there; None and 0 unless it has one.
+    tables: for the Triton kernels, by the elements in 16 bytes of logits: bitmasks if there is a
+    mask, else float32 copies of b, one per alignment.
+    """
+
+    vector: Tensor
+    mask: Tensor | None
+    strength: float
+    tables: dict[int, Tensor]
+
+
+class TeacherTarget:
+    """P = softmax(t + b): the distribution of a teacher per row, with a bias per token.
+
+    Without a bias this is distillation. With b = G on some tokens and 0 elsewhere it is the teacher
+    tilted toward them: the distribution that maximises G times the probability of those tokens
+    minus the KL divergence to the teacher. b = -inf forbids a token.
+
+    Args:
+        logits: t, of the shape (..., V) of the student's logits, on their device; any floating
+            dtype (with Triton no float64). Not copied, unless it is an inference tensor.
+        bias: b (V,), any floating dtype, on the same device.
+
+    Examining a bias waits for the device, so the result is kept as long as the tensor lives: pass
+    the same one each time, and a new target per step costs nothing.
+
+    Attributes:
+        logits: t; None after from_hidden.
+        hidden, weight: as given to from_hidden, else None.
+        bias: TokenBias, a copy of b; None if b is None or 0 everywhere.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: an argument has another shape or device, or requires grad (no gradient flows to
+            a teacher); b has NaN or +inf, or is -inf everywhere.
+    """
+
+    def __init__(self, logits: Tensor, bias: Tensor | None = None) -> None:
+        self.logits: Tensor | None = _constant("the teacher's logits", logits)
+        self.hidden: Tensor | None = None
+        self.weight: Tensor | None = None
+        if logits.ndim == 0 or logits.shape[-1] == 0:
+            raise ValueError(f"the teacher's logits must be (..., V), got {tuple(logits.shape)}")
+        self.bias = _token_bias(bias, logits.shape[-1], logits.device)
+
+    @classmethod
+    def from_hidden(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> "TeacherTarget":
+        """Build a target for fused_linear_kl_div: t = F.linear(hidden, weight), chunk by chunk.
+
+        Args:
+            hidden: (..., C), input of the teacher's LM head, with the leading dimensions of the
+                student's; C may differ from the student's.
+            weight: (V, C), of hidden's dtype, or any under autocast.
+            bias: b (V,), as above.
+        """
+        target = cls.__new__(cls)
+        target.logits = None
+        target.hidden = _constant("the teacher's hidden states", hidden)
+        target.weight = _constant("the teacher's weight", weight)
+        if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                "the teacher's hidden states must be (..., C) and its weight (V, C); "
+                f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            )
+        target.bias = _token_bias(bias, weight.shape[0], weight.device)
+        return target
+
+    @classmethod
+    def from_parts(cls, logits: Tensor, bias: TokenBias | None) -> "TeacherTarget":
+        """Build from these attributes, unchecked: no copy, no host synchronisation."""
+        target = cls.__new__(cls)
+        target.logits, target.hidden, target.weight, target.bias = logits, None, None, bias
+        return target
+
+    @property
+    def shape(self) -> torch.Size:
+        """(..., V), the shape of the teacher's logits."""
+        if self.logits is not None:
+            return self.logits.shape
+        assert self.hidden is not None
+        assert self.weight is not None
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the teacher's logits."""
+        x = self.hidden if self.logits is None else self.logits
+        assert x is not None
+        return x.device
+
+    def whole_logits(self, dtype: torch.dtype) -> Tensor:
+        """t + b of all rows, (..., V), in this dtype: for the definition, which keeps them."""
+        if self.logits is not None:
+            t = self.logits
+        else:
+            assert self.hidden is not None
+            assert self.weight is not None
+            t = F.linear(self.hidden, self.weight)
+        return t.to(dtype) if self.bias is None else t.to(dtype) + self.bias.vector.to(dtype)
+
+
+def _constant(name: str, x: Tensor) -> Tensor:
+    """Check that x is floating-point and asks for no gradient; copy an inference tensor, which
+    autograd could not save."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if x.requires_grad:
+        raise ValueError(
+            f"{name} must not require grad, for no gradient flows to a teacher; "
+            "compute it under torch.no_grad() or pass .detach()"
+        )
+    if torch.compiler.is_compiling() or not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
+
+
+_BIASES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # b -> its version, TokenBias
+
+
+def _token_bias(bias: Tensor | None, vocab: int, device: torch.device) -> TokenBias | None:
+    """Check and examine a bias, once per tensor and version of it."""
+    if bias is None:
+        return None
+    constant = _constant("bias", bias)
+    if bias.shape != (vocab,) or bias.device != device:
+        raise ValueError(
+            f"bias must have shape ({vocab},) on {device}, got {tuple(bias.shape)} on {bias.device}"
+        )
+    version = 0 if bias.is_inference() else bias._version
+    if bias not in _BIASES or _BIASES[bias][0] != version:
+        with torch.inference_mode(False):
+            _BIASES[bias] = version, _examine(constant.clone())
+    return _BIASES[bias][1]
+
+
+def _examine(bias: Tensor) -> TokenBias | None:
+    top = bias.max().item()  # NaN if any is
+    if not math.isfinite(top):
+        raise ValueError(
+            f"bias must be below +inf, not NaN, and above -inf for some token; its maximum is {top}"
+        )
+    values = bias.unique()
+    others = values[values != 0]
+    if len(others) == 0:
+        return None
+    if len(values) == 2 and len(others) == 1:
+        mask = bias != 0
+        tables = {vec: pack_bits(mask, vec) for vec in VECS}
+        return TokenBias(bias, mask, others.item(), tables)
+    length = (len(bias) + 7) // 8 * 8
+    tables = {vec: shifted_copies(bias.float(), vec, length) for vec in VECS}
+    return TokenBias(bias, None, 0.0, tables)
+
+
+Probabilities = TwoLevelTarget | Tensor  # a tensor holds P: (V,), or the logits' shape
+Target = Probabilities | TeacherTarget

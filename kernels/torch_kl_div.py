@@ -34,24 +34,23 @@ import torch
 from torch import Tensor
 
 from .reference import compute_dtype
-from .target import Target, TwoLevelTarget
+from .target import Probabilities, TwoLevelTarget
 
 CPU_TILE = 1 << 19  # elements, 2 MB of float32: ten rows of 50,257, in two L2 caches of 1 MB each
 GPU_TILE = 1 << 25  # 128 MB of float32: enough elements per launch for any GPU
 HUGE_PAGE = 2 << 20  # bytes
 
 
-def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and log-sum-exp per row, (N,) each, in the dtype of the arithmetic; and an empty tensor
-    where the Triton path returns what its backward needs besides.
+def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, log-sum-exp and |P| per row, (N,) each, in the dtype of the arithmetic.
 
     Args:
         logits: (N, V), last dimension contiguous.
         target: TwoLevelTarget, or probabilities (V,) or (N, V), on the device of the logits.
     """
     loss = logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype))
-    lse = logits.new_empty(len(logits), dtype=loss.dtype)
-    for rows, scratch in _tiles(logits):
+    lse, sum_p = torch.empty_like(loss), torch.ones_like(loss)
+    for rows, (scratch,) in tiles(logits, 1):
         z = logits[rows]
         top = z.amax(-1, keepdim=True).to(loss.dtype)
         log_total = torch.sub(z, top, out=scratch).exp_().sum(-1, keepdim=True).log_()
@@ -64,42 +63,43 @@ def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
             # 0 log 0 = 0, and -inf costs nothing where P = 0: both are NaN before the fill.
             terms = torch.sub(p.log(), log_q, out=scratch).mul_(p).masked_fill_(p == 0, 0.0)  # (1)
             loss[rows] = terms.sum(-1)
-    return loss, lse, loss.new_empty(0)
+            sum_p[rows] = p.sum(-1)
+    return loss, lse, sum_p
 
 
 def backward(
-    logits: Tensor, lse: Tensor, norm: Tensor, target: Target, grad_loss: Tensor, out: Tensor
+    logits: Tensor,
+    lse: Tensor,
+    sum_p: Tensor,
+    target: Probabilities,
+    grad_loss: Tensor,
+    out: Tensor,
 ) -> None:
     """Write grad_loss (N,) times (2) to out (N, V), which may be the logits themselves.
 
     The difference is formed in the dtype of the arithmetic and rounded once, at the store.
     """
     dtype = compute_dtype(logits.dtype)
-    two_level = isinstance(target, TwoLevelTarget)
     dense = target.dense(dtype) if isinstance(target, TwoLevelTarget) else target
     one_g = grad_loss.stride(0) == 0  # then g P of a shared P is one row
-    for rows, scratch in _tiles(logits):
+    for rows, (scratch,) in tiles(logits, 1):
         q = torch.softmax(
             logits[rows], -1, dtype=dtype, out=out[rows] if out.dtype == dtype else scratch
         )
-        g = grad_loss[:1] if one_g else grad_loss[rows]
-        g = g.to(dtype).unsqueeze(-1)
-        p = _rows_of(dense, rows, dtype)
-        scale = g / q.sum(-1, keepdim=True)
-        if not two_level:
-            scale *= p.sum(-1, keepdim=True)
-        torch.addcmul(p * -g, q, scale, out=out[rows])  # (2)
+        g = (grad_loss[:1] if one_g else grad_loss[rows]).to(dtype).unsqueeze(-1)
+        scale = g * sum_p[rows, None] / q.sum(-1, keepdim=True)
+        torch.addcmul(_rows_of(dense, rows, dtype) * -g, q, scale, out=out[rows])  # (2)
 
 
-def _tiles(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield consecutive slices of rows, each with its part of one scratch buffer."""
+def tiles(logits: Tensor, buffers: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield consecutive slices of rows, each with its part of as many scratch buffers."""
     n, vocab = logits.shape
     elements = CPU_TILE if logits.device.type == "cpu" else GPU_TILE
     step = max(1, min(n, elements // vocab))
-    scratch = logits.new_empty(step, vocab, dtype=compute_dtype(logits.dtype))
+    scratch = logits.new_empty(buffers, step, vocab, dtype=compute_dtype(logits.dtype))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        yield rows, scratch[: rows.stop - start]
+        yield rows, scratch[:, : rows.stop - start]
 
 
 def _rows_of(p: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:

@@ -10,19 +10,17 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 from triton.backends.compiler import GPUTarget
 
 from . import bitmask, triton_kl_div
-from .target import Target, TwoLevelTarget
+from .target import Probabilities, TwoLevelTarget
 
 # Left to itself, ptxas saves registers by sinking loads below arithmetic, so that a warp waits for
 # DRAM two to four times per tile; with 64 it waits once (kernels/compile_report.py).
 MAX_REGISTERS = 64
-_TABLES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence of each row in nats, and what the backward needs of it.
 
     Args:
@@ -58,7 +56,7 @@ def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(
-    logits: Tensor, lse: Tensor, norm: Tensor, target: Target, grad_loss: Tensor, out: Tensor
+    logits: Tensor, lse: Tensor, norm: Tensor, target: Probabilities, grad_loss: Tensor, out: Tensor
 ) -> None:
     """Write grad_loss * dKL/d logits into out.
 
@@ -110,16 +108,13 @@ def meta(
     return constants
 
 
-def _arguments(logits: Tensor, target: Target) -> tuple[tuple, dict[str, int]]:
+def _arguments(logits: Tensor, target: Probabilities) -> tuple[tuple, dict[str, int]]:
     """The arguments from logits_ptr to ratio, and the constants, which both kernels take."""
     vocab, vec = logits.shape[1], 16 // logits.element_size()
     rows = logits, logits.stride(0), vocab
     if isinstance(target, TwoLevelTarget):
         mask = target.mask.view(torch.uint8)
-        tables = _TABLES.setdefault(target.mask, {})
-        if vec not in tables:
-            tables[vec] = bitmask.pack_bits(target.mask, vec)
-        bits = tables[vec]
+        bits = target.bitmasks[vec]
         arguments = (*rows, bits, 0, bits.stride(0), mask, target.alpha, target.beta / target.alpha)
         return arguments, meta(logits.dtype, _gpu(), dense=False)
     if target.dtype == torch.float64 or target.stride(-1) != 1:

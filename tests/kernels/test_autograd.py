@@ -101,14 +101,13 @@ def test_derivatives_pass_gradcheck_and_second_ones_are_refused(kind):
 @pytest.mark.parametrize("kind", ["members", "row by row"])
 @pytest.mark.parametrize("path", FUSED)
 def test_the_operators_pass_opcheck(path, kind):
-    """Schema, autograd registration, fake kernels, and AOT dispatch with dynamic shapes."""
-    logits = random_logits(3, 40)
-    packed = pack(make_target(kind, logits.shape), logits.shape)
-    _, lse, norm = kl_div_forward(logits, *packed, False, path)
-    upstream = random_logits(3, seed=1)
-    opcheck(kl_div_forward, (logits.clone().requires_grad_(), *packed, False, path))
-    opcheck(kl_div_backward, (logits, lse, norm, *packed, upstream, path))
-    opcheck(kl_div_backward_, (logits, lse, norm, *packed, upstream, path))
+    """Schema, fake kernels, AOT dispatch with dynamic shapes; autograd is above the operators."""
+    logits, upstream = random_logits(3, 40), random_logits(3, seed=1)
+    packed = pack(make_target(kind, logits.shape), 3, logits.dtype, path)
+    opcheck(kl_div_forward, (logits, *packed, path))
+    _, *of_rows = kl_div_forward(logits, *packed, path)
+    opcheck(kl_div_backward, (logits, *of_rows, upstream, *packed, path))
+    opcheck(kl_div_backward_, (logits, *of_rows, upstream, *packed, path))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

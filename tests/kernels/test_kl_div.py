@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import fused_kl_div, torch_kl_div
+from kernels import TwoLevelTarget, fused_kl_div, torch_kl_div
 from tests.kernels.kl_cases import (
     DEVICE,
     DTYPES,
@@ -131,7 +131,8 @@ def test_nothing_is_written_outside_the_outputs(path, kind, monkeypatch):
 
     logits = random_logits(3, 1001)
     target = make_target(kind, logits.shape)
-    kernels = launchers(path, logits.device)
+    kind = "two-level" if isinstance(target, TwoLevelTarget) else "dense"
+    kernels = launchers(path, logits.device, kind)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", guarded)
         loss, lse, norm = kernels.forward(logits, target)

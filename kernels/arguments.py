@@ -1,0 +1,115 @@
+"""Argument checks of the two public losses: what was got, what was expected, what to do."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .target import Target, TeacherTarget, TwoLevelTarget
+
+IMPLS = ("triton", "torch")
+REDUCTIONS = ("batchmean", "sum", "none")
+
+
+def resolve_target(
+    target: Target, shape: torch.Size, device: torch.device, reduction: str
+) -> Target:
+    """Return the target on the device of logits of this shape (..., V); TypeError or ValueError if
+    it cannot be theirs, or if there is no such reduction."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    vocab = shape[-1]
+    if isinstance(target, TwoLevelTarget):
+        if target.vocab_size != vocab:
+            raise ValueError(
+                f"the target's vocabulary must be that of the logits, {vocab}; "
+                f"got a mask of {target.vocab_size} tokens"
+            )
+        return target.to(device)
+    if isinstance(target, TeacherTarget):
+        if target.shape != shape or target.device != device:
+            raise ValueError(
+                f"a teacher's logits must have the shape of the student's, {tuple(shape)} on "
+                f"{device}; got {tuple(target.shape)} on {target.device}"
+            )
+        return target
+    if not isinstance(target, Tensor) or not target.is_floating_point():
+        got = getattr(target, "dtype", type(target).__name__)
+        raise TypeError(
+            "target must be a TwoLevelTarget, a TeacherTarget or a floating-point tensor of "
+            f"probabilities, got {got}; wrap a mask as TwoLevelTarget(mask)"
+        )
+    if target.shape not in ((vocab,), shape):
+        raise ValueError(
+            f"a dense target must have shape ({vocab},) or that of the logits, {tuple(shape)}; "
+            f"got {tuple(target.shape)}"
+        )
+    if target.device != device:
+        raise ValueError(
+            f"target is on {target.device}, logits on {device}; move it once, outside the loop"
+        )
+    if target.requires_grad:
+        raise ValueError("target requires grad, but no gradient flows to it; pass target.detach()")
+    return target
+
+
+def resolve_row_weights(
+    weights: Tensor | None, leading: torch.Size, device: torch.device
+) -> Tensor | None:
+    """Check the weights of rows of this shape (...); return them as (N,)."""
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or weights.shape != leading or weights.device != device:
+        got = getattr(weights, "shape", type(weights).__name__)
+        raise ValueError(
+            f"row_weights must be a tensor {tuple(leading)} on {device}, one weight per row; "
+            f"got {got if isinstance(got, str) else f'{tuple(got)} on {weights.device}'}"
+        )
+    if weights.requires_grad:
+        raise ValueError("row_weights requires grad, but no gradient flows to it; detach it")
+    return weights.reshape(-1)
+
+
+def mean_of(total: Tensor, reduction: str, rows: int, weights: Tensor | None) -> Tensor:
+    """Divide the summed loss by what "batchmean" divides by: the rows, or the sum of weights."""
+    if reduction == "sum":
+        return total
+    return total / (rows if weights is None else weights.sum(dtype=total.dtype))
+
+
+def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Name the path for logits of this device and dtype; ValueError or TypeError if none."""
+    if impl is None:
+        impl = "triton" if device.type == "cuda" else "torch"
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS} or None, got {impl!r}")
+    allowed = [torch.float32, torch.bfloat16, torch.float16]
+    if impl == "torch":
+        allowed.append(torch.float64)
+    if dtype not in allowed:
+        raise TypeError(f"impl={impl!r} takes logits of {allowed}, got {dtype}")
+    return impl
+
+
+def refuse_forward_mode(name: str, *arguments: Tensor) -> None:
+    """RuntimeError for dual tensors, whose tangents the operators would drop silently."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in arguments):
+        raise RuntimeError(
+            f"{name} has reverse-mode derivatives only, got a dual tensor (jvp, jacfwd, hessian); "
+            "use kernels.reference.kl_div, which has all"
+        )
+
+
+def refuse_negative(loss: Tensor, target: Target) -> None:
+    """ValueError for a P with negative values. They make NaN of their rows' losses, so P itself is
+    only looked at if there is one; on CUDA that waits for the device, so only in anomaly mode."""
+    if not isinstance(target, Tensor):
+        return
+    if loss.device.type != "cpu" and not torch.is_anomaly_enabled():
+        return
+    if loss.isnan().any() and (target < 0).any():
+        raise ValueError(
+            f"target must hold probabilities, got values down to {target.min().item():.3g}; pass "
+            "target.softmax(-1), or TeacherTarget(target) for a teacher's logits"
+        )

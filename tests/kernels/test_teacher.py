@@ -1,0 +1,308 @@
+"""The fused losses toward a teacher, softmax(t + b), against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from kernels import TeacherTarget, fused_kl_div, fused_linear_kl_div
+from kernels.fused_kl_div import kl_div_backward, kl_div_backward_, kl_div_forward, pack
+from kernels.fused_linear_kl_div import linear_kl_div
+from kernels.reference import kl_div
+from tests.kernels.kl_cases import (
+    DEVICE,
+    DTYPES,
+    hidden_and_head,
+    in_buffer,
+    loss_and_gradients,
+    random_logits,
+)
+
+PATHS = ["torch"]
+INF = float("inf")
+BIASES = ["none", "tilt", "vector", "forbidden"]
+
+
+def make_bias(kind, vocab):
+    """None; 5 on every third token; random values; -inf on every third token, 0 elsewhere."""
+    third = torch.arange(vocab, device=DEVICE) % 3 == 0
+    if kind == "none":
+        return None
+    if kind == "vector":
+        return random_logits(vocab, seed=2, scale=2.0)
+    return torch.where(third, 5.0 if kind == "tilt" else -INF, 0.0)
+
+
+def truth(logits, teacher, bias):
+    """Loss and gradient per row in float64; a term of probability zero counts zero."""
+    u = teacher.double() + (0.0 if bias is None else bias.double())
+    log_p, log_q = u.log_softmax(-1), logits.detach().double().log_softmax(-1)
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1), log_q.exp() - p
+
+
+def rows_and_gradient(path, logits, teacher, bias=None):
+    """Loss per row, and the gradient of the logits for an upstream of ones."""
+    leaf = logits.detach().requires_grad_()
+    loss = fused_kl_div(leaf, TeacherTarget(teacher, bias), "none", impl=path)
+    loss.backward(torch.ones_like(loss))
+    return loss.detach(), leaf.grad
+
+
+def assert_exact(path, logits, teacher, bias=None):
+    """Loss and gradient against float64, to float32's rounding and that of the result."""
+    loss, gradient = rows_and_gradient(path, logits, teacher, bias)
+    exact_loss, exact_gradient = truth(logits, teacher, bias)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=2e-6, atol=2e-6)
+    rounding = 0 if logits.dtype == torch.float32 else 2 * torch.finfo(logits.dtype).eps
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5 + rounding, atol=2e-6)
+    return loss, gradient
+
+
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize("path", PATHS)
+def test_real_looking_logits_are_exact_to_2e_6(path, kind):
+    """torch_teacher (1) (2) (3): float32, level near -80 with a spread of 10, student and teacher
+    apart and close; the gradient relative to softmax(z) by the norm, the loss above 1 nat."""
+    teacher = random_logits(4, 50257, scale=10.0) - 80
+    bias = make_bias(kind, 50257)
+    for noise in (0.1, 10.0):
+        logits = teacher + random_logits(4, 50257, seed=1, scale=noise)
+        loss, gradient = rows_and_gradient(path, logits, teacher, bias)
+        exact_loss, exact_gradient = truth(logits, teacher, bias)
+        assert ((loss - exact_loss).abs() <= 2e-6 * exact_loss.clamp_min(1)).all()
+        assert (gradient - exact_gradient).norm() <= 2e-6 * logits.double().softmax(-1).norm()
+
+
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_student_and_teacher_may_differ_in_dtype(path, dtypes):
+    """Every pair, with each kind of bias, on short and awkward shapes: against float64."""
+    for kind, shape in zip(BIASES, [(3, 2), (2, 3, 7), (127,), (0, 40)], strict=True):
+        logits = random_logits(*shape, dtype=dtypes[0])
+        teacher = random_logits(*shape, dtype=dtypes[1], seed=1)
+        assert_exact(path, logits, teacher, make_bias(kind, shape[-1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_strides_and_offsets_of_both_change_nothing_beyond_rounding(path, dtype):
+    """Padded and misaligned rows, a transposed and an expanded teacher; NaN in the padding."""
+    logits, teacher = (random_logits(3, 1001, dtype=dtype, seed=seed) for seed in (0, 1))
+    bias = make_bias("tilt", 1001)
+    for layout in ((1001, 1), (1002, 0), (1024, 3)):
+        assert_exact(path, in_buffer(logits, *layout)[0], teacher, bias)
+        assert_exact(path, logits, in_buffer(teacher, *layout)[0], bias)
+    assert_exact(path, logits, teacher.t().contiguous().t(), bias)
+    assert_exact(path, logits, teacher[:1].expand(3, 1001), bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_student_equal_to_its_teacher_has_exactly_no_loss_and_no_gradient(path, dtype):
+    """Bit for bit equal, near -80 and with a row partly -inf: 0, not almost 0."""
+    logits = (random_logits(3, 50257, scale=10.0) - 80).to(dtype)
+    logits[1, ::3] = -INF
+    loss, gradient = rows_and_gradient(path, logits, logits.clone())
+    assert (loss == 0).all()
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_minus_infinity_is_exact_in_the_teacher_in_the_student_and_in_both(path):
+    """In t, P is 0 and costs nothing whatever z is; in z alone, the loss is infinite and the
+    gradient -P, as far as P goes; over single columns and over whole tiles."""
+    column = torch.arange(9001, device=DEVICE)
+    for where in (column % 7 == 1, column > 100, column < 8900):
+        logits, teacher = random_logits(3, 9001), random_logits(3, 9001, seed=1)
+        teacher[0, where] = -INF
+        teacher[1, where] = logits[1, where] = -INF
+        logits[2, where] = -INF
+        loss, gradient = rows_and_gradient(path, logits, teacher)
+        exact_loss, exact_gradient = truth(logits, teacher, None)
+        torch.testing.assert_close(loss.double(), exact_loss, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=2e-6)
+        assert loss.isposinf().tolist() == [False, False, True]
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+@pytest.mark.parametrize("path", PATHS)
+def test_nan_and_infinity_stay_in_their_row(path, bad):
+    """In z or in t: loss and whole gradient row NaN; every other row exact."""
+    for column in (0, 2, 999, 1000):
+        for spoiled in (0, 1):
+            rows = [random_logits(3, 1001), random_logits(3, 1001, seed=1)]
+            clean = rows_and_gradient(path, *rows)
+            rows[spoiled][1, column] = bad
+            loss, gradient = rows_and_gradient(path, *rows)
+            assert loss[1].isnan()
+            assert gradient[1].isnan().all()
+            for got, expected in zip((loss, gradient), clean, strict=True):
+                assert torch.equal(got[[0, 2]], expected[[0, 2]])
+
+
+def test_the_tilted_probability_is_that_of_the_closed_form():
+    """With m the teacher's probability on the tokens, the target's is m e^G / (1 - m + m e^G)."""
+    teacher, bias = random_logits(5, 300), make_bias("tilt", 300)
+    p = TeacherTarget(teacher, bias).whole_logits(torch.float64).softmax(-1)
+    m = teacher.double().softmax(-1)[:, bias > 0].sum(-1)
+    tilted = m * torch.tensor(5.0, dtype=torch.float64, device=DEVICE).exp()
+    torch.testing.assert_close(p[:, bias > 0].sum(-1), tilted / (1 - m + tilted))
+
+
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("path", PATHS)
+def test_the_fused_head_computes_the_teachers_logits_by_chunks(path, reduction, kind):
+    """Loss, both gradients, lse and lse_target against float64; a teacher of another width."""
+    hidden, weight = hidden_and_head(2, 5)
+    teacher_hidden, teacher_weight = random_logits(2, 5, 9, seed=3), random_logits(211, 9, seed=4)
+    bias = make_bias(kind, 211)
+    upstream = random_logits(2, 5, seed=5) if reduction == "none" else None
+    target = TeacherTarget.from_hidden(teacher_hidden, teacher_weight, bias)
+    options = {"chunk_rows": 4, "impl": path}
+    got = loss_and_gradients(
+        fused_linear_kl_div, hidden, weight, target, reduction, upstream=upstream, **options
+    )
+    teacher = F.linear(teacher_hidden.double(), teacher_weight.double())
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    loss = truth_of_head(h, w, teacher, bias, reduction)
+    up = None if upstream is None else upstream.double()
+    exact = loss.detach(), *torch.autograd.grad(loss, (h, w), up)
+    for mine, true in zip(got, exact, strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=2e-5, atol=1e-6)
+    u = teacher if bias is None else teacher + bias
+    _, lse, lse_target = fused_linear_kl_div(
+        hidden, weight, target, reduction, return_lse=True, **options
+    )
+    torch.testing.assert_close(lse.double(), F.linear(h, w).logsumexp(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse_target.double(), u.logsumexp(-1), rtol=1e-6, atol=1e-6)
+    assert not lse_target.requires_grad
+
+
+def truth_of_head(hidden, weight, teacher, bias, reduction):
+    """The definition, with whole logits, in which -inf in the teacher costs nothing."""
+    log_q = F.linear(hidden, weight).log_softmax(-1)
+    log_p = (teacher if bias is None else teacher + bias).log_softmax(-1)
+    loss = torch.where(log_p > -INF, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+    return loss if reduction == "none" else loss.mean()
+
+
+def test_the_reference_takes_a_teacher_of_either_kind():
+    """F.kl_div(log_softmax(z), log_softmax(t + b), log_target=True), given logits or hidden
+    states."""
+    hidden, weight = random_logits(4, 9, seed=3), random_logits(211, 9, seed=4)
+    logits, bias = random_logits(4, 211), make_bias("vector", 211)
+    teacher = F.linear(hidden, weight)
+    expected = F.kl_div(
+        logits.log_softmax(-1), (teacher + bias).log_softmax(-1), reduction="none", log_target=True
+    )
+    for target in (TeacherTarget(teacher, bias), TeacherTarget.from_hidden(hidden, weight, bias)):
+        torch.testing.assert_close(kl_div(logits, target, "none"), expected.sum(-1))
+
+
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize("path", PATHS)
+def test_the_operators_pass_opcheck(path, kind):
+    """Schema, fake kernels, AOT dispatch with dynamic shapes; derivatives pass gradcheck."""
+    logits, upstream = random_logits(3, 40), random_logits(3, seed=1)
+    target = TeacherTarget(random_logits(3, 40, seed=2), make_bias(kind, 40))
+    packed = pack(target, 3, logits.dtype, path)
+    opcheck(kl_div_forward, (logits, *packed, path))
+    _, *of_rows = kl_div_forward(logits, *packed, path)
+    opcheck(kl_div_backward, (logits, *of_rows, upstream, *packed, path))
+    opcheck(kl_div_backward_, (logits, *of_rows, upstream, *packed, path))
+    hidden, weight = (x.detach() for x in hidden_and_head(3, vocab=40))
+    teacher_weight = random_logits(40, 5, seed=3)
+    target = TeacherTarget.from_parts(random_logits(3, 5, seed=2), target.bias)
+    options = None, None, True, True, True, 2, logits.dtype, teacher_weight
+    packed = pack(target, 3, logits.dtype, path)
+    opcheck(linear_kl_div, (hidden, weight, *options, *packed, path))
+    if path == "torch":
+        teacher = TeacherTarget(random_logits(3, 40, seed=2).double(), make_bias(kind, 40))
+        double = logits.double().requires_grad_()
+        assert torch.autograd.gradcheck(lambda z: fused_kl_div(z, teacher, "none"), double)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_compiled_loss_is_one_graph_and_the_same(path, inplace):
+    """torch.compile(fullgraph=True, dynamic=True), the teacher's logits made inside the graph."""
+    head = random_logits(133, 8, seed=1)
+
+    def loss(hidden, teacher_hidden):
+        target = TeacherTarget(F.linear(teacher_hidden, head))
+        return fused_kl_div(F.linear(hidden, head), target, inplace_backward=inplace, impl=path)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 5):
+        hidden = random_logits(rows, 8).requires_grad_()
+        teacher_hidden = random_logits(rows, 8, seed=2)
+        got, expected = (f(hidden, teacher_hidden) for f in (compiled, loss))
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(value, hidden)[0] for value in (got, expected))
+        )
+
+
+def test_a_bias_is_examined_once_and_its_two_values_found():
+    """The same TokenBias for the same tensor, a new one after a change in place, and a copy: what
+    the caller does to the tensor changes no target that exists."""
+    teacher, bias = random_logits(2, 30), make_bias("tilt", 30)
+    first, second = (TeacherTarget(teacher, bias) for _ in range(2))
+    assert first.bias is second.bias
+    assert torch.equal(first.bias.mask, bias == 5)
+    assert first.bias.strength == 5
+    before = kl_div(teacher, first)
+    bias.add_(1.0)  # 6 and 1: a vector now
+    third = TeacherTarget(teacher, bias)
+    assert third.bias.mask is None
+    assert torch.equal(kl_div(teacher, first), before)
+    torch.testing.assert_close(kl_div(teacher, third), before)  # a constant changes nothing
+    assert TeacherTarget(teacher, torch.zeros(30, device=DEVICE)).bias is None
+    forbidden = TeacherTarget(teacher, make_bias("forbidden", 30)).bias
+    assert (forbidden.strength, forbidden.mask.sum()) == (-INF, 10)
+
+
+def test_a_teacher_run_in_inference_mode_trains_a_student():
+    """Autograd refuses to save inference tensors: the target has copies."""
+    hidden, weight = hidden_and_head(3)
+    with torch.inference_mode():
+        teacher_hidden, bias = hidden * 2, make_bias("tilt", 211)
+        logits = TeacherTarget(F.linear(teacher_hidden, weight), bias)
+        by_chunks = TeacherTarget.from_hidden(teacher_hidden, weight.detach(), bias)
+    for target in (logits, by_chunks):
+        fused_linear_kl_div(hidden, weight, target).backward()
+    fused_kl_div(F.linear(hidden, weight), logits).backward()
+
+
+def test_bad_teachers_are_refused_by_name():
+    """Every message says what was got and what was expected."""
+    logits, bias = random_logits(2, 8), torch.zeros(8, device=DEVICE)
+    hidden, weight = random_logits(2, 3), random_logits(8, 3)
+    refused = [
+        (TypeError, "floating-point", lambda: TeacherTarget(logits.long())),
+        (ValueError, "detach", lambda: TeacherTarget(logits.clone().requires_grad_())),
+        (ValueError, r"\(\.\.\., V\)", lambda: TeacherTarget(logits.sum())),
+        (TypeError, "bias must be a floating", lambda: TeacherTarget(logits, bias > 0)),
+        (ValueError, r"shape \(8,\)", lambda: TeacherTarget(logits, bias[1:])),
+        (ValueError, "detach", lambda: TeacherTarget(logits, bias.clone().requires_grad_())),
+        (ValueError, "below \\+inf", lambda: TeacherTarget(logits, bias + INF)),
+        (ValueError, "below \\+inf", lambda: TeacherTarget(logits, bias * torch.nan)),
+        (ValueError, "for some token", lambda: TeacherTarget(logits, bias - INF)),
+        (ValueError, r"weight \(V, C\)", lambda: TeacherTarget.from_hidden(hidden, weight.t())),
+        (
+            ValueError,
+            "shape of the student's",
+            lambda: fused_kl_div(logits[:, :7], TeacherTarget(logits)),
+        ),
+        (
+            ValueError,
+            "for fused_linear_kl_div",
+            lambda: fused_kl_div(logits, TeacherTarget.from_hidden(hidden, weight)),
+        ),
+    ]
+    for error, message, call in refused:
+        with pytest.raises(error, match=message):
+            call()
