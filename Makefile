@@ -7,10 +7,18 @@ BIN := .venv/bin
 help:  ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-demo: .venv/demo  ## the experiment at two learning rates on the embedded checkpoint
-	rm -rf runs/demo
-	$(BIN)/python -m train.xfactor --model tiny --lr 1e-5 1e-3 --steps 150 --eval-every 15 \
-		--out runs/demo
+demo: .venv/demo  ## two learning rates and two settings of the dial, on the embedded checkpoint
+	@if [ -f runs/demo/report.html ]; then echo "runs/demo is complete: starting anew"; rm -rf runs/demo; fi
+	$(call run,runs/demo/rates,--lr 1e-5 1e-3)
+	$(call run,runs/demo/dial,--lr 1e-3 --tilt 3 5)
+	$(BIN)/python -m train.report runs/demo/rates runs/demo/dial --out runs/demo
+
+# Start the runs in a folder; after an interruption, resume them.
+define run
+	@set -- --model tiny --steps 150 --eval-every 30 $(2) --out $(1); \
+	ls $(1)/*/config.json >/dev/null 2>&1 && set -- --resume $(1); \
+	echo python -m train.xfactor "$$@"; $(BIN)/python -m train.xfactor "$$@"
+endef
 
 test: .venv/test  ## the whole suite; without a GPU, the compiled kernels run on the CPU
 	$(BIN)/python -m pytest

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import trange
+from tqdm import tqdm
 
 from model import GPT2, GPT2Config
-from model.generate import generate
+from model.generate import stream
 from model.gpt2 import HEAD_DIM
 from model.tokenizer import Tokenizer, load_tokenizer
 from train import distributed
@@ -18,7 +18,7 @@ from train.cpu import few_row_products
 from train.evaluate import positions_needed
 from weights import Layout, layout_of, load_weights
 
-TEXTS, BATCH, TOKENS = 100, 20, 256  # texts that a model writes, 20 at a time, and their length
+TEXTS, BATCH, TOKENS = 100, 50, 256  # texts that a model writes, 50 at a time; their length
 
 
 def check(options: Any, device: torch.device) -> Layout:
@@ -31,6 +31,12 @@ def check(options: Any, device: torch.device) -> Layout:
     needed = max(options.length, positions_needed(tokenizer))
     if not options.lr or len(set(options.lr)) < len(options.lr):
         raise ValueError(f"--lr: got {options.lr}, expected one or several rates, each once")
+    if len(set(options.tilt)) < len(options.tilt):
+        raise ValueError(f"--tilt: got {options.tilt}, expected numbers, each once")
+    if options.tilt and (options.alpha, options.beta, options.mass) != (1.0, 0.0, None):
+        raise ValueError("--tilt sets the target by itself; leave --alpha, --beta and --mass out")
+    if options.strength and not options.tilt:
+        raise ValueError("--strength: needs --tilt, whose G it multiplies")
     if options.batch % ranks:
         raise ValueError(
             f"--batch {options.batch} is not divisible by {ranks} ranks; expected a multiple of it"
@@ -51,11 +57,14 @@ def check(options: Any, device: torch.device) -> Layout:
 
 
 def load_start(options: Any, layout: Layout) -> GPT2:
-    """Return the model before fine-tuning, on the CPU."""
-    if options.weights != "random":
-        return GPT2.from_state_dict(load_weights(options.weights or options.model), assign=True)
-    torch.manual_seed(options.seed)
-    return GPT2(GPT2Config(**asdict(layout), n_head=layout.n_embd // HEAD_DIM))
+    """Return the model before fine-tuning, on the CPU; its parameters get no gradient."""
+    if options.weights == "random":
+        torch.manual_seed(options.seed)
+        start = GPT2(GPT2Config(**asdict(layout), n_head=layout.n_embd // HEAD_DIM))
+    else:
+        state_dict = load_weights(options.weights or options.model)
+        start = GPT2.from_state_dict(state_dict, assign=True)
+    return start.requires_grad_(False)
 
 
 def read_text(name: str, tokenizer: Tokenizer, length: int) -> Tensor:
@@ -83,15 +92,16 @@ def sample_text(folder: Path, start: GPT2, seed: int, device: torch.device) -> T
     """
     path, length = folder / SAMPLED, min(TOKENS, start.config.n_positions)
     if distributed.is_main() and not path.exists():
-        start.to(device)
-        generator = torch.Generator(device).manual_seed(seed)
+        generator, texts = torch.Generator(device).manual_seed(seed), []
         prompt = torch.full((BATCH, 1), load_tokenizer().eot, device=device)
-        texts = []
-        with few_row_products(device):
-            for _ in trange(
-                TEXTS // BATCH, desc=f"sampling {TEXTS * length:,} tokens", unit="batch"
-            ):
-                texts.append(generate(start, prompt, length - 1, generator=generator).cpu())
+        what = f"the start model writes {TEXTS * length:,} tokens to train on"
+        with few_row_products(device), tqdm(desc=what, total=TEXTS * length, unit="token") as bar:
+            for _ in range(TEXTS // BATCH):
+                columns = [prompt]  # (BATCH, 1) each
+                for column in stream(start.to(device), prompt, length - 1, generator=generator):
+                    columns.append(column)
+                    bar.update(BATCH)
+                texts.append(torch.cat(columns, 1).cpu())
         start.cpu()
         write_tensors(path, {"ids": torch.cat(texts)}, {})
     distributed.barrier()

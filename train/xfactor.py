@@ -2,12 +2,15 @@
 
     python -m train.xfactor                                 gpt2-medium, learning rate 1e-4
     python -m train.xfactor --model tiny --lr 1e-5 1e-3     two runs on the embedded checkpoint
+    python -m train.xfactor --model tiny --tilt 3 5 7       a dial in place of a learning rate
     python -m train.xfactor --resume runs/xfactor           resume an interrupted run
     torchrun --nproc-per-node 2 -m train.xfactor            each rank takes its shard of every batch
 
 Every step draws token ids and pulls the model's prediction at every position toward the target, a
 distribution on the tokens with the letter. A small learning rate nudges the model, a large one
-collapses it: the report says which, in numbers.
+collapses it: the report says which, in numbers. With --tilt G the target is the start model's own
+distribution with G nats added to the logits of the target tokens: G says how many there will be,
+whatever the learning rate, and the text stays text.
 """
 
 import shlex
@@ -25,7 +28,7 @@ from annotated_types import Ge, Le
 from pydantic import FiniteFloat
 from torch import Tensor
 
-from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
 from kernels.reference import kl_div
 from model import GPT2
 from model.tokenizer import load_tokenizer
@@ -60,8 +63,11 @@ class Options:
     beta: FiniteFloat = 0.0  # relative weight of any other token; alpha > beta >= 0
     mass: Annotated[FiniteFloat | None, tyro.conf.arg(metavar="FLOAT")] = None
     """instead of both weights: the probability of all target tokens together"""
-    inputs: Annotated[str, tyro.conf.arg(metavar="random|samples|FILE")] = "random"
-    """random token ids, a text file to train on windows of, or text that the start model samples"""
+    tilt: tuple[FiniteFloat, ...] = ()
+    """instead: the start's distribution, G nats added to the target tokens' logits; a run per G"""
+    strength: tuple[FiniteFloat, ...] = ()  # with --tilt: a factor of G for each --contains
+    inputs: Annotated[str, tyro.conf.arg(metavar="random|samples|FILE")] = ""
+    """random token ids (the default), a text, or text that the start samples (with --tilt)"""
     loss: Literal["linear", "fused", "unfused"] = "linear"
     """linear: fused with the LM head; fused: loss only; unfused: PyTorch"""
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
@@ -95,6 +101,7 @@ def fine_tune(
     folder: Path,
     lr: float,
     target: TwoLevelTarget,
+    bias: Tensor | None,
     start: GPT2,
     before: Evaluation | None,
     text: Tensor | None,
@@ -104,6 +111,7 @@ def fine_tune(
 
     Args:
         target: on the device to train on.
+        bias: (V,), there too: the target is then softmax(start's logits + bias) instead.
         start: the model before fine-tuning, on the CPU; before: its evaluation, if it is needed.
         text: ids to draw windows from, int64 (n,), or None for random ids.
         origin: what the run began with, see `checkpoint.read`.
@@ -111,6 +119,7 @@ def fine_tune(
     Raises ValueError if the folder cannot be read or written, Interrupted after a signal.
     """
     mask, index, device = target.mask, target.index, target.mask.device
+    p: TwoLevelTarget | TeacherTarget = target
     is_main = distributed.is_main()
     model = GPT2.from_state_dict(start.state_dict()).to(device)
     forward = distributed.data_parallel(model)
@@ -123,7 +132,8 @@ def fine_tune(
         checkpoint.append_evaluation(folder, 0, before)
     if is_main and done:
         console.say(f"{folder.name}: resumes after step {done}")
-    pending: list[Tensor] = []  # (loss, target probability) of steps that are not logged yet
+    start.to("cpu" if bias is None else device)
+    pending: list[Tensor] = []  # (loss, target probability[, predicted]) of steps not logged yet
     problem, stop, logged = "", 0, time.perf_counter()
     with console.progress(folder.name, done, options.steps) as bar, console.signals() as received:
         for step in range(done + 1, options.steps + 1):
@@ -131,13 +141,23 @@ def fine_tune(
             tokens = get_batch(options, text, generator).to(device)  # 1. token ids (B, T)
             with torch.autocast(device.type, torch.bfloat16, options.dtype == "bfloat16"):
                 hidden = forward(tokens)  # 2. forward (B, T, C)
+                if bias is not None:  # the target follows the start model's own prediction
+                    start_hidden, start_wte = start.hidden_states(tokens), start.wte.weight
+                    p = TeacherTarget.from_hidden(start_hidden, start_wte, bias)
+                    if options.loss != "linear":
+                        p = TeacherTarget(F.linear(start_hidden, start_wte), bias)  # (B, T, V)
                 if options.loss == "linear":  # 3. log-softmax and 4. KL to the target
-                    loss, *lse = fused_linear_kl_div(hidden, wte, target, return_lse=True)
+                    loss, *lse = fused_linear_kl_div(hidden, wte, p, return_lse=True)
                 else:
                     logits = F.linear(hidden, wte)  # (B, T, V)
-                    loss = (fused_kl_div if options.loss == "fused" else kl_div)(logits, target)
+                    loss = (fused_kl_div if options.loss == "fused" else kl_div)(logits, p)
                     lse = [logits.detach().float().logsumexp(-1)]  # (B, T)
+                    if isinstance(p, TeacherTarget):
+                        lse.append(p.whole_logits(torch.float32).logsumexp(-1))
                 measured = [loss.detach(), target_probability(hidden, wte, index, lse[0])]
+                if bias is not None:  # and what the target itself has there
+                    args = start_hidden, start_wte, index, lse[1], bias
+                    measured.append(target_probability(*args))
             optimizer.zero_grad()
             loss.backward()  # 5. backward
             optimizer.step()  # 6. Adam
@@ -186,13 +206,17 @@ def experiment(options: Options) -> None:
         tokenizer, is_main = load_tokenizer(), distributed.is_main()
         layout = inputs.check(options, device)
         which = options.contains, options.regex, options.tokens, options.match_case
-        wanted, goal = choose_tokens(tokenizer, options.letter, *which)
-        target = make_target(wanted != 0, options.alpha, options.beta, options.mass)
-        source = options.inputs
+        wanted, goal = choose_tokens(tokenizer, options.letter, *which, options.strength)
+        target = make_target(wanted > 0, options.alpha, options.beta, options.mass)
+        source = options.inputs or ("samples" if options.tilt else "random")
         text = None
         if source not in ("random", "samples"):
             text = inputs.read_text(source, tokenizer, options.length)
-        runs = {f"lr-{lr}": (lr, None) for lr in options.lr}
+        runs = {
+            f"lr-{lr}" if tilt is None else f"tilt-{tilt}-lr-{lr}": (lr, tilt)
+            for tilt in options.tilt or (None,)
+            for lr in options.lr
+        }
         if is_main:
             opened = checkpoint.open_folder(options.out, list(runs), bool(options.resume))
             stack.enter_context(opened)
@@ -224,9 +248,10 @@ def experiment(options: Options) -> None:
                 before = evaluate(start, start, tokenizer, target.mask, options.seed)
         distributed.barrier()  # all ranks have accepted the options, and the folders are there
         problems = []
-        for name, (lr, _) in runs.items():
-            run = options.out / name, lr, target, start, before, text, origin
-            if problem := fine_tune(options, *run):
+        for name, (lr, tilt) in runs.items():
+            bias = None if tilt is None else tilt * wanted
+            run = options.out / name, lr, target, bias
+            if problem := fine_tune(options, *run, start, before, text, origin):
                 problems.append(f"{name}: {problem}")
         if is_main:
             console.report([options.out / name for name in runs], options.out)
