@@ -54,7 +54,7 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
 
 
 def summary(run_folders: Sequence[Path]) -> str:
-    """For the terminal: the table, one prompt's text before and after each run, what to run next.
+    """Return for a terminal the table, text before and after each run, and what to run next.
 
     Raises ValueError for folders that are not runs.
     """

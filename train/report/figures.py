@@ -38,7 +38,7 @@ CURVES = {  # the titles, by name
 
 
 def curves(names: Sequence[str], runs: Sequence[Run], theme: Theme, kind: str) -> bytes:
-    """Some of CURVES side by side; an SVG is transparent, so the page's background shows."""
+    """Draw some of CURVES side by side; an SVG is transparent, for the page's background."""
     with matplotlib.rc_context(_settings(theme)):
         figure = Figure(figsize=(5.6 * len(names), 4), layout="constrained")
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -50,7 +50,7 @@ def curves(names: Sequence[str], runs: Sequence[Run], theme: Theme, kind: str) -
 
 
 def tradeoff(runs: Sequence[Run], theme: Theme, kind: str) -> bytes:
-    """R against the perplexity of the samples; as a PNG, with some text beside it."""
+    """Draw R against the perplexity of the samples; as a PNG, with some text beside it."""
     with matplotlib.rc_context(_settings(theme)):
         figure = Figure(figsize=(6.2, 4.4) if kind == "svg" else (12, 5.2), layout="constrained")
         columns = (5,) if kind == "svg" else (5, 4)
@@ -62,7 +62,7 @@ def tradeoff(runs: Sequence[Run], theme: Theme, kind: str) -> bytes:
 
 
 def colours(runs: Sequence[Run], theme: Theme) -> list[str]:
-    """The colour of each run, from light to dark in the order of the runs."""
+    """Return the colour of each run: shades of its family's hue, in the order of the runs."""
     found = []
     for run in runs:
         family = [other for other in runs if (other.tilt is None) == (run.tilt is None)]
@@ -118,7 +118,7 @@ def _curve(axes: Axes, name: str, runs: Sequence[Run], theme: Theme) -> None:
 
 
 def _lines(name: str, run: Run) -> list[tuple[str, str, Sequence[float]]]:
-    """A run's lines in a figure: style, meaning, values."""
+    """Return a run's lines in one of CURVES: style, meaning, values."""
     found = run.evaluations.values()
     if name == "loss":
         return [("-", "", run.losses)]
@@ -128,10 +128,7 @@ def _lines(name: str, run: Run) -> list[tuple[str, str, Sequence[float]]]:
     if name == "perplexity":
         samples = [e.sample_perplexity for e in found]
         passage = [e.passage_perplexity for e in found]
-        return [
-            ("-", "samples, start model", samples),
-            ("--", "passage, fine-tuned model", passage),
-        ]
+        return [("-", "samples, start model", samples), ("--", "passage, this model", passage)]
     bound = [math.exp(-max(loss, 0)) for loss in run.losses]
     lines: list[tuple[str, str, Sequence[float]]] = [("-", "model", run.probabilities)]
     if run.tilt is not None:
@@ -168,11 +165,10 @@ def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         if run.tilt is None:
             below = min(y, below - 0.06)
             _label(axes, run.label, x, below, colour, (9, -12), weight="bold")
-    for run, start in moments(runs):
-        if start is run.before:
-            axes.plot(start.sample_perplexity, start.r, "D", color=theme.ink, markersize=7)
-            place = start.sample_perplexity, start.r, theme.ink, (6, -19)
-            _label(axes, "before", *place, ha="right")
+    starts = {run.before.samples: run.before for run in runs}  # once each
+    for x, y in [(start.sample_perplexity, start.r) for start in starts.values()]:
+        axes.plot(x, y, "D", color=theme.ink, markersize=7)
+        _label(axes, "before", x, y, theme.ink, (6, -19), ha="right")
     axes.margins(x=0.16)
     for text, mark, fill in (("before", "D", "full"), ("after", "o", "full"),
                              ("predicted R", "o", "none")):  # fmt: skip
@@ -186,7 +182,7 @@ def _label(axes: Axes, text: str, x: float, y: float, colour: str, offset: tuple
 
 
 def _write_texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
-    """Six of the moments, evenly spread: a heading, and two lines of text each."""
+    """Write a heading and two lines of text for each of six moments, evenly spread."""
     axes.set_axis_off()
     shown = moments(runs)
     for i, chosen in enumerate(sorted({i * (len(shown) - 1) // 5 for i in range(6)})):
@@ -203,7 +199,7 @@ def _write_texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
 
 
 def _monospaced(written: Sequence[Piece], width: int) -> tuple[str, str]:
-    """Two lines of text: blocks to put behind the target tokens, and the characters."""
+    """Return two lines of text twice: blocks where target tokens are, and the characters."""
     font = get_font(findfont("monospace"))
     text = "".join(c if font.get_char_index(ord(c)) else "?" for p in written for c in p.text)
     marks = "".join(("█" if p.target else " ") * len(p.text) for p in written)

@@ -36,11 +36,11 @@ class Evaluation(NamedTuple):
     samples: tuple[Sample, ...]
 
     def tokens(self) -> int:
-        """How many tokens were sampled."""
+        """Return how many tokens were sampled."""
         return sum(len(sample.ids) for sample in self.samples)
 
     def r_error(self) -> float:
-        """Binomial standard error of R: sqrt(R (1 - R) / tokens)."""
+        """Return the binomial standard error of R: sqrt(R (1 - R) / tokens)."""
         return math.sqrt(self.r * (1 - self.r) / self.tokens())
 
 
@@ -122,20 +122,20 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def best(runs: Sequence[Run]) -> Run:
-    """The run of the highest R that is not a collapse; the last run if all are."""
+    """Return the run with the highest R that is not a collapse; the last run if all are."""
     alive = [run for run in runs if run.kind != "collapse"]
     return max(alive, key=lambda run: run.after.r) if alive else runs[-1]
 
 
 def printable(text: object) -> str:
-    """Text on one line, with control characters, direction marks and lone surrogates escaped."""
+    """Return text with line breaks, control characters and lone surrogates escaped."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
     )
 
 
 def scientific(value: float, digits: int = 6) -> str:
-    """A number as people write a learning rate: 1e-4, 2.5e-5, 0; inf."""
+    """Write a number as people write a learning rate: 1e-4, 2.5e-5, 0; inf."""
     mantissa, e, exponent = f"{value:.{digits}e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}" if e and value else f"{value:g}"
 
@@ -200,7 +200,7 @@ def _read(folder: Path) -> Run:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's place and object; a last line without its newline was cut off and is left out."""
+    """Yield each line's place and object, but for a last line that a kill cut off."""
     with _expecting(path, EXPECTED):
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -210,7 +210,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check(value: Any, kind: type, low: float = -1e300, high: float = 1e300) -> Any:
-    """`value`, if it is of that kind and, where it is a number, in that range."""
+    """Return `value`; ValueError unless it is of that kind and, if a number, in that range."""
     is_kind = isinstance(value, int | float if kind is float else kind)
     if not is_kind or (kind in (int, float) and not low <= value <= high):
         span = f" from {low:g} to {high:g}" if kind in (int, float) else ""

@@ -17,7 +17,7 @@ class Piece(NamedTuple):
 
 
 def moments(runs: Sequence[Run]) -> list[tuple[Run, Evaluation]]:
-    """What is shown side by side: each distinct start, ahead of its first run, and each run's end.
+    """List what is shown side by side: each distinct start ahead of its first run, each run's end.
 
     Starts with the same samples are one: their numbers may differ in the last digits. A start is
     told from an end by `evaluation is run.before`.
@@ -31,7 +31,7 @@ def moments(runs: Sequence[Run]) -> list[tuple[Run, Evaluation]]:
 
 
 def typical(run: Run, evaluation: Evaluation) -> list[Sample]:
-    """Per prompt, the sample whose share of target tokens is nearest R: neither lucky nor not."""
+    """Pick per prompt the sample whose share of target tokens is nearest R, not the best one."""
     by_prompt: dict[str, list[Sample]] = {}
     for sample in evaluation.samples:
         by_prompt.setdefault(sample.prompt, []).append(sample)
@@ -42,12 +42,12 @@ def typical(run: Run, evaluation: Evaluation) -> list[Sample]:
 
 
 def count(sample: Sample, run: Run) -> int:
-    """How many tokens of a sample are target tokens of the run."""
+    """Count the target tokens in a sample."""
     return sum(i in run.target_tokens for i in sample.ids)
 
 
 def pieces(ids: Sequence[int], targets: frozenset[int]) -> list[Piece]:
-    """The text of `ids`, token by token, with the target tokens marked.
+    """Split the text of `ids` into its tokens, with the target tokens marked.
 
     A character may be spread over several tokens: it is shown with the first of them, and marked if
     any of them is a target token. Bytes that are not UTF-8 become U+FFFD.
@@ -71,7 +71,7 @@ def pieces(ids: Sequence[int], targets: frozenset[int]) -> list[Piece]:
 
 
 def opening(sample: Sample, run: Run, words: int = 10) -> list[Piece]:
-    """The first ten words of a sample, fewer where they are long: "XXXX..." is one word."""
+    """Return the first ten words of a sample, fewer where they are long: "XXXX..." is one."""
     text, kept = "", list[Piece]()
     for piece in pieces(sample.ids, run.target_tokens):
         text += " " if piece.sign else piece.text
@@ -82,7 +82,7 @@ def opening(sample: Sample, run: Run, words: int = 10) -> list[Piece]:
 
 
 def _visible(character: str) -> str:
-    """The character, or a sign for one that is invisible or would reverse the text around it."""
+    """Return a character, or a sign for one that is invisible or reverses the text around it."""
     if character in "\n\t":
         return {"\n": "↵", "\t": "⇥"}[character]
     return character if character.isprintable() else f"U+{ord(character):04X}"

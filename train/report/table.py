@@ -12,7 +12,7 @@ Row = dict[str, str | float | None]
 
 
 def plain(value: float) -> str:
-    """Three significant digits: 1.00, 58.4, 206,000; from a million on 3.86e8."""
+    """Write three significant digits: 1.00, 58.4, 206,000; from a million on 3.86e8."""
     if value < 999.5:
         return f"{value:#.3g}".rstrip(".")
     return f"{float(f'{value:.3g}'):,.0f}" if value < 999_500 else scientific(value, 2)
@@ -29,7 +29,7 @@ FORMATS: dict[str, Callable[..., str]] = {  # the columns
 
 
 def measured(run: Run, evaluation: Evaluation) -> Row:
-    """The table's row for a run, or for the model before fine-tuning."""
+    """Return the table's row for a run, or for the model before fine-tuning."""
     sample = typical(run, evaluation)[0]
     row: Row = {
         "R": evaluation.r, "R error": evaluation.r_error(), "R, top-k": evaluation.r_top_k,
@@ -50,13 +50,13 @@ def measured(run: Run, evaluation: Evaluation) -> Row:
 
 
 def shown(row: Row, name: str) -> str:
-    """A cell of the table, as people read it; empty where the row does not have it."""
+    """Write a cell of the table; empty where the row does not have it."""
     value = row.get(name)
     return "" if value is None else value if isinstance(value, str) else FORMATS[name](value)
 
 
 def as_csv(runs: Sequence[Run]) -> str:
-    """The rows in full precision."""
+    """Write the rows in full precision."""
     writer = csv.DictWriter(file := io.StringIO(), FORMATS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(measured(*moment) for moment in moments(runs))
