@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LEAVES = {"model": [], "weights": ["official"]}
+LEAVES = {
+    "model": [],
+    "weights": ["official"],
+    "kernels": ["benchmark", "compile_report"],
+    "train": ["xfactor", "sample", "walkthrough", "benchmark"],  # and two folders
+}
 COMMANDS = [f"{leaf}.{command}" for leaf, commands in LEAVES.items() for command in commands]
 OTHERS = [
     f"{leaf}.{path.stem}".removesuffix(".__init__")
