@@ -8,10 +8,10 @@ without gradients. On CUDA they are the device's, its queue filled and its L2 ca
 beforehand. "host" is the CPU's time to launch forward + backward: where it exceeds the device's,
 the host sets the pace, unless a CUDA graph holds the launches.
 
-GB/s divides the bytes that any implementation must move by the time of forward + backward: logits
-read twice and their gradient written, or with the LM head hidden states and weight read and their
-gradients written. Roofline is its share of the bandwidth of copying a large tensor on the same
-device; with the LM head it is low, for arithmetic sets the bound.
+Roofline is the time to move what any implementation must, at the speed of copying a large tensor on
+the same device, over the time of forward + backward. That is: logits, and a teacher's, read twice
+and the gradient written; or with the LM head hidden states and weight, and a teacher's, read and
+the gradients written. With the LM head it is low, for arithmetic sets the bound.
 
 Memory is the peak of one forward + backward above its inputs: of CUDA's allocator, or on Linux of
 the resident set (VmHWM). Error is the RMS error of the gradient of the logits or hidden states over
@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
-from .measure import copy_bandwidth, device_and_host, peak_megabytes
+from . import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+from .measure import copy_bandwidth, milliseconds, peak_megabytes
 from .reference import kl_div
 from .results import Row, format_table, plot
 
@@ -82,7 +82,15 @@ LOSSES = {
     "Liger fused linear KL": Loss(
         lambda m, h, w, p: m.LigerFusedLinearKLDivLoss()(h, w, p),
         "dense", head=True, needs="liger_kernel.transformers.fused_linear_kl_div"),
+    "flash-linear-attention, teacher": Loss(
+        lambda m, h, w, t: m.fused_kl_div_loss(h, t.hidden, w, t.weight),
+        "teacher", head=True, needs="fla.modules.fused_kl_div"),
+    "Liger fused linear JSD, teacher": Loss(  # which is KL(P || softmax(z)) at beta = 0
+        lambda m, h, w, t: m.LigerFusedLinearJSD(jsd_beta=0.0)(h, w, t.hidden, t.weight, None),
+        "teacher", head=True, needs="liger_kernel.transformers.fused_linear_jsd"),
 }  # fmt: skip
+for _name in ("unfused", "unfused, compiled", "fused", "linear + unfused", "fused linear"):
+    LOSSES[f"{_name}, teacher"] = replace(LOSSES[_name], target="teacher")
 
 
 @dataclass(frozen=True)
@@ -94,16 +102,25 @@ class Setting:
     vocab: int
     width: int
 
-    def randn(self, *shape: int, scale: float) -> Tensor:
-        """The same values in every call with this shape."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        x = torch.randn(shape, generator=generator, device=self.device)
-        return x.mul_(scale).to(self.dtype)
+    def inputs(self, rows: int, head: bool, seed: int = 0) -> tuple[Tensor, ...]:
+        """Random logits, or hidden states and weight."""
+        shapes = {(rows, self.vocab): 3.0}
+        if head:
+            shapes = {(rows, self.width): 1.0, (self.vocab, self.width): 0.05}
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return tuple(
+            torch.randn(shape, generator=generator, device=self.device).mul_(scale).to(self.dtype)
+            for shape, scale in shapes.items()
+        )
 
 
-def make_target(kind: str, rows: int, setting: Setting) -> tuple[Any, Any]:
-    """A two-level target; its probabilities for each row, "dense"; or "labels", one per row. With
-    it the target of the first rows as kl_div takes it."""
+def make_target(kind: str, head: bool, rows: int, setting: Setting) -> tuple[Any, Any]:
+    """A two-level target; its probabilities for each row, "dense"; "labels", one for each row; or a
+    "teacher". With it the target of the first rows, as kl_div takes it."""
+    if kind == "teacher":
+        make = TeacherTarget.from_hidden if head else TeacherTarget
+        first, *rest = setting.inputs(rows, head, seed=1)
+        return make(first, *rest), make(first[:ERROR_ROWS].double(), *(x.double() for x in rest))
     if kind == "labels":
         labels = torch.arange(rows, device=setting.device) % setting.vocab
         return labels, F.one_hot(labels[:ERROR_ROWS], setting.vocab).double()
@@ -121,8 +138,10 @@ class Case:
         self.target, self.exact_target = targets
         self.in_place, self.originals = loss.in_place, inputs
         self.inputs = tuple(x.clone() for x in inputs) if loss.in_place else inputs
-        passes = 2 if loss.head else 3
-        self.bytes = passes * sum(x.numel() * x.element_size() for x in inputs)
+        teacher = loss.target == "teacher"  # as large as the student
+        passes = 2 + teacher if loss.head else 3 + 2 * teacher
+        self.bytes = passes * sum(x.nbytes for x in inputs)
+        self.prepare()
 
     def prepare(self) -> None:
         """Drop the last gradients and restore overwritten logits; not timed."""
@@ -169,39 +188,32 @@ def measure(
 ) -> list[Row]:
     """All losses at this many rows, repetitions interleaved, for about this long."""
     device = setting.device
-    logits = (setting.randn(rows, setting.vocab, scale=3.0),)
-    hidden = setting.randn(rows, setting.width, scale=1.0)
-    with_head = hidden, setting.randn(setting.vocab, setting.width, scale=0.05)
-    table = {n: Row(n, rows, skip_reason(n, loss, device)) for n, loss in losses.items()}
-    measured = {n: loss for n, loss in losses.items() if not table[n].skip_reason}
-    kinds = {loss.target for loss in measured.values()}
-    targets = {kind: make_target(kind, rows, setting) for kind in kinds}
-    cases = {
-        name: Case(loss, with_head if loss.head else logits, targets[loss.target])
-        for name, loss in measured.items()
-    }
-    for name, case in cases.items():
+    inputs, targets = cache(setting.inputs), cache(make_target)
+    table = [Row(name, rows, skip_reason(name, loss, device)) for name, loss in losses.items()]
+    cases = []
+    for row in (row for row in table if not row.skip_reason):
+        loss = losses[row.name]
+        case = Case(loss, inputs(rows, loss.head), targets(loss.target, loss.head, rows, setting))
         case.forward()
-        case.prepare()
         case.fwd_bwd()
         case.prepare()
-        table[name].peak_mb = peak_megabytes(case.fwd_bwd, device)
-        table[name].error = case.error()
+        row.peak_mb = peak_megabytes(case.fwd_bwd, device)
+        row.error = case.error()
         case.prepare()
+        cases.append((row, case))
     start, repetitions = time.perf_counter(), 0
     while repetitions < 3 or (time.perf_counter() - start < seconds and repetitions < 50):
         repetitions += 1
-        for name, case in cases.items():
-            table[name].forward.append(device_and_host(case.forward, device)[0])
-            on_device, on_host = device_and_host(case.fwd_bwd, device)
-            table[name].fwd_bwd.append(on_device)
+        for row, case in cases:
+            row.forward.append(milliseconds(case.forward, device)[0])
+            on_device, on_host = milliseconds(case.fwd_bwd, device)
+            row.fwd_bwd.append(on_device)
             if device.type == "cuda":
-                table[name].host.append(on_host)
+                row.host.append(on_host)
             case.prepare()
-    for name, case in cases.items():
-        speed = case.bytes / (statistics.median(table[name].fwd_bwd) / 1e3)
-        table[name].gb_per_s, table[name].roofline = speed / 1e9, speed / bandwidth
-    return list(table.values())
+    for row, case in cases:
+        row.roofline = case.bytes / bandwidth / (statistics.median(row.fwd_bwd) / 1e3)
+    return table
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -221,19 +233,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args(arguments)
-    device, counts = options.device, options.rows or [256, 1024]
+    device, counts = options.device, [256, 1024]
     hardware = f"{torch.get_num_threads()} threads"
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-        hardware = torch.cuda.get_device_name()
-        counts = options.rows or [*counts, 4096]
+        hardware, counts = torch.cuda.get_device_name(), [256, 1024, 4096]
     setting = Setting(device, getattr(torch, options.dtype), options.vocab, options.width)
     bandwidth = copy_bandwidth(device)
     title = f"{device.type}, {hardware}, {options.dtype}, V = {options.vocab}, "
     title += f"C = {options.width}, torch {torch.__version__}"
     print(f"{title}; copy {bandwidth / 1e9:.1f} GB/s", flush=True)
     table = []
-    for rows in counts:
+    for rows in options.rows or counts:
         for head in (False, True):  # apart: see kernels/torch_kl_div.py on idle pages
             losses = {name: loss for name, loss in LOSSES.items() if loss.head == head}
             table += measure(rows, setting, bandwidth, options.seconds / 2, losses)
@@ -247,8 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     if "GOMP_SPINCOUNT" not in os.environ:
-        # On a busy machine threads that spin at each barrier make the CPU path 30 times slower.
-        # libgomp reads this when torch is loaded, which has happened: start again.
+        # Threads that spin slow a busy machine. libgomp has read this when torch was loaded.
         os.environ["GOMP_SPINCOUNT"] = "1000"
         os.execv(sys.executable, sys.orig_argv)
     main()

@@ -13,13 +13,8 @@ FLUSH_BYTES = 256 << 20  # more than any L2 cache
 SLEEP_CYCLES = 10_000_000  # 5 ms at 2 GHz, several times what a loss takes on the host
 
 
-def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """One run of the step: of the device's time on CUDA, else of the clock's."""
-    return device_and_host(step, device)[0]
-
-
-def device_and_host(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Milliseconds that the device takes for a step, and the host to launch it.
+def milliseconds(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """The device's time for a step, and the host's time to launch it.
 
     On CUDA the device first sleeps while the host fills its queue, so that its time has no gaps in
     which it waits for the host; and the L2 cache is emptied. On the CPU both are the same.
@@ -45,7 +40,7 @@ def copy_bandwidth(device: torch.device, size: int = 256 << 20) -> float:
     """Bytes per second read and written by copying a tensor over its clone; median of nine."""
     source = torch.ones(size, dtype=torch.int8, device=device)
     clone = source.clone()
-    times = [milliseconds(lambda: clone.copy_(source), device) for _ in range(9)]
+    times = [milliseconds(lambda: clone.copy_(source), device)[0] for _ in range(9)]
     return 2 * size / (statistics.median(times) / 1e3)
 
 

@@ -18,7 +18,6 @@ class Row:
     forward: list[float] = field(default_factory=list)  # ms, one per repetition
     fwd_bwd: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)  # of forward + backward, on CUDA
-    gb_per_s: float | None = None
     roofline: float | None = None
     peak_mb: float | None = None
     error: float | None = None
@@ -29,8 +28,7 @@ def timing(times: list[float]) -> str:
     if not times:
         return "-"
     low, middle, high = statistics.quantiles(times, n=4)
-    digits = 1 if middle >= 10 else 3
-    return f"{middle:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+    return f"{middle:.4g} ± {(high - low) / 2:.2g}"
 
 
 def format_table(table: list[Row]) -> str:
@@ -45,17 +43,13 @@ def format_table(table: list[Row]) -> str:
         "forward ms": [timing(row.forward) for row in table],
         "fwd+bwd ms": [timing(row.fwd_bwd) for row in table],
         "host ms": [timing(row.host) for row in table] if any(r.host for r in table) else [],
-        "GB/s": [cell(row.gb_per_s, ".1f") for row in table],
         "roofline": [cell(row.roofline, ".0%") for row in table],
         "peak MB": [cell(row.peak_mb, ".1f") for row in table],
         "error": [cell(row.error, ".1e") for row in table],
         "": [row.skip_reason for row in table],
     }
-    aligned = []
-    for head, cells in columns.items():
-        if cells:
-            width = max(map(len, (head, *cells)))
-            aligned.append([text.ljust(width) for text in (head, *cells)])
+    filled = [[head, *cells] for head, cells in columns.items() if cells]
+    aligned = [[text.ljust(max(map(len, column))) for text in column] for column in filled]
     return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
 
 
@@ -84,8 +78,7 @@ def plot(table: list[Row], path: Path, title: str) -> None:
             values = statistics.median(row.fwd_bwd), row.peak_mb or float("nan")
             for axes, value in zip(panels, values, strict=True):
                 axes.plot(value, names.index(row.name), "o", color=colour, markersize=8)
-        heads = "Forward + backward, ms", "Peak memory, MB"
-        for axes, head in zip(panels, heads, strict=True):
+        for axes, head in zip(panels, ("Forward + backward, ms", "Peak memory, MB"), strict=True):
             axes.set_title(head)
             axes.set(xscale="log", yticks=range(len(names)), yticklabels=names)
             axes.xaxis.set_minor_formatter("")  # its labels overlap below two decades

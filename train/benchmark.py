@@ -133,17 +133,17 @@ def measurements(name: str, folder: str, options: Options) -> Iterator[tuple[str
         return contender
 
     for _ in range(1 + options.repetitions):
-        yield "load, ms", milliseconds(load, device)
+        yield "load, ms", milliseconds(load, device)[0]
     contender = load()
     for _ in range(1 + options.repetitions):
-        time = milliseconds(lambda: contender.generate(tokens[:1, :PROMPT]), device)
+        time = milliseconds(lambda: contender.generate(tokens[:1, :PROMPT]), device)[0]
         yield "generate, ms per token", time / NEW_TOKENS
     for dtype in options.dtype:
         contender.model.zero_grad(set_to_none=True)
         steps = contender.train(tokens, dtype)
         yield f"memory in {dtype}, MB", peak_megabytes(steps.__next__, device) or math.nan
         for _ in range(1 + options.repetitions):
-            yield f"step in {dtype}, ms", milliseconds(steps.__next__, device)
+            yield f"step in {dtype}, ms", milliseconds(steps.__next__, device)[0]
 
 
 def measure_next(*contender: Any) -> tuple[str, float] | None:
