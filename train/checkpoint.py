@@ -27,7 +27,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,17 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")  # the optimizer's state of one paramet
 MAY_CHANGE = ("steps", "eval_every", "save_every", "out", "resume")  # options of a resumed run
 MAY_MOVE = ("weights", "inputs", "tokens")  # its files, if their content is the same
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # of network file systems
+State = tuple[nn.Module, torch.optim.Adam, torch.Generator]  # what a save holds
 
 
 @contextmanager
-def _one_line(doing: str, folder: Path | None = None) -> Iterator[None]:
-    """Raise ValueError for an OSError: in one line, with what remains of the run in a folder."""
+def _one_line(doing: str, run: Path | None = None) -> Iterator[None]:
+    """Turn an OSError into a ValueError of one line, which says what remains of a run."""
     try:
         yield
     except OSError as error:
-        kept = last_save(folder) if folder else "choose another --out"
-        raise ValueError(f"cannot {doing}: {error}; {kept}") from error
+        what_now = last_save(run) if run else "choose another --out"
+        raise ValueError(f"cannot {doing}: {error}; {what_now}") from error
 
 
 @contextmanager
@@ -69,7 +71,7 @@ def open_folder(out: Path, names: Sequence[str], resuming: bool) -> Iterator[Non
     Raises ValueError if the folder cannot be written, is locked, or holds something else.
     """
     created: list[Path] = []
-    folders = [out / name for name in names]
+    descriptor = locked = None
     try:
         with _one_line(f"write to {out}"):
             for path in reversed((out, *out.parents)):
@@ -79,26 +81,40 @@ def open_folder(out: Path, names: Sequence[str], resuming: bool) -> Iterator[Non
                     fsync(path.resolve().parent)
             if not resuming:
                 _check_unused(out, names)
-            folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            _lock(folder, out)
-            try:
-                yield
-            except BaseException:
-                if not resuming and not any(map(_has_progress, folders)):
-                    _remove(folders)
-                raise
-        finally:
-            os.close(folder)
+            descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+            locked = _lock(descriptor, out)
+        yield
     except BaseException:
         with suppress(OSError):  # whatever is wrong with the folder, the first error is the reason
+            if locked and not resuming:
+                _remove_unused(out, names)
             for path in created:
                 path.rmdir()  # unless it holds anything
         raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, out: Path) -> bool:
+    """Lock the folder itself until it is closed, so that no lock file lies about."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{out} is locked by another process; wait until it ends") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warnings.warn(f"{out} is not locked, as its file system has no locks", stacklevel=2)
+    return True
+
+
+def _configs(out: Path) -> list[Path]:
+    return sorted([*out.glob(f"lr-*/{CONFIG}"), *out.glob(f"tilt-*/{CONFIG}")])
 
 
 def _check_unused(out: Path, names: Sequence[str]) -> None:
-    if any(_configs(out)):
+    if _configs(out):
         raise ValueError(f"--out {out} holds a run; choose another folder, or --resume {out}")
     for path in out.iterdir():  # a killed command may have left folders that hold no run yet
         left = path.name in names and path.is_dir() and {p.name for p in path.iterdir()}
@@ -108,39 +124,17 @@ def _check_unused(out: Path, names: Sequence[str]) -> None:
             )
 
 
-def _configs(out: Path) -> list[Path]:
-    return sorted([*out.glob(f"lr-*/{CONFIG}"), *out.glob(f"tilt-*/{CONFIG}")])
-
-
-def _lock(folder: int, out: Path) -> None:
-    """Lock a folder itself, so that no lock file is left anywhere, until it is closed."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"{out} is locked by another process; wait until it ends") from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise ValueError(f"cannot lock {out}: {error}; choose another --out") from error
-        warnings.warn(f"{out} is not locked, as its file system has no locks", stacklevel=2)
-
-
-def _has_progress(folder: Path) -> bool:
-    """Return whether a run has logged a step; if that cannot be read, it may have."""
-    try:
-        return (folder / CHECKPOINT).exists() or b'"loss"' in (folder / METRICS).read_bytes()
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-
-
-def _remove(folders: Iterable[Path]) -> None:
-    """Remove runs without a step: their files by name, and their folders unless more is there."""
+def _remove_unused(out: Path, names: Sequence[str]) -> None:
+    """Remove runs, their files by name, unless one of them has logged a step."""
+    folders = [out / name for name in names if (out / name).exists()]
+    logs = [folder / METRICS for folder in folders if (folder / METRICS).exists()]
+    if any(b'"loss"' in log.read_bytes() for log in logs):
+        return
+    (out / SAMPLED).unlink(missing_ok=True)
     for folder in folders:
-        with suppress(OSError):
-            for name in (*LOGS, CONFIG):
-                (folder / name).unlink(missing_ok=True)
-            folder.rmdir()
+        for name in (*LOGS, CONFIG):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def create(folder: Path, model_config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -149,9 +143,8 @@ def create(folder: Path, model_config: Mapping[str, Any], about: Mapping[str, An
     Args:
         model_config: as transformers reads it. about: what else the run's reader should know.
     """
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    with suppress(PackageNotFoundError):
-        versions["triton"] = version("triton")
+    versions = {name: version(name) for name in ("torch", "triton") if find_spec(name)}
+    versions["python"] = platform.python_version()
     config = {**model_config, "xfactor": {**about, "versions": versions}}
     with _one_line(f"write to {folder}"):
         folder.mkdir(exist_ok=True)
@@ -197,23 +190,24 @@ def read_options(out: Path) -> dict[str, Any]:
 def append_steps(
     folder: Path, step: int, results: Sequence[Sequence[float]], seconds: float
 ) -> str:
-    """Log the steps up to `step`: loss, target probability and, with a tilt, the predicted one.
+    """Log the steps up to `step`: loss, target probability[, predicted] of each, their mean time.
 
     Returns what is wrong if a loss is not finite, else ""; the steps before it are logged.
     """
-    each, lines, problem = seconds / len(results), [], ""
+    lines, problem = [], ""
     names = "loss", "target_probability", "predicted_probability"
     for n, measured in enumerate(results, step - len(results) + 1):
         if not math.isfinite(measured[0]):
             problem = f"the loss became {measured[0]} at step {n}"
             break
-        lines.append({"step": n, **dict(zip(names, measured, strict=False)), "seconds": each})
+        numbers = dict(zip(names, measured, strict=False))
+        lines.append({"step": n, **numbers, "seconds": seconds / len(results)})
     _append(folder / METRICS, lines)
     return problem
 
 
 def append_evaluation(folder: Path, step: int, evaluation: Evaluation) -> str:
-    """Log an evaluation after so many updates; returns what is wrong if it is not finite."""
+    """Log an evaluation after so many updates; return what is wrong unless it is finite."""
     if not evaluation.samples:
         return f"the logits became NaN or infinite after step {step}"
     lines = [{"step": step, "prompt": prompt, "ids": ids} for prompt, ids in evaluation.samples]
@@ -228,21 +222,12 @@ def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         file.write(data)
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Adam,
-    generator: torch.Generator,
-    origin: Mapping[str, str],
-) -> None:
-    """Make `step` the one from which the run resumes.
-
-    Args:
-        origin: digests of what the run began with, which `read` compares.
+def save(folder: Path, step: int, state: State, origin: Mapping[str, str]) -> None:
+    """Make `step` the one from which the run resumes; `origin` is what `read` compares.
 
     Raises ValueError if the folder cannot be written; the previous checkpoint is then still there.
     """
+    model, optimizer, generator = state
     tensors = {"generator": generator.get_state()}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p
@@ -290,11 +275,9 @@ def read(
 ) -> tuple[int, dict[str, int], dict[str, Tensor]]:
     """Read a run's checkpoint and check all of it; nothing is changed.
 
-    Returns:
-        Its step (0 without a checkpoint), the byte length of each log, and the tensors.
+    Returns its step (0 without a checkpoint), the byte length of each log, and the tensors.
 
-    Raises:
-        ValueError: not what `save` wrote for such a model and origin.
+    Raises ValueError if it is not what `save` wrote for such a model and origin.
     """
     path = folder / CHECKPOINT
     if not os.path.lexists(path):
@@ -317,7 +300,7 @@ def read(
             lengths[log] = int(metadata[log].partition(" ")[0])
             if _length_and_digest(folder / log, lengths[log]) != metadata[log]:
                 raise ValueError(f"{log} is not the log of these {step} steps")
-        torch.Generator().set_state(tensors["generator"])
+        torch.Generator().set_state(tensors["generator"])  # raises unless it is one
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: {str(error)[:300]}. Nothing has been changed: put back what the run had, or "
@@ -352,34 +335,25 @@ def read_tensors(
     return tensors, metadata
 
 
-def resume(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Adam,
-    generator: torch.Generator,
-    origin: Mapping[str, str],
-) -> int:
+def resume(folder: Path, state: State, origin: Mapping[str, str]) -> int:
     """Restore a run from its checkpoint and cut its logs to it; returns the step, 0 without one.
 
-    Raises ValueError if there is another one than `save` wrote, or if the logs cannot be written.
+    Raises ValueError if it is not what `save` wrote, or if the logs cannot be written.
     """
+    model, optimizer, generator = state
     step, lengths, tensors = read(folder, model, origin)
     if step:
         names = [name for name, _ in model.named_parameters()]
         model.load_state_dict({name: tensors[f"model.{name}"] for name in names})
-        state = {
-            i: {key: tensors[f"{key}.{name}"].clone() for key in ADAM}
-            for i, name in enumerate(names)
-        }
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        moments = [{key: tensors[f"{key}.{name}"].clone() for key in ADAM} for name in names]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(moments))})
         generator.set_state(tensors["generator"])
     barrier()  # all ranks have read what the main rank now cuts
     if is_main():
         with _one_line(f"resume in {folder}", folder):
             for log, length in lengths.items():
-                descriptor = _open(folder / log, 0)
-                os.ftruncate(descriptor, length)
-                os.close(descriptor)
+                with open(_open(folder / log, 0), "ab") as file:
+                    file.truncate(length)
     return step
 
 

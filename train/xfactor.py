@@ -127,7 +127,8 @@ def fine_tune(
     wte = model.wte.weight  # the LM head is the embedding, (V, C)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     generator = torch.Generator("cpu").manual_seed(options.seed)
-    step = done = checkpoint.resume(folder, model, optimizer, generator, origin)
+    state = model, optimizer, generator
+    step = done = checkpoint.resume(folder, state, origin)
     if is_main and before and done == 0:
         checkpoint.append_evaluation(folder, 0, before)
     if is_main and done:
@@ -179,7 +180,7 @@ def fine_tune(
                     evaluation = evaluate(model, start, load_tokenizer(), mask, options.seed)
                     problem = checkpoint.append_evaluation(folder, step, evaluation)
                 if is_main and saving and not problem:
-                    checkpoint.save(folder, step, model, optimizer, generator, origin)
+                    checkpoint.save(folder, step, state, origin)
                 bar.unpause()  # what was not a step does not count
                 logged = time.perf_counter()
             if distributed.all_reduce_max(bool(problem)):

@@ -45,7 +45,7 @@ def run(out: Path, steps: int = 2, resuming: bool = False) -> None:
     ):
         checkpoint.read(out / RATE, start, origin)
         checkpoint.create(out / RATE, {}, {"options": asdict(options)})
-        of_run = {"lr": 0.01, "target": target, "start": start, "before": EVALUATION}
+        of_run = {"lr": 0.01, "target": target, "bias": None, "start": start, "before": EVALUATION}
         assert not fine_tune(options, folder=out / RATE, text=text, origin=origin, **of_run)
 
 
