@@ -1,0 +1,124 @@
+"""row_weights in both losses; targets that are not distributions; heads without a width."""
+
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import TeacherTarget, fused_kl_div, fused_linear_kl_div
+from kernels.fused_linear_kl_div import _add_product, _product
+from kernels.reference import kl_div
+from tests.kernels.kl_cases import (
+    DEVICE,
+    FUSED,
+    hidden_and_head,
+    loss_and_gradients,
+    random_logits,
+    two_level,
+)
+
+WEIGHTS = torch.tensor([[1.0, 0.0, 2.5], [0.0, 1.0, 0.5]], device=DEVICE)
+
+
+def weighted(hidden, weight, target, reduction, weights):
+    """The definition: the loss of each row times its weight; the mean divides by their sum."""
+    rows = kl_div(F.linear(hidden, weight), target, "none") * weights
+    if reduction == "none":
+        return rows
+    return rows.sum() / (weights.sum() if reduction == "batchmean" else 1)
+
+
+def fused(hidden, weight, target, reduction, weights, path):
+    logits = F.linear(hidden, weight)
+    return fused_kl_div(logits, target, reduction, impl=path, row_weights=weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
+@pytest.mark.parametrize("path", FUSED)
+def test_weights_scale_their_rows_and_the_mean_divides_by_their_sum(path, reduction, dtype):
+    """Both losses, values and both gradients, against the definition; a mask is a weight too."""
+    weights, target = WEIGHTS.to(dtype), two_level(211, 2.0, 1.0)
+    hidden, weight = hidden_and_head(2, 3)
+    upstream = random_logits(2, 3, seed=5) if reduction == "none" else None
+    arguments = hidden, weight, target, reduction
+    expected = loss_and_gradients(weighted, *arguments, weights.float(), upstream=upstream)
+    options = {"chunk_rows": 4, "impl": path, "row_weights": weights}
+    linear = loss_and_gradients(fused_linear_kl_div, *arguments, upstream=upstream, **options)
+    for results in (
+        linear,
+        loss_and_gradients(fused, *arguments, weights, path, upstream=upstream),
+    ):
+        for got, its in zip(results, expected, strict=True):
+            torch.testing.assert_close(got, its, rtol=2e-5, atol=1e-6)
+    assert (linear[1][weights == 0] == 0).all()
+
+
+@pytest.mark.parametrize("path", FUSED)
+def test_a_row_of_weight_zero_costs_nothing_whatever_its_loss(path):
+    """An infinite loss, as -inf at a target token gives it, is left out and not 0 * inf."""
+    logits = random_logits(2, 3, 40)
+    logits[0, 1, 0] = -torch.inf
+    leaf = logits.requires_grad_()
+    loss = fused_kl_div(leaf, two_level(40), impl=path, row_weights=WEIGHTS)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    kept = kl_div(logits.detach(), two_level(40), "none")[WEIGHTS > 0]
+    expected = (kept * WEIGHTS[WEIGHTS > 0]).sum() / WEIGHTS.sum()
+    torch.testing.assert_close(loss.detach(), expected)
+    assert (gradient[WEIGHTS == 0] == 0).all()
+
+
+def test_bad_weights_are_refused_by_name():
+    """Another shape or device, not a tensor, or one that asks for a gradient."""
+    logits, target = random_logits(2, 3, 8), two_level(8)
+    hidden, weight = hidden_and_head(2, 3, vocab=8)
+    for bad, message in (
+        (WEIGHTS[0], r"one weight per row; got \(3,\)"),
+        (WEIGHTS.to("meta"), "meta"),
+        (2.0, "float"),
+        (WEIGHTS.clone().requires_grad_(), "detach"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fused_kl_div(logits, target, row_weights=bad)
+        with pytest.raises(ValueError, match=message):
+            fused_linear_kl_div(hidden, weight, target, row_weights=bad)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA only under anomaly detection")
+@pytest.mark.parametrize("path", FUSED)
+def test_a_target_that_is_not_a_distribution_is_refused(path):
+    """A teacher's logits and log-probabilities, in both losses: the message says what to pass."""
+    hidden, weight = (x.detach() for x in hidden_and_head(3))
+    logits, teacher = F.linear(hidden, weight), random_logits(3, 211)
+    for target in (teacher, teacher.log_softmax(-1), teacher.log_softmax(-1)[0]):
+        for call in (
+            lambda p: fused_kl_div(logits, p, impl=path),
+            lambda p: fused_linear_kl_div(hidden, weight, p, impl=path),
+        ):
+            with pytest.raises(ValueError, match=r"target\.softmax\(-1\), or TeacherTarget"):
+                call(target)
+    assert fused_kl_div(logits * torch.nan, teacher.softmax(-1), impl=path).isnan()
+    fused_kl_div(logits, TeacherTarget(teacher), impl="torch")
+
+
+def test_a_head_without_a_width_gives_level_logits():
+    """C = 0, as F.linear has it: z = 0 everywhere; the gradients are empty."""
+    hidden = torch.zeros(2, 3, 0, device=DEVICE, requires_grad=True)
+    weight = torch.zeros(30, 0, device=DEVICE, requires_grad=True)
+    loss = fused_linear_kl_div(hidden, weight, two_level(30), chunk_rows=4)
+    torch.testing.assert_close(loss.detach(), torch.tensor(3.0, device=DEVICE).log())
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert [g.shape for g in gradients] == [hidden.shape, weight.shape]
+
+
+def test_products_that_can_return_float32_are_asked_to(monkeypatch):
+    """The calls made on CUDA, on the meta device, which has them as well: dh and dW in float32."""
+    module = import_module("kernels.fused_linear_kl_div")  # the package's name is the function
+    monkeypatch.setattr(module, "has_wide_products", lambda _: True)
+    dz, w, h = (torch.empty(s, device="meta").bfloat16() for s in ((4, 30), (30, 8), (4, 8)))
+    assert _product(dz, w).dtype == torch.float32
+    total = torch.empty(30, 8, device="meta")
+    for first in (True, False):
+        _add_product(total, dz, h, first)
+    assert total.dtype == torch.float32
