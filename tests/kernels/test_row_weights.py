@@ -58,15 +58,21 @@ def test_weights_scale_their_rows_and_the_mean_divides_by_their_sum(path, reduct
 @pytest.mark.parametrize("path", FUSED)
 def test_a_row_of_weight_zero_costs_nothing_whatever_its_loss(path):
     """An infinite loss, as -inf at a target token gives it, is left out and not 0 * inf."""
-    logits = random_logits(2, 3, 40)
-    logits[0, 1, 0] = -torch.inf
-    leaf = logits.requires_grad_()
-    loss = fused_kl_div(leaf, two_level(40), impl=path, row_weights=WEIGHTS)
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    kept = kl_div(logits.detach(), two_level(40), "none")[WEIGHTS > 0]
-    expected = (kept * WEIGHTS[WEIGHTS > 0]).sum() / WEIGHTS.sum()
-    torch.testing.assert_close(loss.detach(), expected)
-    assert (gradient[WEIGHTS == 0] == 0).all()
+    hidden, weight = (x.detach() for x in hidden_and_head(2, 3, vocab=40))
+    hidden[..., 0] = weight[:, 0] = 0
+    hidden[0, 1, 0], weight[0, 0] = 1e20, -1e20  # a logit of -inf in a row of weight zero
+    target, kept = two_level(40), WEIGHTS > 0
+    rows = kl_div(F.linear(hidden, weight), target, "none")
+    assert rows[0, 1].isposinf()
+    expected = (rows[kept] * WEIGHTS[kept]).sum() / WEIGHTS.sum()
+    leaf = hidden.requires_grad_()
+    options = {"impl": path, "row_weights": WEIGHTS}
+    for loss in (
+        fused_kl_div(F.linear(leaf, weight), target, **options),
+        fused_linear_kl_div(leaf, weight, target, chunk_rows=4, **options),
+    ):
+        torch.testing.assert_close(loss.detach(), expected)
+        assert (torch.autograd.grad(loss, leaf)[0][~kept] == 0).all()
 
 
 def test_bad_weights_are_refused_by_name():
