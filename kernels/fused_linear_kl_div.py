@@ -311,9 +311,12 @@ class _LinearKlDiv(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, row_weights, teacher_weight, p, aux, table)
         ctx.early = output[3:]
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else backward gets zeros, as large as dW
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:  # nothing depends on the loss
+            return (None,) * 15
         needs = ctx.needs_input_grad[:2]
         grads, ctx.early = ctx.early, None  # scaled in place, so one backward alone may have them
         once = torch.is_grad_enabled()  # create_graph=True, or torch.func.grad
