@@ -185,7 +185,8 @@ def explain_loss(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     say(f"\nMemory traffic of loss and gradients, float32: N = {N}, V = {V}, C = {C}")
     for name, (nv, vc) in traffic(N).items():
         formula = f"4 B * ({nv} N V + {vc} V C)" if vc else f"4 B * {nv} N V"
-        fact(f"{name:26} {formula}", f"{4e-6 * (nv * N * V + vc * V * C):.1f} MB")
+        megabytes = f"{4e-6 * (nv * N * V + vc * V * C):.1f} MB"
+        fact(f"{name:26} {formula}", f"{nv * chr(0x2588)} {megabytes:>9}")
     say("  Counted, not timed; N C is left out. fused_linear_kl_div saves memory, not traffic: it")
     say(f"  holds the logits of {CHUNK_ROWS} rows at most, the others N rows and their gradient.")
 
