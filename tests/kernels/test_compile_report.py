@@ -1,6 +1,6 @@
 """Registers, spills, widths and counts of the compiled kernels: `python -m kernels.compile_report`.
 
-Bounds hold for any compiler; the numbers in README are those of the pinned Triton.
+Bounds hold for any compiler; the numbers in docs/kernels.md are those of the pinned Triton.
 """
 
 import json
@@ -116,7 +116,7 @@ def test_a_logit_costs_so_many_instructions(rows):
 @pytest.mark.skipif(not PINNED or triton.__version__ != PINNED[1], reason="of another compiler")
 def test_the_table_in_the_readme_is_the_report(rows):
     """Its rows for float32 and bfloat16 on sm_90, number by number."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| ((?:forward|backward) \| .*) \|$", readme, re.MULTILINE)
     columns = ("registers", "spill", "loop_per_element", "special", "waits")
     columns += ("ld128", "ld_narrow", "st128", "st_narrow")
