@@ -160,7 +160,8 @@ class TeacherTarget:
         bias: b (V,), any floating dtype, on the same device.
 
     Examining a bias waits for the device, so the result is kept as long as the tensor lives: pass
-    the same one each time, and a new target per step costs nothing.
+    the same one each time, and a new target per step costs nothing. A target with a bias cannot be
+    built inside a compiled function, only used there.
 
     Attributes:
         logits: t; None after from_hidden.
@@ -268,14 +269,16 @@ def _token_bias(bias: Tensor | None, vocab: int, device: torch.device) -> TokenB
         raise ValueError(
             f"bias must have shape ({vocab},) on {device}, got {tuple(bias.shape)} on {bias.device}"
         )
-    version = 0 if bias.is_inference() else bias._version
-    if bias not in _BIASES or _BIASES[bias][0] != version:
-        with torch.inference_mode(False):
-            _BIASES[bias] = version, _examine(constant.clone())
+    with torch.inference_mode(False):
+        if bias.is_inference():  # counts no versions, so a change in place would go unnoticed
+            return _examine(constant)
+        if bias not in _BIASES or _BIASES[bias][0] != bias._version:
+            _BIASES[bias] = bias._version, _examine(constant.clone())
     return _BIASES[bias][1]
 
 
 def _examine(bias: Tensor) -> TokenBias | None:
+    """Find the two values of a bias, if one of them is 0, and build its tables; None if all 0."""
     top = bias.max().item()  # NaN if any is
     if not math.isfinite(top):
         raise ValueError(
