@@ -116,7 +116,7 @@ def gradient_eps(logits, target, gradient, path="torch"):
 
 
 def hidden_and_head(*leading, vocab=211, dtype=torch.float32):
-    """Hidden states and a head whose logits spread by about 1.2; both ask for gradients."""
+    """Hidden states and a head whose logits have a deviation of 1.2; both require gradients."""
     hidden = random_logits(*leading, HEAD_WIDTH, dtype=dtype, scale=1.0)
     weight = random_logits(vocab, HEAD_WIDTH, dtype=dtype, seed=1, scale=0.3)
     return hidden.requires_grad_(), weight.requires_grad_()

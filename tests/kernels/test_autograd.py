@@ -1,4 +1,4 @@
-"""fused_kl_div as a citizen of PyTorch: upstream gradients, versions, compile, export, opcheck."""
+"""fused_kl_div within PyTorch: upstream gradients, versions, compile, export, opcheck, errors."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_any_upstream_gradient_scales_its_row(path):
 
 @pytest.mark.parametrize("loss", [kl_div, fused_kl_div])
 def test_reductions_are_the_mean_the_sum_and_the_rows(loss):
-    """Over all leading dimensions: F.kl_div's own batchmean would divide by the first one only."""
+    """Over all leading dimensions: F.kl_div's own "batchmean" divides by the first one only."""
     logits, target = random_logits(2, 3, VOCAB), two_level(VOCAB)
     rows = loss(logits, target, "none")
     assert rows.shape == (2, 3)
@@ -48,7 +48,7 @@ def test_reductions_are_the_mean_the_sum_and_the_rows(loss):
 
 @pytest.mark.parametrize("path", FUSED)
 def test_the_callers_logits_are_left_alone(path):
-    """Bitwise unchanged, their version counter too; and two backward calls agree bitwise."""
+    """They and their version counter do not change, and two backward calls agree bitwise."""
     logits = random_logits(3, VOCAB).requires_grad_()
     before, version = logits.detach().clone(), logits._version
     loss = fused_kl_div(logits, two_level(VOCAB), impl=path)
@@ -60,7 +60,8 @@ def test_the_callers_logits_are_left_alone(path):
 
 @pytest.mark.parametrize("path", FUSED)
 def test_inplace_backward_writes_the_gradient_over_the_logits(path):
-    """The same gradient as beside them; whoever needs the logits afterwards is told, not misled."""
+    """The same gradient as without it; a second backward or derivative raises, as the logits are
+    gone."""
     leaf, target = random_logits(2, 3, VOCAB).requires_grad_(), two_level(VOCAB, 2.0, 1.0)
     (expected,) = torch.autograd.grad(fused_kl_div(leaf, target, impl=path), leaf)
     logits = leaf * 1.0
@@ -76,7 +77,7 @@ def test_inplace_backward_writes_the_gradient_over_the_logits(path):
 
 
 def test_inplace_backward_refuses_logits_that_it_would_have_to_copy():
-    """Transposed, expanded, and rows at no single stride: the copy would be overwritten instead."""
+    """Transposed, expanded, and rows at no single stride: it would overwrite the copy instead."""
     base = random_logits(4, 6, 6)
     for logits in (base.transpose(1, 2), base[:1].expand(3, 6, 6), base[:, :-1]):
         with pytest.raises(ValueError, match="one stride"):
@@ -85,7 +86,7 @@ def test_inplace_backward_refuses_logits_that_it_would_have_to_copy():
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_derivatives_pass_gradcheck_and_second_ones_are_refused(kind):
-    """In float64, of one loss per row, by finite differences."""
+    """In float64, one loss per row, by finite differences; then a second derivative raises."""
     logits = random_logits(2, 3, 11).double().requires_grad_()
     target = make_target(kind, logits.shape)
 
@@ -113,7 +114,7 @@ def test_the_operators_pass_opcheck(path, kind):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("path", FUSED)
 def test_a_compiled_loss_is_one_graph_and_the_same(path, inplace):
-    """torch.compile(fullgraph=True) against eager, loss and gradient, for two numbers of rows."""
+    """torch.compile(fullgraph=True) against eager: loss and gradients, for two numbers of rows."""
     target = two_level(VOCAB, 2.0, 1.0)
 
     def loss(hidden, head):
@@ -147,7 +148,7 @@ def test_an_exported_loss_runs_on_another_batch():
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_loss_on_the_meta_device_has_shapes_and_no_data(inplace):
-    """A target made on the CPU follows the logits; nothing is pinned to a device with data."""
+    """A target made on the CPU follows the logits; forward and backward read no data."""
     logits = torch.empty(2, 3, VOCAB, device="meta", dtype=torch.bfloat16, requires_grad=True)
     loss = fused_kl_div(logits, two_level(VOCAB), inplace_backward=inplace)
     loss.backward()
@@ -180,8 +181,8 @@ def test_bad_arguments_are_refused_by_name():
 
 @pytest.mark.parametrize("path", FUSED)
 def test_gradient_of_a_float16_loss_survives_a_scaled_upstream(path):
-    """A gradient scaler's 65,536 enters before the one rounding to float16, not after: against
-    float64, where softmax itself lies below float16's 6e-5 and would lose digits."""
+    """A gradient scaler's 65,536 enters before the one rounding to float16, not after it: against
+    float64. The unscaled gradient is below float16's smallest normal number, 6e-5."""
     logits = random_logits(4, 4096, dtype=torch.float16).requires_grad_()
     target = TwoLevelTarget(torch.arange(4096, device=DEVICE) < 8)
     (fused_kl_div(logits, target, impl=path) * 65536).backward()

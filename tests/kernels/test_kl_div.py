@@ -21,10 +21,10 @@ from tests.kernels.kl_cases import (
     two_level,
 )
 
-# Two tokens are the fewest that can be told apart. 7 and 127 are shorter than any tile, 127 one
-# short of a round number; 1000 is a multiple of 8 and not of 16. 50,257 is GPT-2's; one fewer, the
-# next multiple of 8 and the next of 64 are what others pad it to; 65,537 is one past 2^16.
-# Leading dimensions: one, two, three. Rows: none, one, a prime.
+# Vocabularies: 2 is the smallest that makes sense; 7 and 127 are shorter than any tile; 1000 is a
+# multiple of 8 but not of 16; 50,257 is GPT-2's; 50,256, 50,264 and 50,304 are multiples of 8 or 64
+# near it, to which others pad; 65,537 is one past 2^16. Zero to two leading dimensions; rows: none,
+# one, a prime.
 SHAPES = [(3, 2), (1, 2), (5, 7), (1, 3, 7), (0, 127), (2, 0, 127), (7, 127), (127,), (2, 1, 1000)]
 LONG_SHAPES = [(2, 50256), (3, 50257), (1, 2, 50264), (2, 50304), (1, 65537)]
 
@@ -59,8 +59,8 @@ def test_half_precision_at_the_size_of_gpt2_is_exact(path, dtype):
 
 @pytest.mark.parametrize("path", FUSED)
 def test_more_rows_than_one_wave_of_programs_are_exact(path):
-    """Against float64, as above: 2,113 rows are one more than the 132 multiprocessors x 16 programs
-    of one wave on an H100; the interpreter has no waves."""
+    """Against float64, as above: an H100 runs 132 multiprocessors x 16 programs at once, one row
+    less than here. Without a GPU there are no waves, and fewer rows do."""
     rows = 2113 if DEVICE == "cuda" or path == "torch" else 37
     check(path, random_logits(rows, 7), two_level(7))
 
@@ -82,7 +82,7 @@ def check(path, logits, target):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("path", FUSED)
 def test_the_layout_of_the_rows_changes_nothing_beyond_rounding(path, dtype, layout):
-    """Row stride and storage offset, misaligned ones too; NaN in the padding must not leak."""
+    """Row strides and storage offsets, aligned and not; NaN in the padding must not leak."""
     vocab = 50257 if path == "torch" or layout[0] == 50304 else 1001
     logits = random_logits(2, vocab, dtype=dtype)
     target = two_level(vocab, 2.0, 1.0)
@@ -99,7 +99,7 @@ def test_the_layout_of_the_rows_changes_nothing_beyond_rounding(path, dtype, lay
 
 @pytest.mark.parametrize("path", PATHS)
 def test_rows_that_share_no_stride_are_read_right(path):
-    """Transposed, every other column, a shifted batch, one row expanded: against a copy."""
+    """Transposed, every other column, sliced in the middle, one row expanded: against a copy."""
     base = random_logits(2, 4, 6)
     views = [base.transpose(0, 2), base[..., ::2], base[:, :-1], base[:1, :1].expand(3, 2, 6)]
     for view in views:

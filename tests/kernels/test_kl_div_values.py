@@ -1,4 +1,4 @@
-"""The fused losses at extreme values, and what must hold for all of them."""
+"""The fused losses at extreme values, and properties that hold for any values."""
 
 import math
 
@@ -22,8 +22,8 @@ from tests.kernels.kl_cases import (
 )
 
 INF = float("inf")
-# Longer than two of the kernel's tiles (4,096), and not a multiple of anything. The identity that
-# stands for the LM head must be small, and 0 * inf is NaN there: "linear" is left out of these.
+# More than two of the kernels' tiles (4,096), and odd. "linear" is left out here: the identity that
+# stands for its LM head must be small, and makes NaN of an infinite logit (0 * inf).
 VOCAB = 9001
 
 
@@ -51,7 +51,7 @@ def test_saturated_and_level_logits_are_exact(path, kind):
 @pytest.mark.parametrize("kind", ["members", "shared row", "row by row"])
 @pytest.mark.parametrize("path", FUSED)
 def test_minus_infinity_where_the_target_is_zero_costs_nothing(path, kind):
-    """At single columns, at the row's ends, and over a whole tile and more: against float64."""
+    """At single columns, at both ends of a row, and over more than a tile: against float64."""
     logits = random_logits(3, VOCAB)
     target = make_target(kind, logits.shape)
     outside = (dense64(target) == 0).expand(logits.shape)
@@ -66,7 +66,7 @@ def test_minus_infinity_where_the_target_is_zero_costs_nothing(path, kind):
 
 @pytest.mark.parametrize("path", FUSED)
 def test_a_whole_tile_of_minus_infinity_is_exact(path):
-    """Tiles without one finite logit, first, in between, last: the support lies in the rest."""
+    """The first tiles, those in between or the last ones have no finite logit: against float64."""
     column = torch.arange(VOCAB, device=DEVICE)
     for support in (column >= 8500, column < 300, (column < 50) | (column > 8950)):
         logits = random_logits(1, VOCAB).masked_fill(~support, -INF)
@@ -78,7 +78,7 @@ def test_a_whole_tile_of_minus_infinity_is_exact(path):
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("path", ["reference", *FUSED])
 def test_minus_infinity_where_the_target_is_positive_gives_infinity(path, kind):
-    """The loss of that row; its gradient is finite, -P there, as in the rows beside it: float64."""
+    """Only that row's loss is infinite; its gradient is finite, and -P there: against float64."""
     logits = random_logits(3, 1001)
     logits[1, 300] = -INF  # a target token, and positive in the dense targets
     target = make_target(kind, logits.shape)
@@ -88,7 +88,7 @@ def test_minus_infinity_where_the_target_is_positive_gives_infinity(path, kind):
 
 
 def test_minus_infinity_where_the_target_is_zero_is_nan_in_the_reference():
-    """0 * -inf, as PyTorch's kl_div has it: in this case the reference is not the truth."""
+    """0 * -inf, as in PyTorch's kl_div: here the reference is not the truth."""
     logits = random_logits(2, 30)
     logits[1, 1] = -INF  # not a target token
     loss, _ = rows_and_gradient("reference", logits, two_level(30))
@@ -99,7 +99,7 @@ def test_minus_infinity_where_the_target_is_zero_is_nan_in_the_reference():
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("path", ["reference", *FUSED])
 def test_nan_and_infinity_stay_in_their_row(path, kind, bad):
-    """Loss and whole gradient row NaN, as in the reference; every other row exact."""
+    """The row's loss and whole gradient are NaN, as in the reference; other rows do not change."""
     for column in (0, 2, 999, 1000):
         logits = random_logits(3, 1001)
         target = make_target(kind, logits.shape)
@@ -151,8 +151,8 @@ def test_the_torch_path_is_exact_to_1e_6_whatever_sums_the_exponentials(rows, ki
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("path", FUSED)
 def test_the_gradient_near_convergence_is_rounded_once(path, dtype):
-    """P is within 1e-4 of softmax, a 20th of their rounding in bfloat16: the difference has the
-    rounding of its own size, against float64. An upstream of 2^12 keeps it in float16's range."""
+    """P is within 1e-4 of softmax(z), a 20th of a bfloat16 rounding, yet their difference is right
+    to the rounding of its own size: against float64. An upstream of 2^12 suits float16's range."""
     logits = random_logits(3, 1001, dtype=dtype)
     q = logits.double().softmax(-1)
     target = (q * (1 + 1e-4 * random_logits(3, 1001, seed=1, scale=1.0))).float()
@@ -207,7 +207,7 @@ def logits_and_target(draw):
     return draw(rows_of(vocab)), target
 
 
-# The interpreter takes 30 ms a row: it gets a few examples, the others a hundred.
+# Triton takes 30 ms per row without a GPU: it gets a few examples, the others a hundred.
 EXAMPLES = {"torch": 100, "linear": 100, "triton": 12}
 ROUNDING = 2e-5  # of numbers up to 100 in float32, a few dozen of them added
 
@@ -237,8 +237,8 @@ def test_properties_hold_for_any_logits_and_target(path):
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(1, 9), chunk=st.integers(1, 10), beta=st.sampled_from([0.0, 0.3]))
 def test_the_size_of_a_chunk_changes_nothing_beyond_rounding(rows, chunk, beta):
-    """Against all rows in one chunk: the loss, and both gradients. The logits
-    of multiples of 1/4 and 1/32 are exact, however many rows BLAS multiplies at a time."""
+    """Against all rows in one chunk: loss and both gradients. Products of multiples of 1/4 and 1/32
+    are exact, however many rows BLAS multiplies at a time: only the loss's rounding counts."""
     hidden = (random_logits(rows, 16) * 4).round().div(4).requires_grad_()
     weight = (random_logits(53, 16, seed=1, scale=0.3) * 32).round().div(32).requires_grad_()
     results = []

@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_as_exact_as_the_unfused_ones(path, reduction, dt
             wide = target.double() if isinstance(target, torch.Tensor) else target
             up = None if upstream is None else upstream.double()
             exact = loss_and_gradients(unfused_linear, h, w, wide, reduction, upstream=up)
-            # The interpreter truncates dz, and chunks of four rows are rounded one by one.
+            # Triton's interpreter truncates dz, and each chunk of four rows is rounded.
             slack = 2**-20 if dtype == torch.float32 else 1.5 * torch.finfo(dtype).eps
             for mine, its, true in zip(got, same, exact, strict=True):
                 mine, its, true = (
@@ -85,8 +85,8 @@ def test_the_loss_at_the_size_of_gpt2_is_that_of_the_unfused_one(path):
 
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 def test_autocast_keeps_float32_weights_and_their_gradient(reduction):
-    """bfloat16 products as F.linear's; the weight's gradient is float32 and adds to the
-    embedding's, as GPT-2's tied head needs; bounded by the unfused one's error to float64."""
+    """Products are in bfloat16, as F.linear's; the weight's gradient is float32 and adds to the
+    embedding's, as GPT-2's tied head needs. The unfused loss's error to float64 is the bound."""
     ids = torch.arange(12, device=DEVICE) % 5
     _, weight = hidden_and_head(1)
     target = two_level(211)
@@ -108,8 +108,8 @@ def test_autocast_keeps_float32_weights_and_their_gradient(reduction):
 
 
 def test_accumulation_over_chunks_is_in_float32_whatever_the_dtype():
-    """512 rows one by one in bfloat16: summed in bfloat16, the weight's gradient would be wrong by
-    several times the unfused one's error, which rounds once."""
+    """512 chunks of one row in bfloat16: a weight's gradient summed in bfloat16 would have several
+    times the error of the unfused one, which is rounded once."""
     hidden, weight = hidden_and_head(512, vocab=31, dtype=torch.bfloat16)
     target = two_level(31)
     _, _, got = loss_and_gradients(fused_linear_kl_div, hidden, weight, target, chunk_rows=1)
@@ -144,7 +144,7 @@ def test_two_runs_agree_bitwise():
 
 
 def test_the_identity_head_gives_the_fused_loss():
-    """hidden = logits and W = I: the two public losses agree to rounding."""
+    """With hidden = logits and W = I the two public losses agree to rounding."""
     logits, target = random_logits(5, 40), two_level(40)
     head = torch.eye(40, device=DEVICE)
     loss = fused_linear_kl_div(logits, head, target, "none")

@@ -1,4 +1,4 @@
-"""fused_linear_kl_div as a citizen of PyTorch: upstream gradients, compile, export, opcheck."""
+"""fused_linear_kl_div within PyTorch: upstream gradients, compile, export, opcheck."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.kernels.kl_cases import hidden_and_head, loss_and_gradients, two_leve
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sum"])
 def test_any_upstream_gradient_scales_both_gradients_and_a_second_backward_agrees(reduction):
-    """-2.5, 0 and 1 times; the second backward recomputes what the first one gave away."""
+    """Times -2.5, 0 and 1; the second backward recomputes what the first one scaled in place."""
     hidden, weight = hidden_and_head(9)
     target = two_level(211, 2.0, 1.0)
     _, *unit = loss_and_gradients(unfused_linear, hidden, weight, target, reduction)
@@ -28,7 +28,7 @@ def test_any_upstream_gradient_scales_both_gradients_and_a_second_backward_agree
 
 
 def test_gradients_come_only_where_they_are_asked_for(monkeypatch):
-    """Hidden states alone, the head alone; without either, no gradient of the logits is formed."""
+    """For hidden states alone, for the head alone; for neither, the loss's backward never runs."""
     hidden, weight = hidden_and_head(9)
     target = two_level(211)
     _, grad_hidden, grad_weight = loss_and_gradients(unfused_linear, hidden, weight, target)
@@ -50,7 +50,7 @@ def test_gradients_come_only_where_they_are_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 def test_derivatives_pass_gradcheck_and_second_ones_are_refused(reduction):
-    """In float64; a second derivative names the function that has one."""
+    """In float64; the error names the function that has second derivatives."""
     hidden, weight = (x.detach().double().requires_grad_() for x in hidden_and_head(2, 3, vocab=11))
     target = two_level(11, 2.0, 1.0)
 
@@ -85,7 +85,7 @@ def test_a_compiled_loss_is_one_graph_and_the_same(reduction):
 
 @pytest.mark.parametrize("flags", [(True, True, True), (False, True, False), (True, False, False)])
 def test_the_operator_passes_opcheck(flags):
-    """Schema, fake kernel, AOT dispatch with dynamic shapes; autograd stands above the operator."""
+    """Schema, fake kernel, AOT dispatch with dynamic shapes; autograd is above the operator."""
     hidden, weight = (x.detach() for x in hidden_and_head(7, vocab=40))
     packed = pack(two_level(40, 2.0, 1.0), 7, torch.float32, "torch")
     options = None, None, *flags, 3, torch.float32, None
