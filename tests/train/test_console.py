@@ -1,0 +1,62 @@
+"""How a command talks: signals that are ignored, streams that are gone, the bar's estimate."""
+
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from train import console
+
+
+def test_a_signal_that_the_command_was_started_to_ignore_is_ignored() -> None:
+    """As nohup does with SIGHUP; the other signals are obeyed, and all are put back."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with console.signals() as received:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGUSR1)
+        assert received == [signal.SIGUSR1]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_nobody_needs_to_read_what_is_said(monkeypatch) -> None:
+    """A pipe whose reader has gone, as after `| head -1`; and a stream that was closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    monkeypatch.setattr(sys, "stderr", None)
+    with console.command():
+        for _ in range(3):
+            console.say("a line")
+            console.say("a line", error=True)
+    sys.stdout.close()  # flushes what is left
+
+
+def test_a_report_that_fails_leaves_the_runs_finished(monkeypatch, capsys) -> None:
+    """Whatever is wrong with it is said in one line."""
+    monkeypatch.setattr(console, "write_report", lambda *_: 1 / 0)
+    console.report([], Path())
+    assert capsys.readouterr().err == "no report: division by zero\n"
+
+
+def test_the_estimate_of_the_bar_covers_steps_alone(monkeypatch) -> None:
+    """A second per step, and a minute for an evaluation after five of ten."""
+    terminal, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with console.progress("lr-0.01", 0, 10) as bar:
+        bar._time, bar.start_t, bar.last_print_t = lambda: clock[0], 0.0, 0.0
+        for step in range(1, 9):
+            clock[0] += 1
+            console.show(bar, step, (1.0, 0.5), 100.0, evaluating=step == 5)
+            if step == 5:
+                clock[0] += 60
+                bar.unpause()
+        assert bar.format_dict["elapsed"] == 8
+        assert bar.format_dict["rate"] == pytest.approx(1)
+    assert "evaluating" in terminal.getvalue()
