@@ -53,7 +53,7 @@ State = tuple[nn.Module, torch.optim.Adam, torch.Generator]  # what a save holds
 
 
 @contextmanager
-def _one_line(doing: str, run: Path | None = None) -> Iterator[None]:
+def one_line(doing: str, run: Path | None = None) -> Iterator[None]:
     """Turn an OSError into a ValueError of one line, which says what remains of a run."""
     try:
         yield
@@ -73,7 +73,7 @@ def open_folder(out: Path, names: Sequence[str], resuming: bool) -> Iterator[Non
     created: list[Path] = []
     descriptor = locked = None
     try:
-        with _one_line(f"write to {out}"):
+        with one_line(f"write to {out}"):
             for path in reversed((out, *out.parents)):
                 if not path.is_dir():
                     path.mkdir()
@@ -116,7 +116,9 @@ def _configs(out: Path) -> list[Path]:
 def _check_unused(out: Path, names: Sequence[str]) -> None:
     if _configs(out):
         raise ValueError(f"--out {out} holds a run; choose another folder, or --resume {out}")
-    for path in out.iterdir():  # a killed command may have left folders that hold no run yet
+    for path in out.iterdir():  # a killed command may have left what is not a run yet
+        if path.name in (SAMPLED, STAGING):
+            continue
         left = path.name in names and path.is_dir() and {p.name for p in path.iterdir()}
         if left is False or left - {*LOGS, STAGING}:
             raise ValueError(
@@ -146,7 +148,7 @@ def create(folder: Path, model_config: Mapping[str, Any], about: Mapping[str, An
     versions = {name: version(name) for name in ("torch", "triton") if find_spec(name)}
     versions["python"] = platform.python_version()
     config = {**model_config, "xfactor": {**about, "versions": versions}}
-    with _one_line(f"write to {folder}"):
+    with one_line(f"write to {folder}"):
         folder.mkdir(exist_ok=True)
         for log in LOGS:
             os.close(_open(folder / log, os.O_CREAT))
@@ -218,7 +220,7 @@ def append_evaluation(folder: Path, step: int, evaluation: Evaluation) -> str:
 
 def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    with _one_line(f"write {path}", path.parent), open(_open(path, os.O_APPEND), "ab") as file:
+    with one_line(f"write {path}", path.parent), open(_open(path, os.O_APPEND), "ab") as file:
         file.write(data)
 
 
@@ -232,7 +234,7 @@ def save(folder: Path, step: int, state: State, origin: Mapping[str, str]) -> No
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p
         tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in ADAM}
-    with _one_line(f"save step {step} in {folder}", folder):
+    with one_line(f"save step {step} in {folder}", folder):
         for log in LOGS:
             fsync(folder / log)
         logs = {log: _length_and_digest(folder / log) for log in LOGS}
@@ -247,7 +249,7 @@ def _length_and_digest(path: Path, length: int | None = None) -> str:
 
 def save_model(folder: Path, model: nn.Module) -> None:
     """Write the weights alone, as load_weights and transformers read them."""
-    with _one_line(f"write {folder / MODEL}", folder):
+    with one_line(f"write {folder / MODEL}", folder):
         write_tensors(folder / MODEL, dict(model.named_parameters()), {"format": "pt"})
 
 
@@ -350,7 +352,7 @@ def resume(folder: Path, state: State, origin: Mapping[str, str]) -> int:
         generator.set_state(tensors["generator"])
     barrier()  # all ranks have read what the main rank now cuts
     if is_main():
-        with _one_line(f"resume in {folder}", folder):
+        with one_line(f"resume in {folder}", folder):
             for log, length in lengths.items():
                 with open(_open(folder / log, 0), "ab") as file:
                     file.truncate(length)

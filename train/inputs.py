@@ -1,5 +1,6 @@
 """What a run begins with: checked options, the model before fine-tuning, the text to train on."""
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from model.generate import stream
 from model.gpt2 import HEAD_DIM
 from model.tokenizer import Tokenizer, load_tokenizer
 from train import distributed
-from train.checkpoint import SAMPLED, read_tensors, write_tensors
+from train.checkpoint import SAMPLED, digest, one_line, read_tensors, write_tensors
 from train.cpu import few_row_products
 from train.evaluate import positions_needed
 from weights import Layout, layout_of, load_weights
@@ -89,9 +90,17 @@ def sample_text(folder: Path, start: GPT2, seed: int, device: torch.device) -> T
     """Return text that a model writes by itself, int64 (n,); from the folder, if it is there.
 
     All ranks must call it: the main rank writes TEXTS texts of TOKENS tokens after <|endoftext|>.
+
+    Raises ValueError if the folder cannot be written.
     """
     path, length = folder / SAMPLED, min(TOKENS, start.config.n_positions)
-    if distributed.is_main() and not path.exists():
+    expected = {"ids": torch.empty(TEXTS, length, dtype=torch.int64)}
+    made_by = {"weights": digest(start.parameters()), "seed": str(seed)}
+    found: dict[str, str] = {}
+    if distributed.is_main():
+        with suppress(OSError, ValueError):  # it is missing, or not a whole one
+            _, found = read_tensors(path, expected)
+    if distributed.is_main() and found != made_by:
         generator, texts = torch.Generator(device).manual_seed(seed), []
         prompt = torch.full((BATCH, 1), load_tokenizer().eot, device=device)
         what = f"the start model writes {TEXTS * length:,} tokens to train on"
@@ -103,7 +112,7 @@ def sample_text(folder: Path, start: GPT2, seed: int, device: torch.device) -> T
                     bar.update(BATCH)
                 texts.append(torch.cat(columns, 1).cpu())
         start.cpu()
-        write_tensors(path, {"ids": torch.cat(texts)}, {})
+        with one_line(f"write {path}"):
+            write_tensors(path, {"ids": torch.cat(texts)}, made_by)
     distributed.barrier()
-    expected = {"ids": torch.empty(TEXTS, length, dtype=torch.int64)}
     return read_tensors(path, expected)[0]["ids"].flatten()

@@ -24,6 +24,7 @@ from model import GPT2, GPT2Config
 from tests.train import quick_run
 from tests.train.quick_run import assert_same_run, contents, has_step
 from train import checkpoint
+from train.inputs import sample_text
 from train.xfactor import Options, fine_tune
 
 RATE = "lr-0.01"
@@ -253,11 +254,12 @@ def test_an_empty_folder_is_used_as_it_is(mode: int, tmp_path: Path, monkeypatch
 
 
 def test_a_new_folder_is_on_disk_with_its_parents(tmp_path: Path) -> None:
-    """Each parent of a folder that was made is flushed, and the run's folder after its files."""
+    """Each parent of a folder that was made is flushed, and both logs before each of two saves."""
     flushed = []
     with patch("train.checkpoint.fsync", lambda path: flushed.append(path)):
         run(tmp_path / "a" / "b")
     assert flushed[:3] == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    assert flushed[3:] == 2 * [tmp_path / "a" / "b" / RATE / log for log in checkpoint.LOGS]
 
 
 @pytest.mark.parametrize("name", ["file", RATE, f"{RATE}/file", "lr-1/config"])
@@ -293,3 +295,31 @@ def test_a_clock_that_stands_still_divides_nothing_by_zero(tmp_path: Path) -> No
         run(tmp_path / "run")
     lines = (tmp_path / "run" / RATE / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["seconds"] for line in lines if "loss" in line] == [0.0, 0.0]
+
+
+def test_text_of_the_start_is_sampled_once_per_start_and_seed(tmp_path: Path) -> None:
+    """Then read; a file that a killed command of another seed or model left is not used. A full
+    disk is one line."""
+    size = GPT2Config(n_positions=16, n_embd=64, n_layer=1, n_head=1)
+    models = [GPT2(size).requires_grad_(False) for _ in range(2)]
+    cpu, path = torch.device("cpu"), tmp_path / checkpoint.SAMPLED
+    with patch.multiple("train.inputs", TEXTS=2, BATCH=2, TOKENS=8):
+        first = sample_text(tmp_path, models[0], 0, cpu)
+        written = path.stat().st_ino
+        assert torch.equal(sample_text(tmp_path, models[0], 0, cpu), first)
+        assert path.stat().st_ino == written
+        assert not torch.equal(sample_text(tmp_path, models[1], 0, cpu), first)
+        assert not torch.equal(sample_text(tmp_path, models[0], 1, cpu), first)
+        with failing(["replace"], 0, errno.ENOSPC), pytest.raises(ValueError, match="cannot write"):
+            sample_text(tmp_path, models[0], 0, cpu)
+
+
+def test_what_a_killed_command_left_in_the_folder_is_no_hindrance(tmp_path: Path) -> None:
+    """Text that it sampled, a temporary file, an empty run; an early error removes them by name."""
+    (tmp_path / checkpoint.STAGING).mkdir()
+    (tmp_path / checkpoint.SAMPLED).touch()
+    (tmp_path / RATE).mkdir()
+    with patch("train.xfactor.get_batch", side_effect=KeyError), pytest.raises(KeyError):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.STAGING]
+    run(tmp_path)
