@@ -32,10 +32,10 @@ def forward(logits: Tensor, target: TeacherTarget) -> tuple[Tensor, Tensor, Tens
     loss = logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype))
     lse, norm = torch.empty_like(loss), loss.new_ones(len(loss), 3)
     for rows, (y, x, e) in tiles(logits, 3):
-        y.copy_(logits[rows])
+        z = logits[rows]
         _tilted(target, rows, x)
-        top_z, top_u = y.amax(-1, keepdim=True), x.amax(-1, keepdim=True)
-        s = torch.exp(y.sub_(top_z), out=e).sum(-1, keepdim=True)  # (1)
+        top_z, top_u = z.amax(-1, keepdim=True).to(loss.dtype), x.amax(-1, keepdim=True)
+        s = torch.exp(torch.sub(z, top_z, out=y), out=e).sum(-1, keepdim=True)  # (1)
         r = torch.exp(x.sub_(top_u), out=e).sum(-1, keepdim=True)
         log_s, log_r = s.log(), r.log()
         terms = torch.sub(x, y, out=y).mul_(e).masked_fill_(e == 0, 0.0)
