@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import TeacherTarget, fused_kl_div, fused_linear_kl_div, target, torch_teacher
+from kernels import TeacherTarget, fused_kl_div, fused_linear_kl_div, target
 from kernels.fused_kl_div import launchers
 from tests.kernels.kl_cases import (
     DEVICE,
@@ -17,6 +17,7 @@ from tests.kernels.kl_cases import (
     random_logits,
     two_level,
 )
+from tests.kernels.test_teacher import PATHS as TEACHER_PATHS
 
 TARGET = two_level(30, 2.0, 1.0)
 HEAD = random_logits(30, 8, seed=1)
@@ -114,20 +115,22 @@ class NoSynchronisation(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", ["members and beta", "row by row", "teacher"])
-@pytest.mark.parametrize("path", FUSED)
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        *((path, kind) for path in FUSED for kind in ("members and beta", "row by row")),
+        *((path, "teacher") for path in TEACHER_PATHS),
+    ],
+)
 def test_the_host_waits_for_nothing_in_forward_and_backward(path, kind):
     """As CUDA graphs demand: the bodies of the operators, watched for reads of values."""
     logits = random_logits(3, 1001)
     if kind == "teacher":
-        if path == "triton":
-            pytest.skip("watched where its kernels are tested")
-        p, kernels = TeacherTarget(random_logits(3, 1001), random_logits(1001)), torch_teacher
+        p = TeacherTarget(random_logits(3, 1001), random_logits(1001))
     else:
         p = make_target(kind, logits.shape)
-        two_levels = kind != "row by row"
-        name = "two-level" if two_levels else "dense"
-        kernels = launchers(path, torch.device(DEVICE), name)
+    names = {"members and beta": "two-level", "row by row": "dense"}
+    kernels = launchers(path, torch.device(DEVICE), names.get(kind, kind))
     loss, lse, norm = kernels.forward(logits, p)
     with NoSynchronisation():
         loss, lse, norm = kernels.forward(logits, p)
