@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 from .target import Target, TeacherTarget, TwoLevelTarget
 
-IMPLS = ("triton", "torch")
+IMPLS = ("triton", "triton-simple", "torch")
 REDUCTIONS = ("batchmean", "sum", "none")
 
 

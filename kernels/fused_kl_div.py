@@ -15,7 +15,7 @@ tensors and numbers only, so a target travels in parts (pack):
     dense        P
     teacher      t (N, V)       mask of the bias     bias, or the kernels'     strength
 
-`impl` names the path: "triton" or "torch".
+`impl` names the path: "triton", "triton-simple" or "torch".
 """
 
 from importlib import import_module
@@ -61,7 +61,8 @@ def fused_kl_div(
         reduction: "batchmean" (mean over all rows), "sum", or "none" (one value per row, (...)).
         inplace_backward: the backward writes the gradient over the logits, which saves a tensor of
             their size. They are lost then: a second backward, or one that needs them, raises.
-        impl: "triton" (the default for CUDA tensors) or "torch" (for all others).
+        impl: "triton" (the default for CUDA tensors), "torch" (for all others), or "triton-simple"
+            (the lesson, kernels/triton_simple.py; two-level targets only).
         row_weights: (...), a factor per row, 0 to leave a row out (padding); "batchmean" divides by
             their sum. No gradient flows to them.
 
@@ -161,11 +162,17 @@ def launchers(impl: str, device: torch.device, kind: str) -> ModuleType:
     backward(logits, lse, norm, target, grad_loss, out) for this kind of target."""
     if impl == "torch":
         return torch_teacher if kind == "teacher" else torch_kl_div
+    names = {"dense": "triton_launch", "two-level": "triton_launch", "teacher": "triton_teacher"}
+    if impl == "triton-simple":
+        if kind != "two-level":
+            raise TypeError(
+                f'impl="triton-simple" takes a TwoLevelTarget, got a {kind} one; pass impl="triton"'
+            )
+        names[kind] = "triton_simple"
     try:
         import triton  # here and not above: the package works without it
 
-        name = "triton_teacher" if kind == "teacher" else "triton_launch"
-        module = import_module(f".{name}", __package__)
+        module = import_module(f".{names[kind]}", __package__)
     except ImportError as error:
         raise RuntimeError(
             'impl="triton" needs Triton, which is not installed; install it or pass impl="torch"'

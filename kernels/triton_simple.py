@@ -1,0 +1,117 @@
+"""KL(P || softmax(z)) in two short Triton kernels: the lesson before kernels/triton_kl_div.py.
+
+For one row z of V logits, and P = alpha on the target tokens and beta elsewhere,
+
+    lse = log sum e^z
+    KL  = sum P log P + lse - sum P z                                                        (1)
+    dKL/dz = softmax(z) - P = e^(z - lse) - P                                                (2)
+
+One program per row walks over it in blocks of BLOCK logits. The sum of exponentials would overflow
+without the maximum taken out, and the maximum is known only at the end of the row. The online
+softmax keeps the maximum m so far and the sum l of e^(z - m), and rescales l whenever m grows:
+
+    m' = max(m, max z),    l' = l e^(m - m') + sum e^(z - m'),    at the end lse = m + log l (3)
+
+The loss is a small difference of sums as large as the logits, so sum P z is also kept relative to
+m, as a sum of P (z - m): with d for that and w for the sum of P so far,
+
+    d' = d + w (m - m') + sum P (z - m'),    w' = w + sum P                                  (4)
+
+Nothing else is clever: `impl="triton-simple"` runs it for two-level targets of any size, stride
+and offset. What it costs: a program's threads exchange their maxima and sums in every block (see
+"cross" in kernels/compile_report.py), and with an odd V no load is wider than one logit.
+"""
+
+# Triton compiles the functions below, so they follow its rules and not Python's:
+# ruff: noqa: E741
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .target import Target, TwoLevelTarget
+
+BLOCK = 1024  # logits that a program holds at a time, 8 per thread
+
+
+@triton.jit(do_not_specialize=list(range(9)))  # one variant for all strides and offsets
+def forward_kernel(
+    logits_ptr, stride: tl.int64, vocab: tl.int32, mask_ptr, alpha: tl.float32, beta: tl.float32,
+    sum_p_log_p: tl.float32, loss_ptr, lse_ptr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss and lse of the row that has the program's number."""
+    row = tl.program_id(0).to(tl.int64)
+    m, l, d, w = -1e38, 0.0, 0.0, 0.0  # m is finite: -inf - -inf would be NaN
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < vocab
+        z = tl.load(logits_ptr + row * stride + column, inside, other=-float("inf")).to(tl.float32)
+        target = tl.load(mask_ptr + column, inside, other=0) != 0
+        p = tl.where(inside, tl.where(target, alpha, beta), 0.0)
+        new_m = tl.maximum(m, tl.max(z, axis=0))
+        l = l * tl.exp(m - new_m) + tl.sum(tl.exp(z - new_m), axis=0)  # (3)
+        terms = tl.where(p == 0.0, 0.0, p * (z - new_m))  # 0 * -inf would be NaN
+        d += w * (m - new_m) + tl.sum(terms, axis=0)  # (4)
+        w += tl.sum(p, axis=0)
+        m = new_m
+    log_l = tl.log(l)
+    tl.store(loss_ptr + row, sum_p_log_p + (log_l - d))  # (1); m cancels
+    tl.store(lse_ptr + row, m + log_l)
+
+
+@triton.jit(do_not_specialize=list(range(11)))
+def backward_kernel(
+    logits_ptr, stride: tl.int64, vocab: tl.int32, mask_ptr, alpha: tl.float32, beta: tl.float32,
+    lse_ptr, grad_loss_ptr, grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the row that has the program's number, times that of its loss."""
+    row = tl.program_id(0).to(tl.int64)
+    lse = tl.load(lse_ptr + row)
+    grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < vocab
+        z = tl.load(logits_ptr + row * stride + column, inside, other=0.0).to(tl.float32)
+        target = tl.load(mask_ptr + column, inside, other=0) != 0
+        grad = grad_loss * (tl.exp(z - lse) - tl.where(target, alpha, beta))  # (2)
+        tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), inside)
+
+
+def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, lse and sum of P per row, float32 (N,).
+
+    Args:
+        logits: (N, V), float32, bfloat16 or float16; last dimension contiguous, any row stride.
+        target: a TwoLevelTarget on their device.
+    """
+    assert isinstance(target, TwoLevelTarget)
+    loss = logits.new_empty(len(logits), dtype=torch.float32)
+    lse = torch.empty_like(loss)
+    if len(logits):
+        with torch.cuda.device_of(logits):
+            forward_kernel[(len(logits),)](
+                *_arguments(logits, target), target.sum_p_log_p, loss, lse, BLOCK
+            )
+    return loss, lse, torch.ones_like(loss)
+
+
+def backward(
+    logits: Tensor, lse: Tensor, norm: Tensor, target: Target, grad_loss: Tensor, out: Tensor
+) -> None:
+    """Write grad_loss (N,) * dKL/d logits into out (N, V), which may be the logits themselves."""
+    assert isinstance(target, TwoLevelTarget)
+    if len(logits):
+        upstream = grad_loss, grad_loss.stride(0)
+        with torch.cuda.device_of(logits):
+            backward_kernel[(len(logits),)](
+                *_arguments(logits, target), lse, *upstream, out, out.stride(0), BLOCK
+            )
+
+
+def _arguments(logits: Tensor, target: TwoLevelTarget) -> tuple:
+    """The arguments from logits_ptr to beta, which both kernels take."""
+    rows = logits, logits.stride(0), logits.shape[1]
+    return *rows, target.mask.view(torch.uint8), target.alpha, target.beta
