@@ -61,7 +61,8 @@ rounding lse to float32 costs up to 4e-6. So the forward pass also stores by how
     R = c lse, lse and R rounded to float32,    norm = |P| 2^(R - M - log2 L),
     |P| softmax(z) = norm 2^(c z - R)                                                        (8)
 
-where R - M - log2 L is formed in float64, once per row. c z - R is one fused multiply-add.
+where R - M - log2 L is formed in float64, once per row. c z - R is one fused
+multiply-add, spelt tl.fma: a compiler need not fuse what is behind a select.
 
     symbol     variable            symbol       variable
     m, l, u, d m, l, u, d          c            LOG2E
@@ -282,13 +283,8 @@ def forward_kernel(
     log_sum = row_m.to(tl.float64) + log_l  # c lse of (5)
     lse = (log_sum / LOG2E).to(tl.float32)
     tl.store(lse_ptr + row, lse)
-    tl.store(norm_ptr + row, sum_p * tl.exp2((exponent(lse) - log_sum).to(tl.float32)))  # (8)
-
-
-@triton.jit
-def exponent(lse):
-    """c lse as float32: R of (8). Through float64, or it would be fused with c z - R."""
-    return (lse.to(tl.float64) * LOG2E).to(tl.float32)
+    rounding = (lse * LOG2E).to(tl.float64) - log_sum
+    tl.store(norm_ptr + row, sum_p * tl.exp2(rounding.to(tl.float32)))  # (8)
 
 
 @triton.jit
@@ -298,7 +294,7 @@ def _gradient(z, r, scale, target, pull, ratio, dtype, DENSE: tl.constexpr):
         pull = pull * target
     else:
         pull = tl.where(target, pull, pull * ratio)
-    return (tl.exp2(z * LOG2E - r) * scale + pull).to(dtype)  # (2), as (8) has it
+    return (tl.exp2(tl.fma(z, LOG2E, -r)) * scale + pull).to(dtype)  # (2), as (8) has it
 
 
 @triton.jit(do_not_specialize=list(range(15)))
@@ -323,7 +319,7 @@ def backward_kernel(
     column, live = row_layout(prologue, vectors, vocab, VEC)
     edge = tl.load(edge_ptr + row * target_stride + column, live, other=0)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
-    r = exponent(tl.load(lse_ptr + row))
+    r = tl.load(lse_ptr + row) * LOG2E
     scale, pull = grad_loss * tl.load(norm_ptr + row), -grad_loss * alpha
     if DENSE:
         edge = edge.to(tl.float32)

@@ -40,7 +40,7 @@ def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tens
     if isinstance(target, TwoLevelTarget):
         sum_p_log_p, beta = target.sum_p_log_p, target.beta
     arguments, constants = _arguments(logits, target)
-    gpu = _gpu()
+    gpu = current_gpu()
     with torch.cuda.device_of(logits):
         triton_kl_div.forward_kernel[(rows,)](
             *arguments,
@@ -65,22 +65,29 @@ def backward(
         grad_loss: float32 (N,), any stride.
         out: (N, V), dtype of the logits, any row stride; may be the logits themselves.
     """
-    rows, vocab = logits.shape
+    rows = len(logits)
     assert out.dtype == logits.dtype, (out.dtype, logits.dtype)
     if rows == 0:
         return
-    vec = 16 // logits.element_size()
-    if misalignment(out, vec) != misalignment(logits, vec):
-        buffer = logits.new_empty((rows - 1) * logits.stride(0) + vocab + vec)
-        aligned = buffer.as_strided(logits.shape, logits.stride(), misalignment(logits, vec)[0])
-        backward(logits, lse, norm, target, grad_loss, aligned)
-        out.copy_(aligned)
-        return
     arguments, constants = _arguments(logits, target)
+    aligned = aligned_like(logits, out)
+    upstream = grad_loss, grad_loss.stride(0)
     with torch.cuda.device_of(logits):
         triton_kl_div.backward_kernel[(rows,)](
-            *arguments, lse, norm, grad_loss, grad_loss.stride(0), out, out.stride(0), **constants
+            *arguments, lse, norm, *upstream, aligned, aligned.stride(0), **constants
         )
+    if aligned is not out:
+        out.copy_(aligned)
+
+
+def aligned_like(logits: Tensor, out: Tensor) -> Tensor:
+    """out, or a buffer of its shape if its rows have another 16-byte alignment than the logits'."""
+    vec = 16 // logits.element_size()
+    if misalignment(out, vec) == misalignment(logits, vec):
+        return out
+    rows, vocab = logits.shape
+    buffer = logits.new_empty((rows - 1) * logits.stride(0) + vocab + vec)
+    return buffer.as_strided(logits.shape, logits.stride(), misalignment(logits, vec)[0])
 
 
 def misalignment(x: Tensor, step: int) -> tuple[int, int]:
@@ -90,7 +97,7 @@ def misalignment(x: Tensor, step: int) -> tuple[int, int]:
 
 
 @lru_cache
-def _gpu() -> GPUTarget | None:
+def current_gpu() -> GPUTarget | None:
     """The GPU to compile for; None in Triton's interpreter."""
     if triton.knobs.runtime.interpret:
         return None
@@ -116,7 +123,7 @@ def _arguments(logits: Tensor, target: Probabilities) -> tuple[tuple, dict[str, 
         mask = target.mask.view(torch.uint8)
         bits = target.bitmasks[vec]
         arguments = (*rows, bits, 0, bits.stride(0), mask, target.alpha, target.beta / target.alpha)
-        return arguments, meta(logits.dtype, _gpu(), dense=False)
+        return arguments, meta(logits.dtype, current_gpu(), dense=False)
     if target.dtype == torch.float64 or target.stride(-1) != 1:
         target = target.to(torch.float32).contiguous()
     p_align = min(16, vec * target.element_size())
@@ -129,4 +136,4 @@ def _arguments(logits: Tensor, target: Probabilities) -> tuple[tuple, dict[str, 
         else:
             p_align = target.element_size()
     arguments = (*rows, target, stride, step, target, 1.0, 0.0)
-    return arguments, meta(logits.dtype, _gpu(), True, p_align)
+    return arguments, meta(logits.dtype, current_gpu(), True, p_align)

@@ -18,7 +18,7 @@ from tests.kernels.kl_cases import (
     random_logits,
 )
 
-PATHS = ["torch"]
+PATHS = ["torch", "triton"]
 INF = float("inf")
 BIASES = ["none", "tilt", "vector", "forbidden"]
 
@@ -67,9 +67,9 @@ CASES.remove(("spread of 3", "vector"))  # t + b, rounded to float32 near -80, i
 @pytest.mark.parametrize(("rows", "kind"), CASES)
 @pytest.mark.parametrize("path", PATHS)
 def test_real_looking_logits_are_exact_to_2e_6(path, rows, kind):
-    """torch_teacher (1) (2) (3): float32, level near -80, student and teacher apart and close; the
-    gradient relative to softmax(z) by the norm, the loss above 1 nat. The longest rows show what
-    sums the exponentials."""
+    """torch_teacher (1) (2) (3), triton_teacher (1) (2) (3) (4) (5) (6) (7): float32, level near
+    -80, student and teacher apart and close; the gradient relative to softmax(z) by the norm, the
+    loss above 1 nat. The longest rows show what sums the exponentials."""
     *shape, spread = ROWS[rows]
     teacher = random_logits(*shape, scale=spread) - 80
     bias = make_bias(kind, shape[-1])

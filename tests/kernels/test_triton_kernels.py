@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kernels import bitmask
+from kernels import TeacherTarget, bitmask
 from tests.kernels.kl_cases import (
     DEVICE,
     INTERPRETED,
@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
-from kernels import triton_kl_div, triton_launch  # noqa: E402
+from kernels import triton_kl_div, triton_launch, triton_simple, triton_teacher  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", ["members and beta", "shared row", "row by row"])
@@ -131,6 +131,47 @@ def test_the_gradient_has_no_error_of_the_size_of_lse(kind):
     q = exact + dense64(target)
     error = (out.double() - exact).abs()
     assert (error <= 2**-22 * (1 - q.log()) * q + 2**-23 * dense64(target)).all()
+
+
+@pytest.mark.parametrize("kind", ["none", "bits", "vector"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_of_any_alignment_is_read_within_its_rows(dtype, kind):
+    """Against float64: rows that start 0..7 elements past a boundary, strides of their own, 0..2
+    vectors and a tile with a rest. The teacher's storage ends with its last row: a block read
+    beyond it would fault."""
+    for vocab, offset in itertools.product((3, 17, 24, 4111), (0, 3)):
+        third = torch.arange(vocab, device=DEVICE) % 3 == 0
+        bias = 4.0 * third if kind == "bits" else random_logits(vocab, seed=2)
+        target_bias = None if kind == "none" else bias
+        for shift in range(8 if vocab < 100 else 2):
+            logits, _ = in_buffer(random_logits(2, vocab, dtype=dtype), vocab + 1, offset)
+            storage = random_logits(shift + 2 * vocab, dtype=dtype, seed=1)
+            teacher = storage[shift:].view(2, vocab)
+            target = TeacherTarget(teacher, target_bias)
+            loss, lse, norm = triton_teacher.forward(logits, target)
+            out, _ = in_buffer(torch.full_like(logits, torch.nan), vocab + 1, offset)
+            triton_teacher.backward(logits, lse, norm, target, torch.ones_like(loss), out)
+            u = target.whole_logits(torch.float64)
+            expected_loss, expected_gradient = truth(logits, u.softmax(-1))
+            assert torch.allclose(norm[:, 0].double(), u.logsumexp(-1), rtol=1e-6, atol=1e-6)
+            assert torch.allclose(loss.double(), expected_loss, rtol=1e-6, atol=2e-6)
+            epsilon = torch.finfo(dtype).eps
+            rtol = 1e-6 + 2 * epsilon
+            assert torch.allclose(out.double(), expected_gradient, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["members", "members and beta"])
+def test_the_simple_kernels_follow_the_maximum_from_block_to_block(kind):
+    """triton_simple (1) (2) (3) (4): five blocks near -80, each with a larger maximum than the
+    last; against float64. Its lse is rounded to float32, so the gradient is right to 4e-6."""
+    logits = random_logits(2, 5000) - 80 + torch.arange(5000, device=DEVICE) / 100
+    target = make_target(kind, (2, 5000))
+    loss, lse, norm = triton_simple.forward(logits, target)
+    out = torch.full_like(logits, torch.nan)
+    triton_simple.backward(logits, lse, norm, target, torch.ones_like(loss), out)
+    expected_loss, expected_gradient = truth(logits, target)
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.double(), expected_gradient, rtol=1e-5, atol=1e-7)
 
 
 class Recorder:

@@ -1,0 +1,382 @@
+"""KL(softmax(t + b) || softmax(z)) fused into two Triton kernels, t the logits of a teacher.
+
+Read kernels/triton_kl_div.py first: notation, work partitioning, alignment and masks are its own.
+t is the teacher's row, b a bias per token, shared by all rows. With u = t + b and P = softmax(u),
+
+    KL     = sum P (u - z) - lse(u) + lse(z)                                                 (1)
+    dKL/dz = softmax(z) - P                                                                  (2)
+
+The forward pass reads t and z once; the backward pass reads them again and writes dz. With the
+maxima m of c z and n of c u, a thread keeps l = sum 2^y, r = sum p and d = sum p (x - y):
+
+    y = c z - m',    x = c u - n',    p = 2^x                                                (3)
+    l' = l 2^(m - m') + sum 2^y,      r' = r 2^(n - n') + sum p                              (4)
+    d' = 2^(n - n') (d + r ((n - n') - (m - m'))) + sum p (x - y)                            (5)
+
+x and y are at most 0, so no number of the size of a logit is summed. (5): when the maxima move,
+x - y of what was summed moves by (n - n') - (m - m'), and its weight by 2^(n - n'). At the end,
+with M = max m and N = max n, threads are joined in the same way, and
+
+    KL = (d / r + log2 l - log2 r) / c,  lse(z) = (M + log2 l) / c,  lse(u) = (N + log2 r) / c (6)
+
+Where z = u bit for bit, l = r and x = y, so loss and gradient are exactly 0. The gradient repairs
+the rounding of lse as (8) of kernels/triton_kl_div.py does: with the R and 2^(R - ...) of z and u,
+
+    dKL/dz = f (2^(c z - R_z) - (f_u / f) 2^(c u - R_u)),    norm = lse(u), f_u / f, f       (7)
+
+Bias. None; b = strength on a mask and 0 elsewhere: one bit per token (kernels/bitmask.py); or any
+vector, read from shifted copies of it. b is added before the maximum and before c, rounded once, in
+both directions. b = -inf forbids a token.
+
+Alignment. If t has the alignment of z (contiguous logits of one dtype have), one 128-bit load does.
+Else t lies k elements past its own 16-byte blocks wherever z is aligned, k the same for the whole
+row: a thread loads the two blocks that hold its vector, the second a hit in L1, and shifts them
+left by k elements in registers. Blocks hold at least one element of the row, so up to 12 bytes
+before it are read, never past its end. Element by element: a t of another alignment with a bias
+vector (out of registers), or whose elements have another size than those of z.
+
+Hazards, besides those of kernels/triton_kl_div.py.
+- t = -inf: p = 0 and x - y = -inf, or NaN if z = -inf too. A select drops both.
+- z = -inf where t is finite: KL is +inf. If p underflows, 0 * inf makes d NaN: +inf in its place.
+  A NaN or +inf of z or u still makes the loss NaN, through l or r.
+- The maximum is of u, not of t plus the largest b, which would underflow whole rows.
+"""
+
+# Triton compiles the functions below, so they follow its rules and not Python's:
+# ruff: noqa: SIM108, E741
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from . import bitmask
+from .target import Target, TeacherTarget
+from .triton_kl_div import (
+    FLOOR,
+    LOG2E,
+    PER_THREAD,
+    THREADS,
+    TILE,
+    by_thread,
+    load,
+    prologue_of,
+    row_layout,
+    tile_layout,
+)
+from .triton_launch import aligned_like, current_gpu, misalignment
+
+MAX_REGISTERS = 80  # as in kernels/triton_launch.py; 96 for two blocks of t at a time
+
+
+@triton.jit
+def _layout(z_ptr, t_ptr, vocab, VEC: tl.constexpr, SHIFT: tl.constexpr):
+    """row_layout of z, and k: how many elements before its first vector t's 16-byte block begins.
+
+    A vector of t then lies in two blocks, of which the second must end within the row.
+    """
+    prologue = prologue_of(z_ptr, vocab, VEC)
+    k = prologue * 0
+    if SHIFT:
+        k = ((t_ptr + prologue).to(tl.int64) & 15).to(tl.int32) // (16 // VEC)
+    room = vocab - prologue - tl.where(k > 0, VEC - k, 0)
+    vectors = tl.maximum(room, 0) // VEC
+    column, live = row_layout(prologue, vectors, vocab, VEC)
+    return prologue, k, vectors, column, live
+
+
+@triton.jit
+def _funnel(low, high, bits):
+    """The 32 bits of high:low from bit `bits` on, 0 or 16."""
+    wide = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    return (wide >> bits.to(tl.int64)).to(tl.int32)
+
+
+@triton.jit
+def _words(x):
+    """(rounds, THREADS, 4) -> its four words."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], THREADS, 2, 2)))  # words 0 2, words 1 3
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _shifted(t_ptr, k, rest, VEC: tl.constexpr):
+    """t at z's vectors, which start k elements into t's 16-byte blocks: two blocks, one shift.
+
+    Blocks of the first `rest` vectors alone are read, if that is not None. k is the same for the
+    whole row, so each select is one instruction, and no thread needs another's data.
+    """
+    ROUNDS: tl.constexpr = PER_THREAD // VEC
+    HALVES: tl.constexpr = VEC // 4  # elements in a 32-bit word
+    dtype = t_ptr.dtype.element_ty
+    first = tl.multiple_of((t_ptr - k).to(tl.pointer_type(tl.int32)), 16)
+    second = tl.multiple_of(first + tl.where(k > 0, 4, 0), 16)
+    vector = tl.arange(0, ROUNDS)[:, None, None] * THREADS + tl.arange(0, THREADS)[None, :, None]
+    at = vector * 4 + tl.arange(0, 4)[None, None, :]
+    if rest is None:
+        a, b = tl.load(first + at), tl.load(second + at)
+    else:
+        a = tl.load(first + at, at < rest * 4, other=0)
+        b = tl.load(second + at, at < rest * 4, other=0)
+    a0, a1, a2, a3 = _words(a)
+    b0, b1, b2, b3 = _words(b)
+    two = ((k // HALVES) & 2) != 0
+    one = ((k // HALVES) & 1) != 0
+    x0, x1, x2 = tl.where(two, a2, a0), tl.where(two, a3, a1), tl.where(two, b0, a2)
+    x3, x4, x5 = tl.where(two, b1, a3), tl.where(two, b2, b0), tl.where(two, b3, b1)
+    w0, w1, w2 = tl.where(one, x1, x0), tl.where(one, x2, x1), tl.where(one, x3, x2)
+    w3, w4 = tl.where(one, x4, x3), tl.where(one, x5, x4)
+    if HALVES == 2:
+        bits = (k & 1) * 16
+        w0, w1 = _funnel(w0, w1, bits), _funnel(w1, w2, bits)
+        w2, w3 = _funnel(w2, w3, bits), _funnel(w3, w4, bits)
+    w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROUNDS, THREADS, 4))
+    if HALVES == 2:
+        w = tl.join(w.to(tl.int16), (w >> 16).to(tl.int16))
+        w = tl.reshape(w, (ROUNDS, THREADS, 8))
+    return w.to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _biased(t_ptr, bias_ptr, strength, k, offsets, bit, rest,
+            BIAS: tl.constexpr, SHIFT: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+    """u = t + b of a tile, -inf beyond the first `rest` vectors, if that is not None."""
+    if rest is None:
+        mask = None
+    else:
+        mask = offsets < rest * VEC
+    if SHIFT:
+        u = _shifted(t_ptr, k, rest, VEC)
+        if mask is not None:
+            u = tl.where(mask, u, -float("inf"))
+    else:
+        u = load(t_ptr + offsets, mask, -float("inf"))
+    if BIAS == "bits":
+        word = tl.load(bias_ptr + tl.arange(0, THREADS))
+        if SHIFT:  # which leaves few predicates: this form holds none for long
+            u += tl.where((word[None, :, None] & bit) != 0, strength, 0.0)
+        else:
+            u = tl.where((word[None, :, None] & bit) != 0, u + strength, u)
+    elif BIAS == "vector":
+        u += load(bias_ptr + offsets, mask, 0.0)
+    return u
+
+
+@triton.jit
+def _accumulate(state, z, u):
+    """(3) to (5) for the logits that a thread reads at a time, (rounds, THREADS, VEC)."""
+    m, l, n, r, d = state
+    new_m = tl.maximum(m, tl.max(by_thread(z), axis=1) * LOG2E)
+    new_n = tl.maximum(n, tl.max(by_thread(u), axis=1) * LOG2E)
+    y = tl.fma(z, LOG2E, -new_m[None, :, None])  # (3)
+    x = tl.fma(u, LOG2E, -new_n[None, :, None])
+    p = tl.exp2(x)
+    shift_z, shift_u = m - new_m, n - new_n
+    l = l * tl.exp2(shift_z) + tl.sum(by_thread(tl.exp2(y)), axis=1)  # (4)
+    keep = tl.exp2(shift_u)
+    # Where p = 0, x - y is -inf or NaN: the select drops both, and alters no other term.
+    d = keep * (d + r * (shift_u - shift_z))  # (5), and its second half
+    x -= y
+    d += tl.sum(by_thread(p * tl.where(x > -256.0, x, -256.0)), axis=1)
+    r = r * keep + tl.sum(by_thread(p), axis=1)
+    return new_m, l, new_n, r, d
+
+
+@triton.jit
+def _edge(t_ptr, edge_ptr, strength, column, live, BIAS: tl.constexpr):
+    """u of prologue and epilogue, (1, THREADS, 1); -inf where there is none."""
+    u = load(t_ptr + column, live, -float("inf"))
+    if BIAS == "bits":
+        u = tl.where(tl.load(edge_ptr + column, live, other=0) != 0, u + strength, u)
+    elif BIAS == "vector":
+        u += load(edge_ptr + column, live, 0.0)
+    return u
+
+
+@triton.jit(do_not_specialize=list(range(12)))
+def forward_kernel(
+    logits_ptr, stride: tl.int64, vocab: tl.int32, teacher_ptr, teacher_stride: tl.int64,
+    bias_ptr, bias_step: tl.int64, edge_ptr, strength: tl.float32, loss_ptr, lse_ptr, norm_ptr,
+    BIAS: tl.constexpr, SHIFT: tl.constexpr, T_ALIGN: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Loss, lse, (N,), and norm, (N, 3), all float32, of the row that has the program's number.
+
+    logits_ptr, teacher_ptr: (N, V), rows `stride` and `teacher_stride` elements apart, V = vocab.
+    BIAS: "none"; "bits": bias_ptr is pack_bits(mask) and edge_ptr the mask, uint8; "vector":
+        bias_ptr is shifted_copies(b), float32, and edge_ptr its first row. The bias of the row's
+        vectors starts at element prologue * bias_step.
+    SHIFT: t has another alignment than z. T_ALIGN: bytes to which its vectors are aligned, if not.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr = logits_ptr + row * stride
+    t_ptr = teacher_ptr + row * teacher_stride
+    prologue, k, vectors, column, live = _layout(z_ptr, t_ptr, vocab, VEC, SHIFT)
+    z_edge = load(z_ptr + column, live, -float("inf"))
+    u_edge = _edge(t_ptr, edge_ptr, strength, column, live, BIAS)
+    zero = tl.zeros((THREADS,), tl.float32)
+    state = _accumulate((zero + FLOOR, zero, zero + FLOOR, zero, zero), z_edge, u_edge)
+
+    z_ptr = tl.multiple_of(z_ptr + prologue, 16)
+    t_ptr = tl.multiple_of(t_ptr + prologue, T_ALIGN)
+    bias_ptr += prologue * bias_step
+    if BIAS == "vector":
+        bias_ptr = tl.multiple_of(bias_ptr, 16)
+    BIAS_TILE: tl.constexpr = TILE if BIAS == "vector" else THREADS
+    offsets, bit = tile_layout(VEC)
+    tiles = vectors // (TILE // VEC)
+    for tile in range(0, tiles):
+        z = load(z_ptr + tile * TILE + offsets, None, 0.0)
+        u = _biased(t_ptr + tile * TILE, bias_ptr + tile * BIAS_TILE, strength, k, offsets, bit,
+                    None, BIAS, SHIFT, VEC)  # fmt: skip
+        state = _accumulate(state, z, u)
+    rest = vectors - tiles * (TILE // VEC)
+    z = load(z_ptr + tiles * TILE + offsets, offsets < rest * VEC, -float("inf"))
+    u = _biased(t_ptr + tiles * TILE, bias_ptr + tiles * BIAS_TILE, strength, k, offsets, bit,
+                rest, BIAS, SHIFT, VEC)  # fmt: skip
+    m, l, n, r, d = _accumulate(state, z, u)
+
+    row_m, row_n = tl.max(m, axis=0), tl.max(n, axis=0)
+    keep = tl.exp2(n - row_n)
+    d = keep * (d + r * ((n - row_n) - (m - row_m)))  # (5), for the threads
+    d = tl.sum(tl.where(d == d, d, float("inf")), axis=0)
+    r = tl.sum(r * keep, axis=0)
+    log_l, log_r = tl.log2(tl.sum(l * tl.exp2(m - row_m), axis=0)), tl.log2(r)
+    tl.store(loss_ptr + row, (d / r + (log_l - log_r)) / LOG2E)  # (6), (1)
+    log_sum_z, log_sum_u = row_m.to(tl.float64) + log_l, row_n.to(tl.float64) + log_r
+    lse_z, lse_u = (log_sum_z / LOG2E).to(tl.float32), (log_sum_u / LOG2E).to(tl.float32)
+    error_z = (lse_z * LOG2E).to(tl.float64) - log_sum_z
+    error_u = (lse_u * LOG2E).to(tl.float64) - log_sum_u
+    tl.store(lse_ptr + row, lse_z)
+    tl.store(norm_ptr + 3 * row, lse_u)  # (7)
+    tl.store(norm_ptr + 3 * row + 1, tl.exp2((error_u - error_z).to(tl.float32)))
+    tl.store(norm_ptr + 3 * row + 2, tl.exp2(error_z.to(tl.float32)))
+
+
+@triton.jit
+def _gradient(z, u, r_z, r_u, ratio, scale, dtype):
+    """g times (2) as dtype, rounded once; scale: g f."""
+    q = tl.exp2(tl.fma(z, LOG2E, -r_z))
+    p = tl.exp2(tl.fma(u, LOG2E, -r_u))
+    return ((q - p * ratio) * scale).to(dtype)  # (7)
+
+
+@triton.jit(do_not_specialize=list(range(15)))
+def backward_kernel(
+    logits_ptr, stride: tl.int64, vocab: tl.int32, teacher_ptr, teacher_stride: tl.int64,
+    bias_ptr, bias_step: tl.int64, edge_ptr, strength: tl.float32, lse_ptr, norm_ptr,
+    grad_loss_ptr, grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
+    BIAS: tl.constexpr, SHIFT: tl.constexpr, T_ALIGN: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the row that has the program's number: g times (2), to out (N, V).
+
+    Up to strength, and constants: as in forward_kernel; lse_ptr, norm_ptr: from it. The rest: as
+    in the backward kernel of kernels/triton_kl_div.py.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr = logits_ptr + row * stride
+    t_ptr = teacher_ptr + row * teacher_stride
+    out_ptr += row * out_stride
+    prologue, k, vectors, column, live = _layout(z_ptr, t_ptr, vocab, VEC, SHIFT)
+    r_z, r_u = tl.load(lse_ptr + row) * LOG2E, tl.load(norm_ptr + 3 * row) * LOG2E
+    ratio = tl.load(norm_ptr + 3 * row + 1)
+    scale = tl.load(grad_loss_ptr + row * grad_loss_stride) * tl.load(norm_ptr + 3 * row + 2)
+    dtype = out_ptr.dtype.element_ty
+    z_edge = load(z_ptr + column, live, 0.0)
+    u_edge = _edge(t_ptr, edge_ptr, strength, column, live, BIAS)
+    tl.store(out_ptr + column, _gradient(z_edge, u_edge, r_z, r_u, ratio, scale, dtype), live)
+
+    z_ptr = tl.multiple_of(z_ptr + prologue, 16)
+    t_ptr = tl.multiple_of(t_ptr + prologue, T_ALIGN)
+    out_ptr = tl.multiple_of(out_ptr + prologue, 16)
+    bias_ptr += prologue * bias_step
+    if BIAS == "vector":
+        bias_ptr = tl.multiple_of(bias_ptr, 16)
+    BIAS_TILE: tl.constexpr = TILE if BIAS == "vector" else THREADS
+    offsets, bit = tile_layout(VEC)
+    tiles = vectors // (TILE // VEC)
+    for tile in range(0, tiles):
+        z = load(z_ptr + tile * TILE + offsets, None, 0.0)
+        u = _biased(t_ptr + tile * TILE, bias_ptr + tile * BIAS_TILE, strength, k, offsets, bit,
+                    None, BIAS, SHIFT, VEC)  # fmt: skip
+        grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
+        tl.store(out_ptr + tile * TILE + offsets, grad)
+    rest = vectors - tiles * (TILE // VEC)
+    mask = offsets < rest * VEC
+    z = load(z_ptr + tiles * TILE + offsets, mask, 0.0)
+    u = _biased(t_ptr + tiles * TILE, bias_ptr + tiles * BIAS_TILE, strength, k, offsets, bit,
+                rest, BIAS, SHIFT, VEC)  # fmt: skip
+    grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
+    tl.store(out_ptr + tiles * TILE + offsets, grad, mask)
+
+
+def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence of each row in nats, and what the backward needs of it.
+
+    Args:
+        logits: (N, V), float32, bfloat16 or float16; last dimension contiguous, any row stride.
+        target: a TeacherTarget with logits (N, V) of the same kind, whose dtype may be another.
+
+    Returns:
+        loss, lse: float32 (N,). norm: float32 (N, 3), (7); norm[:, 0] is lse(t + b).
+    """
+    loss = logits.new_empty(len(logits), dtype=torch.float32)
+    lse, norm = torch.empty_like(loss), loss.new_empty(len(loss), 3)
+    if len(logits):
+        arguments, constants = _arguments(logits, target)
+        with torch.cuda.device_of(logits):
+            forward_kernel[(len(logits),)](*arguments, loss, lse, norm, **constants)
+    return loss, lse, norm
+
+
+def backward(
+    logits: Tensor, lse: Tensor, norm: Tensor, target: Target, grad_loss: Tensor, out: Tensor
+) -> None:
+    """Write grad_loss (N,) * dKL/d logits into out (N, V), which may be the logits themselves."""
+    if len(logits) == 0:
+        return
+    arguments, constants = _arguments(logits, target)
+    aligned = aligned_like(logits, out)
+    upstream = grad_loss, grad_loss.stride(0)
+    with torch.cuda.device_of(logits):
+        backward_kernel[(len(logits),)](
+            *arguments, lse, norm, *upstream, aligned, aligned.stride(0), **constants
+        )
+    if aligned is not out:
+        out.copy_(aligned)
+
+
+def meta(
+    dtype: torch.dtype, gpu: GPUTarget | None, bias: str, shift: bool, t_align: int
+) -> dict[str, int | str]:
+    """Constants and options of both kernels, for the launch and for kernels/compile_report.py."""
+    constants: dict[str, int | str] = {"BIAS": bias, "SHIFT": shift, "T_ALIGN": t_align}
+    constants |= {"VEC": 16 // dtype.itemsize}
+    constants["num_warps"] = bitmask.THREADS // (gpu.warp_size if gpu else 32)
+    if gpu and gpu.backend == "cuda":
+        constants["maxnreg"] = MAX_REGISTERS + (16 if shift else 0)
+    return constants
+
+
+def _arguments(logits: Tensor, target: Target) -> tuple[tuple, dict[str, int | str]]:
+    """The arguments from logits_ptr to strength, and the constants, which both kernels take."""
+    assert isinstance(target, TeacherTarget)
+    assert target.logits is not None
+    t, vec, kind = target.logits, 16 // logits.element_size(), "none"
+    bias, step, edge, strength = logits, 0, logits, 0.0  # none: not read
+    if target.bias is not None:
+        kind, bias, strength = "vector", target.bias.tables[vec], target.bias.strength
+        step, edge = bias.stride(0), bias
+        if target.bias.mask is not None:
+            kind, edge = "bits", target.bias.mask.view(torch.uint8)
+    shift, t_align = False, min(16, vec * t.element_size())
+    elements = t_align // t.element_size()
+    if misalignment(t, elements) != misalignment(logits, elements):
+        shift = t.element_size() == logits.element_size() and kind != "vector"
+        t_align = t.element_size()
+    rows = logits, logits.stride(0), logits.shape[1], t, t.stride(0)
+    constants = meta(logits.dtype, current_gpu(), kind, shift, t_align)
+    return (*rows, bias, step, edge, strength), constants
