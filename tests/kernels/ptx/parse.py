@@ -67,4 +67,5 @@ def _instruction(text: str) -> Instruction:
         raise NotImplementedError(f"not understood: {text}")
     negation, guard, opcode, arguments = match.groups()
     operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", arguments)
+    opcode = opcode.replace("shared::cta", "shared")  # the same space
     return Instruction(text, guard, negation == "!", tuple(opcode.split(".")), tuple(operands))
