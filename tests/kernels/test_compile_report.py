@@ -87,6 +87,7 @@ def test_the_scoreboard_counts_round_trips():
     assert compile_report.dram_waits([*amd, "buffer_load_dwordx4 v[2:5], v0", amd[1]]) == 2
 
 
+@NEEDS_3_7
 def test_main_loops_read_and_write_logits_by_128_bits(rows):
     """A tile of logits, and of a float32 P, is so many 16-byte vectors. The narrower loads are the
     words of the bitmask, and the elements of a dense P of another alignment. A compiler may
