@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels import TwoLevelTarget, fused_kl_div
+from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div
 from kernels.target import Target
 from tests.kernels.ptx import driver
 from tests.kernels.ptx.counts import Counts
@@ -24,26 +24,34 @@ ROWS, VOCAB = 2, 50257
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def targets() -> dict[str, Target]:
-    """Every kind of target, by the name that the table shows."""
+def cases(dtype: torch.dtype) -> dict[str, tuple[Target, str]]:
+    """Target and path by the name that the table shows; a teacher's logits have this dtype."""
+    generator = torch.Generator().manual_seed(0)
     mask = torch.arange(VOCAB) % 51 == 0
-    p = torch.rand(ROWS, VOCAB, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    t = torch.randn(ROWS, VOCAB, generator=generator)
+    p, t, bias = t.softmax(-1), t.to(dtype), torch.randn(VOCAB, generator=generator)
     return {
-        "two-level, beta = 0": TwoLevelTarget(mask),
-        "two-level, beta > 0": TwoLevelTarget(mask, 3.0, 0.5),
-        "dense (V,)": p[0].contiguous(),
-        "dense (N, V)": p,
+        "two-level, beta = 0": (TwoLevelTarget(mask), "triton"),
+        "two-level, beta > 0": (TwoLevelTarget(mask, 3.0, 0.5), "triton"),
+        "dense (V,)": (p[0].contiguous(), "triton"),
+        "dense (N, V)": (p, "triton"),
+        "teacher": (TeacherTarget(t), "triton"),
+        "teacher, G on S": (TeacherTarget(t, 5.0 * mask), "triton"),
+        "teacher, bias (V,)": (TeacherTarget(t, bias), "triton"),
+        "simple kernels": (TwoLevelTarget(mask), "triton-simple"),
     }
 
 
 def launches() -> Iterator[tuple[str, str, str, Counts]]:
-    """Target, dtype, kernel and counts of each launch of a forward and backward pass."""
+    """Case, dtype, kernel and counts of each launch of a forward and backward pass."""
     logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(1))
-    for name, target in targets().items():
-        for dtype in DTYPES:
+    tables = {name: cases(dtype) for name, dtype in DTYPES.items()}
+    for name in tables["fp32"]:
+        for dtype, table in tables.items():
+            target, impl = table[name]
             z = logits.to(DTYPES[dtype]).requires_grad_()
             with driver.counted() as counted:
-                fused_kl_div(z, target, impl="triton").backward()
+                fused_kl_div(z, target, impl=impl).backward()
             yield from ((name, dtype, kernel, counts) for kernel, counts in counted)
 
 
