@@ -60,7 +60,7 @@ class Loss:
     target: str = "two-level"  # what it takes: see make_target
     head: bool = False  # whether it takes hidden states and weight
     in_place: bool = False  # whether it overwrites the logits
-    needs: str = ""  # another library's module, which needs CUDA; the first argument of run
+    needs: str = ""  # a module to import, which needs CUDA; then the first argument of run
 
 
 LOSSES = {
@@ -68,6 +68,8 @@ LOSSES = {
     "unfused, compiled": Loss(lambda z, target: compiled()(z, target)),
     "fused": Loss(fused_kl_div),
     "fused, in place": Loss(partial(fused_kl_div, inplace_backward=True), in_place=True),
+    "fused, simple kernels": Loss(
+        lambda _, z, target: fused_kl_div(z, target, impl="triton-simple"), needs="triton"),
     "Liger log_softmax + KL": Loss(
         lambda m, z, p: m.LigerKLDIVLoss(reduction="batchmean")(F.log_softmax(z, -1), p),
         "dense", needs="liger_kernel.transformers.kl_div"),
