@@ -8,11 +8,12 @@ No kernel runs, so this needs no GPU. A row per kernel, target and dtype:
     loop/el        machine instructions of the main loop per logit
     special        of these, operations of the special-function unit (2^x, log2)
     waits          round trips to DRAM per pass of the main loop (dram_waits)
+    cross          shuffles and barriers in the main loop
     ld128 ld<      loads from global memory in the main loop: of 128 bits, and narrower ones
     st128 st<      stores likewise
 
 --json prints all that was counted, in one line; besides the above the instructions of the whole
-kernel, its shared memory, and the shuffles and barriers in the main loop. Padded, contiguous and
+kernel and its shared memory. Padded, contiguous and
 misaligned logits share one compiled variant, because the kernels are specialised on no argument.
 """
 
@@ -30,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import bitmask, triton_kl_div, triton_launch
+from . import bitmask, triton_kl_div, triton_launch, triton_simple, triton_teacher
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)}
 AMD = {"gfx942": GPUTarget("hip", "gfx942", 64), "gfx1100": GPUTarget("hip", "gfx1100", 32)}
@@ -63,6 +64,8 @@ class Row:
 
 def variants(gpu: GPUTarget, dtype: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """Kernel, target, function, and its constants and options, as the launchers have them."""
+    size = DTYPES[dtype].itemsize
+    constants: dict[str, Any]
     for target, dense, p_align in (
         ("two-level", False, 16),
         ("dense", True, 16),
@@ -75,6 +78,19 @@ def variants(gpu: GPUTarget, dtype: str) -> Iterator[tuple[str, str, Any, dict[s
             extra["BETA"] = True
             yield "forward", "two-level, beta", triton_kl_div.forward_kernel, constants | extra
         yield "backward", target, triton_kl_div.backward_kernel, constants
+    simple = {"BLOCK": triton_simple.BLOCK, "num_warps": 4}
+    yield "forward", "two-level, simple", triton_simple.forward_kernel, simple
+    yield "backward", "two-level, simple", triton_simple.backward_kernel, simple
+    for target, bias, shift in (
+        ("teacher", "none", False),
+        ("teacher, bits", "bits", False),
+        ("teacher, vector", "vector", False),
+        ("teacher, unaligned", "none", True),
+        ("teacher, bits, unaligned", "bits", True),
+    ):
+        constants = triton_teacher.meta(DTYPES[dtype], gpu, bias, shift, size if shift else 16)
+        yield "forward", target, triton_teacher.forward_kernel, constants
+        yield "backward", target, triton_teacher.backward_kernel, constants
 
 
 def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[str, Any]) -> Any:
@@ -82,9 +98,9 @@ def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[st
     names = [p.name for p in function.params]
     options = {k: v for k, v in constants.items() if k not in names}
     constants = {k: v for k, v in constants.items() if k in names}
-    pointers = {"logits_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-    if not constants.get("DENSE"):
-        pointers |= {"target_ptr": "*i32", "edge_ptr": "*u8"}
+    pointers = dict.fromkeys(("logits_ptr", "out_ptr", "teacher_ptr"), f"*{dtype}")
+    if not constants.get("DENSE") and constants.get("BIAS") != "vector":
+        pointers |= {"target_ptr": "*i32", "bias_ptr": "*i32", "edge_ptr": "*u8", "mask_ptr": "*u8"}
     signature = {
         p.name: "constexpr"
         if p.is_constexpr
@@ -110,6 +126,9 @@ def report(name: str, kernel: str, target: str, dtype: str, compiled: Any) -> Ro
     def count(*patterns: str) -> int:
         return sum(all(re.search(p, line) for p in patterns) for line in loop)
 
+    elements = bitmask.PER_THREAD
+    if "simple" in target:
+        elements = triton_simple.BLOCK // (compiled.metadata.num_warps * GPUS[name].warp_size)
     loop = max(loops, key=lambda lines: sum(bool(re.search(load, line)) for line in lines))
     return Row(
         gpu=name,
@@ -120,8 +139,8 @@ def report(name: str, kernel: str, target: str, dtype: str, compiled: Any) -> Ro
         spill=usage[1],
         shared=compiled.metadata.shared,
         code=code,
-        loop_per_element=round(len(loop) / bitmask.PER_THREAD, 2),
-        special=round(count(special) / bitmask.PER_THREAD, 2),
+        loop_per_element=round(len(loop) / elements, 2),
+        special=round(count(special) / elements, 2),
         waits=dram_waits(loop),
         cross_thread=count(cross_thread),
         ld128=count(load, wide),
@@ -229,13 +248,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps([asdict(r) for r in rows]))
         return
     print(
-        "gpu     kernel   target            dtype regs spill loop/el special waits "
+        "gpu     kernel   target                   dtype regs spill loop/el special waits cross "
         "ld128 ld< st128 st<"
     )
     for r in rows:
         print(
-            f"{r.gpu:7} {r.kernel:8} {r.target:17} {r.dtype:5} {r.registers:4} {r.spill:5} "
-            f"{r.loop_per_element:7.2f} {r.special:7.2f} {r.waits:5} "
+            f"{r.gpu:7} {r.kernel:8} {r.target:24} {r.dtype:5} {r.registers:4} {r.spill:5} "
+            f"{r.loop_per_element:7.2f} {r.special:7.2f} {r.waits:5} {r.cross_thread:5} "
             f"{r.ld128:5} {r.ld_narrow:3} {r.st128:5} {r.st_narrow:3}"
         )
 

@@ -1,7 +1,16 @@
 """KL(P || softmax(z)) fused into two Triton kernels, forward and backward: the fast ones.
 
-kernels/triton_simple.py comes first; this file computes the same, in this notation. For each row z
-of N rows of V logits, and a target P with |P| = sum P (1 for a distribution),
+Read kernels/triton_simple.py first. This file computes the same with five changes; per thread and
+pass of the main loop on sm_90, float32, forward and backward (python -m kernels.compile_report):
+
+    change                                             counted                 simple      here
+    no exchange between threads before the row's end   shuffles and barriers   40, 0       0, 0
+    16-byte vectors from the row's first boundary on   width of a load         32 bits     128 bits
+    a bit per token, in load order, in place of bytes  loads of the mask       8, 8        1, 1
+    16 logits per thread, loaded before any is used    waits for DRAM          3, 5        1, 1
+    all of this, and 2^x in place of e^x               instructions per logit  37.6, 19.8  8.6, 6.8
+
+For each row z of N rows of V logits, and a target P with |P| = sum P (1 for a distribution),
 
     KL(P || softmax(z)) = sum P log P + |P| lse(z) - sum P z,      lse(z) = log sum e^z      (1)
     dKL/dz = |P| softmax(z) - P                                                              (2)
