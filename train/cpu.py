@@ -38,8 +38,8 @@ def prepare(device: torch.device, length: int) -> None:
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
-    capabilities = torch.cpu.get_capabilities()
-    if capabilities.get("avx512_f") and not capabilities.get("amx_tile"):
+    # torch.cpu.get_capabilities() says it too, but not in PyTorch 2.9.
+    if torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported():
         torch.set_float32_matmul_precision("medium")
     torch.backends.cuda.enable_flash_sdp(length > SHORT)  # despite its name, the CPU's as well
 
