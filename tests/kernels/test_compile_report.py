@@ -102,6 +102,8 @@ def test_main_loops_read_and_write_logits_by_128_bits(rows):
         target, numbers = r["target"], bitmask.PER_THREAD * 4 // 16
         wide, narrow = vectors(r), 0
         if target.startswith("teacher"):
+            if "unaligned" in target and r["gpu"].startswith("gfx"):
+                continue  # the AMD backend narrows the loads of the second block
             wide += vectors(r) * (2 if "unaligned" in target else 1)
             wide += numbers if "vector" in target else 0
         elif target == "dense":

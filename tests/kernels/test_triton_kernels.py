@@ -29,7 +29,7 @@ from kernels import triton_kl_div, triton_launch, triton_simple, triton_teacher 
 
 @pytest.mark.parametrize("kind", ["members and beta", "shared row", "row by row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_head_and_tail_is_exact_and_nothing_else_is_touched(dtype, kind):
+def test_every_prologue_and_epilogue_is_exact_and_nothing_else_is_touched(dtype, kind):
     """Rows that start 0..7 elements past a boundary and have 0..2 vectors: against float64."""
     for vocab in (3, 8, 17, 24):
         values, target = random_logits(2, vocab, dtype=dtype), make_target(kind, (2, vocab))
@@ -46,8 +46,8 @@ def test_every_head_and_tail_is_exact_and_nothing_else_is_touched(dtype, kind):
             assert storage.isnan().all()
 
 
-def test_a_gradient_out_of_step_with_the_logits_is_the_same():
-    """Another storage offset and stride than the logits': bitwise the gradient in step."""
+def test_a_gradient_of_another_alignment_than_the_logits_is_the_same():
+    """Another storage offset and stride: bitwise the gradient of the logits' alignment."""
     logits, target = random_logits(3, 1001), make_target("members", (3, 1001))
     loss, lse, norm = triton_launch.forward(logits, target)
     expected = torch.full_like(logits, torch.nan)
@@ -96,14 +96,14 @@ def test_rows_more_than_2_31_elements_apart_are_found():
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter accepts any address")
 def test_every_promised_alignment_is_kept():
     """Compiled code faults where tl.multiple_of promises too much, on a GPU and without one.
-    Logits, gradients and dense P in step with each other and out of step."""
+    Logits, gradients and dense P of the same alignment and of another."""
     for dtype, vocab in itertools.product((torch.float32, torch.bfloat16), (40, 41)):
         values, p = random_logits(3, vocab, dtype=dtype), make_target("row by row", (3, vocab))
         for offset, out_offset in ((0, 0), (1, 1), (1, 0)):
             logits, _ = in_buffer(values, vocab, offset)
             out, _ = in_buffer(values, vocab, out_offset)
-            in_step = [in_buffer(x, vocab, offset)[0] for x in (p, p.bfloat16())]
-            for target in (make_target("members", (3, vocab)), p, p[0], p.bfloat16(), *in_step):
+            aligned = [in_buffer(x, vocab, offset)[0] for x in (p, p.bfloat16())]
+            for target in (make_target("members", (3, vocab)), p, p[0], p.bfloat16(), *aligned):
                 loss, lse, norm = triton_launch.forward(logits, target)
                 triton_launch.backward(logits, lse, norm, target, torch.ones_like(loss), out)
 
@@ -131,6 +131,20 @@ def test_the_gradient_has_no_error_of_the_size_of_lse(kind):
     q = exact + dense64(target)
     error = (out.double() - exact).abs()
     assert (error <= 2**-22 * (1 - q.log()) * q + 2**-23 * dense64(target)).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter rounds c z before it subtracts")
+def test_the_gradient_of_a_teacher_has_no_error_of_the_size_of_lse():
+    """triton_teacher (7): as above, with an lse on either side."""
+    logits, teacher = random_logits(8, 1001) - 80, random_logits(8, 1001, seed=1) - 70
+    target = TeacherTarget(teacher)
+    loss, lse, norm = triton_teacher.forward(logits, target)
+    out = torch.empty_like(logits)
+    triton_teacher.backward(logits, lse, norm, target, torch.ones_like(loss), out)
+    log_q, log_p = logits.double().log_softmax(-1), teacher.double().log_softmax(-1)
+    error = (out.double() - (log_q.exp() - log_p.exp())).abs()
+    bound = sum((1 - log_x) * log_x.exp() for log_x in (log_q, log_p))
+    assert (error <= 2**-22 * bound).all()
 
 
 @pytest.mark.parametrize("kind", ["none", "bits", "vector"])
