@@ -172,7 +172,7 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if hidden.device != weight.device:
         raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}")
     device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # "meta" would be an error
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         raise TypeError(
