@@ -132,10 +132,11 @@ def test_rows_are_addressed_in_64_bits(rows):
     assert {r["row_offset_bits"] for r in nvidia(rows)} == {64}
 
 
-# Machine instructions and special operations per logit on sm_90, at most: forward, backward.
+# Machine instructions and special operations per logit on sm_90, at most: forward, backward. With
+# Triton 3.8.0 forward takes up to 0.5 more than with 3.7.1.
 LIMITS = {
-    "two-level": {"fp32": (8.9, 7.0), "bf16": (10, 8.2), "special": (1.1, 1.0)},
-    "dense": {"fp32": (13, 7.2), "bf16": (13.8, 8.4), "special": (2.1, 1.0)},
+    "two-level": {"fp32": (9.2, 7.0), "bf16": (10.5, 8.2), "special": (1.1, 1.0)},
+    "dense": {"fp32": (13.5, 7.2), "bf16": (14.1, 8.4), "special": (2.1, 1.0)},
     "teacher": {"fp32": (16, 12), "bf16": (18.5, 15), "special": (2.15, 2.0)},
 }
 
