@@ -7,17 +7,17 @@ BIN := .venv/bin
 help:  ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-demo: .venv/demo  ## two learning rates and three settings of the dial, on the embedded checkpoint
+demo: .venv/demo  ## two learning rates and two settings of the dial, on the embedded checkpoint
 	@if [ -f runs/demo/report.html ]; then \
 		echo "runs/demo is complete: starting anew"; \
 		rm -rf runs/demo-old; mv runs/demo runs/demo-old && rm -rf runs/demo-old; fi
 	$(call run,runs/demo/rates,--lr 1e-5 1e-3)
-	$(call run,runs/demo/dial,--lr 1e-3 --tilt 3 5 7)
+	$(call run,runs/demo/dial,--lr 1e-3 --tilt 3 5)
 	$(BIN)/python -m train.report runs/demo/rates runs/demo/dial --out runs/demo
 
 # Start the runs in a folder; after an interruption, resume them.
 define run
-	@set -- --model tiny --steps 100 --eval-every 50 $(2) --out $(1); \
+	@set -- --model tiny --steps 120 --eval-every 60 $(2) --out $(1); \
 	ls $(1)/*/config.json >/dev/null 2>&1 && set -- --resume $(1); \
 	echo python -m train.xfactor "$$@"; exec $(BIN)/python -m train.xfactor "$$@"
 endef

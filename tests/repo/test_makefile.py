@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SIZE = "--model tiny --steps 100 --eval-every 50"
+SIZE = "--model tiny --steps 120 --eval-every 60"
 RATES = f"{SIZE} --lr 1e-5 1e-3 --out runs/demo/rates"
 DIAL = f"{SIZE} --lr 1e-3 --tilt 3 5 --out runs/demo/dial"
 REPORT = "ran -m train.report runs/demo/rates runs/demo/dial --out runs/demo"
