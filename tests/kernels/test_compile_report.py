@@ -16,15 +16,12 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from kernels import bitmask, compile_report  # noqa: E402
+from tests.kernels.kl_cases import NEEDS_3_7  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 GPUS = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx1100"]
 PINNED = re.search(r"^triton==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-NEEDS_3_7 = pytest.mark.skipif(
-    [int(n) for n in triton.__version__.split(".")[:2]] < [3, 7],
-    reason="Triton 3.5 shuffles inside the loop of the forward kernels: right, but slower",
-)
 
 
 def run_report(interpret, *arguments):

@@ -4,12 +4,13 @@ from itertools import takewhile
 
 import pytest
 
-from tests.kernels.kl_cases import COMPILED_ON_CPU
+from tests.kernels.kl_cases import COMPILED_ON_CPU, NEEDS_3_7
 
 pytestmark = pytest.mark.skipif(not COMPILED_ON_CPU, reason="for compiled kernels without a GPU")
 pytest.importorskip("triton")
 
 
+@NEEDS_3_7
 def test_logits_are_read_once_in_each_direction_and_by_whole_sectors():
     """Two-level targets: the rest is two bits per logit of 13 whole tiles, and a few numbers per
     row that every thread reads; of the sectors that a request touches, 19 in 20 are used whole."""
