@@ -24,7 +24,7 @@ FUSED = ["torch", "triton"]
 PATHS = ["reference", *FUSED, "triton-simple", "linear"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_WIDTH = 16  # of hidden states and head
-TARGETS = ["members", "members and beta", "shared row", "row by row"]
+TARGETS = ["target tokens", "target tokens and beta", "shared row", "row by row"]
 
 
 def random_logits(*shape, dtype=torch.float32, seed=0, scale=3.0):
@@ -49,9 +49,9 @@ def two_level(vocab, alpha=1.0, beta=0.0):
 
 def make_target(kind, shape):
     """Make a target for logits of this shape; the dense ones hold exact zeros."""
-    if kind == "members":
+    if kind == "target tokens":
         return two_level(shape[-1])
-    if kind == "members and beta":
+    if kind == "target tokens and beta":
         return two_level(shape[-1], 3.0, 0.5)
     size = shape[-1:] if kind == "shared row" else shape
     p = random_logits(*size, seed=1).softmax(-1)

@@ -99,7 +99,7 @@ def test_derivatives_pass_gradcheck_and_second_ones_are_refused(kind):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["members", "row by row"])
+@pytest.mark.parametrize("kind", ["target tokens", "row by row"])
 @pytest.mark.parametrize("path", FUSED)
 def test_the_operators_pass_opcheck(path, kind):
     """Schema, fake kernels, AOT dispatch with dynamic shapes; autograd is above the operators."""

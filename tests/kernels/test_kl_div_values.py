@@ -48,7 +48,7 @@ def test_saturated_and_level_logits_are_exact(path, kind):
     assert_exact(path, logits, make_target(kind, logits.shape))
 
 
-@pytest.mark.parametrize("kind", ["members", "shared row", "row by row"])
+@pytest.mark.parametrize("kind", ["target tokens", "shared row", "row by row"])
 @pytest.mark.parametrize("path", FUSED)
 def test_minus_infinity_where_the_target_is_zero_costs_nothing(path, kind):
     """At single columns, at both ends of a row, and over more than a tile: against float64."""

@@ -118,7 +118,7 @@ class NoSynchronisation(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
-        *((path, kind) for path in FUSED for kind in ("members and beta", "row by row")),
+        *((path, kind) for path in FUSED for kind in ("target tokens and beta", "row by row")),
         *((path, "teacher") for path in TEACHER_PATHS),
     ],
 )
@@ -129,7 +129,7 @@ def test_the_host_waits_for_nothing_in_forward_and_backward(path, kind):
         p = TeacherTarget(random_logits(3, 1001), random_logits(1001))
     else:
         p = make_target(kind, logits.shape)
-    names = {"members and beta": "two-level", "row by row": "dense"}
+    names = {"target tokens and beta": "two-level", "row by row": "dense"}
     kernels = launchers(path, torch.device(DEVICE), names.get(kind, kind))
     loss, lse, norm = kernels.forward(logits, p)
     with NoSynchronisation():

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature  # no
 from kernels import triton_kl_div, triton_launch, triton_simple, triton_teacher  # noqa: E402
 
 
-@pytest.mark.parametrize("kind", ["members and beta", "shared row", "row by row"])
+@pytest.mark.parametrize("kind", ["target tokens and beta", "shared row", "row by row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_prologue_and_epilogue_is_exact_and_nothing_else_is_touched(dtype, kind):
     """Rows that start 0..7 elements past a boundary and have 0..2 vectors: against float64."""
@@ -48,7 +48,7 @@ def test_every_prologue_and_epilogue_is_exact_and_nothing_else_is_touched(dtype,
 
 def test_a_gradient_of_another_alignment_than_the_logits_is_the_same():
     """Another storage offset and stride: bitwise the gradient of the logits' alignment."""
-    logits, target = random_logits(3, 1001), make_target("members", (3, 1001))
+    logits, target = random_logits(3, 1001), make_target("target tokens", (3, 1001))
     loss, lse, norm = triton_launch.forward(logits, target)
     expected = torch.full_like(logits, torch.nan)
     triton_launch.backward(logits, lse, norm, target, torch.ones_like(loss), expected)
@@ -88,7 +88,7 @@ def test_rows_more_than_2_31_elements_apart_are_found():
     stride, vocab = 2**31 + 8, 100
     logits = torch.empty(stride + vocab, dtype=torch.bfloat16).as_strided((2, vocab), (stride, 1))
     logits.copy_(random_logits(2, vocab, dtype=torch.bfloat16))
-    target = make_target("members", (2, vocab))
+    target = make_target("target tokens", (2, vocab))
     loss, *_ = triton_launch.forward(logits, target)
     assert torch.allclose(loss.double(), truth(logits, target)[0], rtol=1e-6)
 
@@ -103,7 +103,13 @@ def test_every_promised_alignment_is_kept():
             logits, _ = in_buffer(values, vocab, offset)
             out, _ = in_buffer(values, vocab, out_offset)
             aligned = [in_buffer(x, vocab, offset)[0] for x in (p, p.bfloat16())]
-            for target in (make_target("members", (3, vocab)), p, p[0], p.bfloat16(), *aligned):
+            for target in (
+                make_target("target tokens", (3, vocab)),
+                p,
+                p[0],
+                p.bfloat16(),
+                *aligned,
+            ):
                 loss, lse, norm = triton_launch.forward(logits, target)
                 triton_launch.backward(logits, lse, norm, target, torch.ones_like(loss), out)
 
@@ -113,7 +119,7 @@ def test_the_lse_is_rounded_once():
     M + log2 t in float32 is rounded at 115 and puts each of these one float32 beside it."""
     steps = torch.tensor([5.0, 39.0, 9549.0], device=DEVICE)
     logits = (-80 - steps * 2**-17)[:, None].expand(3, 7)
-    _, lse, _ = triton_launch.forward(logits.contiguous(), make_target("members", (3, 7)))
+    _, lse, _ = triton_launch.forward(logits.contiguous(), make_target("target tokens", (3, 7)))
     assert torch.equal(lse, logits[:, 0].double().add(math.log(7)).float())
 
 
@@ -174,7 +180,7 @@ def test_a_teacher_of_any_alignment_is_read_within_its_rows(dtype, kind):
             assert torch.allclose(out.double(), expected_gradient, rtol=rtol, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["members", "members and beta"])
+@pytest.mark.parametrize("kind", ["target tokens", "target tokens and beta"])
 def test_the_simple_kernels_follow_the_maximum_from_block_to_block(kind):
     """triton_simple (1) (2) (3) (4): five blocks near -80, each with a larger maximum than the
     last; against float64. Its lse is rounded to float32, so the gradient is right to 4e-6."""
@@ -211,7 +217,7 @@ def test_one_variant_serves_all_rows_strides_and_vocabularies(monkeypatch):
     for rows in (1, 2, 16, 17, 1000):
         for vocab, stride, offset in ((16, 16, 0), (17, 17, 0), (17, 64, 0), (17, 18, 1)):
             logits, _ = in_buffer(torch.zeros(rows, vocab, device=DEVICE), stride, offset)
-            target = make_target("members", (rows, vocab))
+            target = make_target("target tokens", (rows, vocab))
             loss, lse, norm = triton_launch.forward(logits, target)
             triton_launch.backward(logits, lse, norm, target, loss[:1].expand(rows), logits)
     assert [len(recorder.keys) for recorder in recorders] == [1, 1]
