@@ -132,11 +132,11 @@ def test_rows_are_addressed_in_64_bits(rows):
     assert {r["row_offset_bits"] for r in nvidia(rows)} == {64}
 
 
-# Machine instructions and special operations per logit on sm_90, at most: forward, backward. With
-# Triton 3.8.0 forward takes up to 0.5 more than with 3.7.1.
+# Machine instructions and special operations per logit on sm_90, at most: forward, backward.
+# Another compiler than the pinned one, 3.8.0 for instance, may take half an instruction more.
 LIMITS = {
-    "two-level": {"fp32": (9.2, 7.0), "bf16": (10.5, 8.2), "special": (1.1, 1.0)},
-    "dense": {"fp32": (13.5, 7.2), "bf16": (14.1, 8.4), "special": (2.1, 1.0)},
+    "two-level": {"fp32": (9.2, 7.0), "bf16": (10, 8.2), "special": (1.1, 1.0)},
+    "dense": {"fp32": (13.5, 7.2), "bf16": (14, 8.4), "special": (2.1, 1.0)},
     "teacher": {"fp32": (16, 12), "bf16": (18.5, 15), "special": (2.15, 2.0)},
 }
 
@@ -145,13 +145,14 @@ LIMITS = {
 def test_a_logit_costs_so_many_instructions(rows):
     """One exponential for a two-level target, and for a dense one a logarithm more; two for a
     teacher. A teacher of another alignment costs its shifts more, which have no limit here."""
+    slack = 0 if PINNED and triton.__version__ == PINNED[1] else 0.5
     for r in fast(rows):
         limits = LIMITS[r["target"].split(",")[0]]
         unlimited = "teacher" in r["target"] and "unaligned" in r["target"]
         if r["gpu"] == "sm_90" and r["dtype"] in limits:
             backward = r["kernel"] == "backward"
             assert r["special"] <= limits["special"][backward], r
-            assert unlimited or r["loop_per_element"] <= limits[r["dtype"]][backward], r
+            assert unlimited or r["loop_per_element"] <= limits[r["dtype"]][backward] + slack, r
 
 
 @pytest.mark.skipif(not PINNED or triton.__version__ != PINNED[1], reason="of another compiler")
