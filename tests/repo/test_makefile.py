@@ -1,5 +1,6 @@
 """make demo, with a stand-in for Python that notes its arguments."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,11 +27,19 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def make(project: Path, *arguments: str) -> str:
+    """Run make as from a shell, though the suite itself may be run by make; return its output."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKELEVEL", "MAKEFLAGS")}
+    done = subprocess.run(
+        ["make", *arguments], cwd=project, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def demo(project: Path) -> list[str]:
     """Run make demo; return what it printed, without the commands as they are announced."""
-    done = subprocess.run(["make", "demo"], cwd=project, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = make(project, "demo").splitlines()
     return [line for line in lines if not line.startswith(("python -m", ".venv/bin/python -m"))]
 
 
@@ -68,6 +77,4 @@ def test_a_finished_demo_starts_anew_and_says_so(project: Path) -> None:
 def test_the_demo_installs_less_than_the_tests(project: Path) -> None:
     """It needs no pytest, transformers, ruff and mypy."""
     for target, extras in (("demo", 0), ("test", 1), ("lint", 1)):
-        command = ["make", "--dry-run", target]
-        done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
-        assert done.stdout.count("[dev]") == extras
+        assert make(project, "--dry-run", target).count("[dev]") == extras
