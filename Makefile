@@ -23,7 +23,7 @@ define run
 endef
 
 test: .venv/test  ## the whole suite; without a GPU, the compiled kernels run on the CPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 xfactor: .venv/demo  ## the real thing: gpt2-medium, downloaded on first use
 	$(BIN)/python -m train.xfactor
