@@ -63,8 +63,8 @@ def fused_kl_div(
             their size. They are lost then: a second backward, or one that needs them, raises.
         impl: "triton" (the default for CUDA tensors), "torch" (for all others), or "triton-simple"
             (the lesson, kernels/triton_simple.py; two-level targets only).
-        row_weights: (...), a factor per row, 0 to leave a row out (padding); "batchmean" divides by
-            their sum. No gradient flows to them.
+        row_weights: (...), a factor per row; 0 leaves a row out (padding), whatever is in it.
+            "batchmean" divides by their sum. No gradient flows to them.
 
     Returns:
         The loss in float32 (float64 for float64 logits), first derivatives in reverse mode only.

@@ -111,8 +111,8 @@ def fused_linear_kl_div(
         impl: "triton" (the default for CUDA tensors) or "torch" (for all others).
         return_lse: return each row's log-sum-exp too, so that e^(z - lse) is the probability of any
             token whose logit z the caller computes. It carries no gradient.
-        row_weights: (...), a factor per row, 0 to leave a row out (padding); "batchmean" divides by
-            their sum. No gradient flows to them.
+        row_weights: (...), a factor per row; 0 leaves a row out (padding), whatever is in it.
+            "batchmean" divides by their sum. No gradient flows to them.
 
     Returns:
         The loss in float32 (float64 for float64 arguments), first derivatives in reverse mode only.
@@ -241,6 +241,8 @@ def linear_kl_div(
             if need_hidden:
                 grad_hidden[rows] = _product(z, w)  # (3): (R, C)
             if need_weight:
+                if row_weights is not None:  # 0 * NaN would be NaN
+                    h = h.masked_fill(row_weights[rows, None] == 0, 0.0)
                 _add_product(grad_weight, z, h, first=start == 0)  # (3): (V, C)
     if row_weights is not None:
         loss = torch.where(row_weights == 0, 0.0, loss * row_weights)

@@ -89,6 +89,8 @@ def backward(
         g = (grad_loss[:1] if one_g else grad_loss[rows]).to(dtype).unsqueeze(-1)
         scale = g * sum_p[rows, None] / q.sum(-1, keepdim=True)
         torch.addcmul(_rows_of(dense, rows, dtype) * -g, q, scale, out=out[rows])  # (2)
+        if not one_g:
+            out[rows].masked_fill_(g == 0, 0.0)  # 0 * NaN would be NaN
 
 
 def tiles(logits: Tensor, buffers: int) -> Iterator[tuple[slice, Tensor]]:

@@ -58,7 +58,10 @@ def backward(
         torch.softmax(logits[rows], -1, dtype=q.dtype, out=q)
         for x in (p, q):
             x.div_(x.sum(-1, keepdim=True))
-        torch.mul(q.sub_(p), grad_loss[rows, None].to(q.dtype), out=out[rows])  # (3)
+        g = grad_loss[rows, None].to(q.dtype)
+        torch.mul(q.sub_(p), g, out=out[rows])  # (3)
+        if grad_loss.stride(0) != 0:
+            out[rows].masked_fill_(g == 0, 0.0)  # 0 * NaN would be NaN
 
 
 def _tilted(target: TeacherTarget, rows: slice, out: Tensor) -> None:

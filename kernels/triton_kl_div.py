@@ -306,6 +306,14 @@ def _gradient(z, r, scale, target, pull, ratio, dtype, DENSE: tl.constexpr):
     return (tl.exp2(tl.fma(z, LOG2E, -r)) * scale + pull).to(dtype)  # (2), as (8) has it
 
 
+@triton.jit
+def zero_row(row_ptr, vocab):
+    """The gradient of a row that is left out, whatever its logits are, NaN too."""
+    for start in range(0, vocab, TILE):
+        column = start + tl.arange(0, TILE)
+        tl.store(row_ptr + column, tl.zeros((TILE,), row_ptr.dtype.element_ty), column < vocab)
+
+
 @triton.jit(do_not_specialize=list(range(15)))
 def backward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32,
@@ -321,8 +329,11 @@ def backward_kernel(
     out_ptr: rows `out_stride` apart, of the logits' alignment; or the logits.
     """
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride
     out_row_ptr = out_ptr + row * out_stride
+    if tl.load(grad_loss_ptr + row * grad_loss_stride) == 0:
+        zero_row(out_row_ptr, vocab)
+        return
+    row_ptr = logits_ptr + row * stride
     prologue = prologue_of(row_ptr, vocab, VEC)
     vectors = (vocab - prologue) // VEC
     column, live = row_layout(prologue, vectors, vocab, VEC)

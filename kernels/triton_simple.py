@@ -77,6 +77,7 @@ def backward_kernel(
         z = tl.load(logits_ptr + row * stride + column, inside, other=0.0).to(tl.float32)
         target = tl.load(mask_ptr + column, inside, other=0) != 0
         grad = grad_loss * (tl.exp(z - lse) - tl.where(target, alpha, beta))  # (2)
+        grad = tl.where(grad_loss == 0, 0.0, grad)  # 0 * NaN would be NaN
         tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), inside)
 
 

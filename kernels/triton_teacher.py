@@ -65,6 +65,7 @@ from .triton_kl_div import (
     prologue_of,
     row_layout,
     tile_layout,
+    zero_row,
 )
 from .triton_launch import aligned_like, current_gpu, misalignment
 
@@ -277,9 +278,12 @@ def backward_kernel(
     in the backward kernel of kernels/triton_kl_div.py.
     """
     row = tl.program_id(0).to(tl.int64)
+    out_ptr += row * out_stride
+    if tl.load(grad_loss_ptr + row * grad_loss_stride) == 0:
+        zero_row(out_ptr, vocab)
+        return
     z_ptr = logits_ptr + row * stride
     t_ptr = teacher_ptr + row * teacher_stride
-    out_ptr += row * out_stride
     prologue, k, vectors, column, live = _layout(z_ptr, t_ptr, vocab, VEC, SHIFT)
     r_z, r_u = tl.load(lse_ptr + row) * LOG2E, tl.load(norm_ptr + 3 * row) * LOG2E
     ratio = tl.load(norm_ptr + 3 * row + 1)

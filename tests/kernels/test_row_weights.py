@@ -75,6 +75,29 @@ def test_a_row_of_weight_zero_costs_nothing_whatever_its_loss(path):
         assert (torch.autograd.grad(loss, leaf)[0][~kept] == 0).all()
 
 
+@pytest.mark.parametrize("target", ["two-level", "teacher"])
+@pytest.mark.parametrize("path", FUSED)
+def test_nan_in_a_row_of_weight_zero_reaches_nothing(path, target):
+    """Padding may hold anything: neither the loss, nor another row, nor the head sees it."""
+    if (path, target) == ("triton-simple", "teacher"):
+        pytest.skip("the simple kernels take two-level targets only")
+    hidden, weight = (x.detach() for x in hidden_and_head(2, 3))
+    t = two_level(211) if target == "two-level" else TeacherTarget(random_logits(2, 3, 211))
+    options = {"impl": path, "row_weights": WEIGHTS}
+
+    def results(hidden):
+        z = F.linear(hidden, weight).requires_grad_()
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        linear = fused_linear_kl_div(h, w, t, chunk_rows=4, **options)
+        fused = fused_kl_div(z, t, **options)
+        (linear + fused).backward()
+        return linear.detach(), fused.detach(), h.grad, w.grad, z.grad
+
+    padded = hidden.masked_fill(WEIGHTS[..., None] == 0, torch.nan)
+    for got, expected in zip(results(padded), results(hidden), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_bad_weights_are_refused_by_name():
     """Another shape or device, not a tensor, or one that asks for a gradient."""
     logits, target = random_logits(2, 3, 8), two_level(8)
