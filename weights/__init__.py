@@ -26,7 +26,7 @@ TINY = Path(__file__).parent / "tiny"
 
 
 def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Loads a GPT-2: "gpt2", "gpt2-medium" or "gpt2-xl" (from the hub's local cache, else by
+    """Load a GPT-2: "gpt2", "gpt2-medium" or "gpt2-xl" (from the hub's local cache, else by
     download), "tiny" (embedded), a safetensors file, or a folder with a model.safetensors or its
     shards. Prefixes of transformers, torch.compile, DDP and Lightning are stripped.
 
@@ -47,7 +47,7 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def layout_of(name_or_path: str | os.PathLike[str]) -> Layout:
-    """The sizes of a GPT-2 that `load_weights` would load, without loading or downloading it.
+    """Return the sizes of what `load_weights` would load, without loading or downloading it.
 
     Raises WeightsError as `load_weights` does, so far as a file's header and config.json tell.
     """

@@ -28,12 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import FILE_NAME, find_files
 from .layout import MASK, Layout, Shape, WeightsError, check_config, check_layout, expand
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MASK_DTYPES = DTYPES | {"BOOL": torch.bool, "U8": torch.uint8}
-FILE_NAME = "model.safetensors"
-INDEX_SUFFIX = ".index.json"
 PREFIX = re.compile(r"((_orig_mod|module|model|transformer)\.)*")  # compile, DDP, Lightning, HF
 HEAD = "lm_head.weight"
 MOST_TENSORS = 20_000  # more than 1,000 blocks
@@ -49,43 +48,11 @@ class Entry(NamedTuple):
     shape: Shape
 
 
-def find_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: a file itself, a folder's model.safetensors, or the
-    shards that an index lists. Raises WeightsError where there are none."""
-    try:
-        if path.is_dir():
-            names = FILE_NAME, FILE_NAME + INDEX_SUFFIX, "pytorch_model.bin"
-            path = next((path / name for name in names if (path / name).exists()), path)
-        if not path.is_file():
-            raise WeightsError(
-                f"no weights at {path}: expected gpt2, gpt2-medium, gpt2-xl, tiny, a .safetensors "
-                f"file or a folder that holds a {FILE_NAME}"
-            )
-    except OSError as error:
-        raise WeightsError(f"no weights at {path!s:.200}: {error.strerror}") from error
-    if path.suffix in (".bin", ".pt", ".pth"):
-        raise WeightsError(
-            f"{path} is a pickle, expected safetensors. Convert it: "
-            f'python -c "import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v '
-            f"in torch.load({str(path)!r}, weights_only=True).items()}}, "
-            f'{str(path.with_name(FILE_NAME))!r})"'
-        )
-    if not path.name.endswith(INDEX_SUFFIX):
-        return [path]
-    try:
-        shards = set(json.loads(path.read_bytes())["weight_map"].values())
-        if not shards or any(Path(shard).name != shard for shard in shards):
-            raise ValueError("expected names of files beside it")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{path} is not an index of shards: {error!r:.200}") from error
-    return [path.with_name(shard) for shard in sorted(shards)]
-
-
 def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
-    """Yields the tensors of a safetensors file in the order of their bytes, prefixes stripped.
+    """Yield the tensors of a safetensors file in the order of their bytes, prefixes stripped.
 
-    Raises WeightsError if the file cannot be read, if its header is malformed or does not match its
-    size, and at a dtype that no GPT-2 file holds.
+    Raises WeightsError for a file that is not safetensors or not complete, and at a dtype that no
+    GPT-2 file holds.
     """
     start = b""
     try:
@@ -100,19 +67,20 @@ def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
             begin = 8 + int.from_bytes(start[:8], "little")
             for stored in names:
                 name, view = PREFIX.sub("", stored, count=1), tensors.get_slice(stored)
-                entry = Entry(path, begin, view.get_dtype(), tuple(view.get_shape()))
-                if entry.dtype not in (MASK_DTYPES if MASK.fullmatch(name) else DTYPES):
+                dtype, shape = view.get_dtype(), tuple(view.get_shape())
+                allowed = MASK_DTYPES if MASK.fullmatch(name) else DTYPES
+                if dtype not in allowed:
                     raise WeightsError(
-                        f"{path}: {name[:80]!r}: got {entry.dtype}, expected one of {[*DTYPES]}"
+                        f"{path}: {name[:80]!r}: got {dtype}, expected one of {[*allowed]}"
                     )
-                begin += math.prod(entry.shape) * MASK_DTYPES[entry.dtype].itemsize
-                yield name, entry
+                yield name, Entry(path, begin, dtype, shape)
+                begin += math.prod(shape) * allowed[dtype].itemsize
     except (OSError, SafetensorError) as error:
-        text = start.lstrip().lower()
         problem = (
             f"cannot be read as a complete safetensors file: {error!s:.200}. "
             "Remove it and download or save it again"
         )
+        text = start.lstrip().lower()
         if text.startswith(b"version https://git-lfs"):
             problem = "is a Git LFS pointer, not the file itself: run git lfs pull"
         elif text.startswith((b"<!doctype", b"<html")):
@@ -121,10 +89,11 @@ def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
 
 
 def read_entries(path: Path) -> tuple[dict[str, Entry], Layout]:
-    """Every stored tensor of a GPT-2 by its official name, in the order of bytes, and the sizes.
+    """Return every stored tensor of a GPT-2 by its official name, in file order, and the sizes.
 
-    `path` is a file or a folder. Masks and `lm_head.weight` are among the tensors. Raises
-    WeightsError if names, shapes, dtypes or a config.json beside them are not a GPT-2's.
+    `path` is a file or a folder. Masks and `lm_head.weight` are included.
+
+    Raises WeightsError if names, shapes, dtypes or a config.json beside them are not a GPT-2's.
     """
     files = find_files(path)
     entries: dict[str, Entry] = {}
@@ -143,40 +112,39 @@ def read_entries(path: Path) -> tuple[dict[str, Entry], Layout]:
 
 
 def read_tensors(path: Path, digest: "hashlib._Hash | None" = None) -> Iterator[tuple[str, Tensor]]:
-    """Yields each parameter as (official name, float32 tensor in its own 64-byte aligned memory).
+    """Yield each parameter as (official name, float32 tensor in its own 64-byte aligned memory).
 
     A `digest` is updated with every byte of the file as it is read.
 
-    Raises WeightsError as `read_entries` does, and at the first value that is NaN or infinite, at a
-    file that ends early, and at an `lm_head.weight` that is not equal to `wte.weight`.
+    Raises WeightsError as `read_entries` does, at a value that is NaN or infinite, at a file that
+    ends early, and at an `lm_head.weight` that is not equal to `wte.weight`.
     """
     entries, _ = read_entries(path)
+    parameters = [(name, e) for name, e in entries.items() if not MASK.fullmatch(name)]
     tied: dict[str, Tensor] = {}
     try:
-        for part, group in groupby(entries.items(), key=lambda item: item[1].path):
+        for part, group in groupby(parameters, key=lambda item: item[1].path):
             with open(part, "rb") as file:
-                if digest is not None:  # the header, then every tensor, masks included
-                    digest.update(file.read(next(iter(entries.values())).begin))
                 for name, entry in group:
-                    is_mask = MASK.fullmatch(name)
-                    if is_mask and digest is None:
-                        continue
-                    stored = torch.empty(entry.shape, dtype=MASK_DTYPES[entry.dtype], device="cpu")
+                    if digest is None:
+                        file.seek(entry.begin)
+                    else:  # what lies before it: the header or a mask
+                        digest.update(file.read(entry.begin - file.tell()))
+                    stored = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
                     buffer = stored.view(-1).view(torch.uint8).numpy().data
-                    file.seek(entry.begin)
                     # readinto continues where the system stops short, as Linux does after 2 GiB
                     if file.readinto(buffer) != len(buffer):
                         raise WeightsError(f"{part}: {name}: the file ended early")
                     if digest is not None:
                         digest.update(buffer)
-                    if is_mask:
-                        continue
                     tensor = stored.float()  # float32 stays as it is
                     _check_finite(tensor, f"{part}: {name}")
                     if name in ("wte.weight", HEAD):
                         tied[name] = tensor
                     if name != HEAD:
                         yield name, tensor
+                if digest is not None:
+                    digest.update(file.read())
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error}") from error
     if HEAD in tied and not torch.equal(tied[HEAD], tied["wte.weight"]):
@@ -186,7 +154,7 @@ def read_tensors(path: Path, digest: "hashlib._Hash | None" = None) -> Iterator[
 
 
 def _check_finite(tensor: Tensor, source: str) -> None:
-    """Raises WeightsError at the first NaN or infinity."""
+    """Raise WeightsError at the first NaN or infinity."""
     # Either always shows in the sum, which costs far less than a look at every value.
     if not tensor.sum().isfinite():
         bad = tensor.flatten().isfinite().logical_not().nonzero()
@@ -196,7 +164,7 @@ def _check_finite(tensor: Tensor, source: str) -> None:
 
 
 def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
-    """Writes `folder/model.safetensors` and `folder/config.json`, creating the folder.
+    """Write model.safetensors and config.json to `folder`, which is created if need be.
 
     `state_dict` holds the parameters under their official names, as float32, float16 or bfloat16,
     on any device; the file keeps the dtype. transformers' GPT2LMHeadModel.from_pretrained(folder)
@@ -208,8 +176,7 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
     layout = check_layout({name: tuple(t.shape) for name, t in state_dict.items()}, "state_dict")
     tensors = {}
     for name, tensor in state_dict.items():
-        if tensor.dtype not in DTYPES.values():
-            allowed = [*DTYPES.values()]
+        if tensor.dtype not in (allowed := [*DTYPES.values()]):
             raise WeightsError(f"state_dict: {name}: got {tensor.dtype}, expected one of {allowed}")
         tensors[name] = tensor.detach().cpu().contiguous()
         _check_finite(tensors[name].float(), f"state_dict: {name}")
@@ -226,14 +193,12 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
 
 @contextmanager
 def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
-    """Yields an empty temporary file beside `path`; what is written to it replaces `path`.
-
-    A process that is killed leaves the temporary file behind. A caller that must not collect them
-    gives a folder of its own, `staging` on the same file system, to hold it.
+    """Yield an empty temporary file beside `path`; what is written to it replaces `path`.
 
     The replacement is a single rename of a file already on the disk, so a crash leaves the old
     file or the new one, never a part of either, and a link at `path` is replaced, not followed.
-    If the body raises, the temporary file is removed and `path` stays as it was.
+    If the body raises, the temporary file is removed and `path` stays as it was. A killed process
+    leaves it behind: in `staging`, if given, a folder on the same file system to be cleared later.
     """
     temporary = (staging or path.parent) / f".{path.name}.{secrets.token_hex(8)}.tmp"
     temporary.touch(exist_ok=False)
@@ -251,9 +216,9 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
 
 
 def fsync(path: Path) -> None:
-    """Waits until the content of a file, or the list of files in a folder, is on the disk.
+    """Wait until the content of a file, or the list of files in a folder, is on the disk.
 
-    Where a file system cannot do this for folders, warns once instead.
+    Where a file system cannot do this for folders, warn once instead.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)

@@ -20,17 +20,12 @@ HEAD_DIM = 64
 MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks: constants that some files carry
 MOST_PROBLEMS_SHOWN = 5
 UNCHECKED = ("architectures", "bos_token_id", "eos_token_id")  # no say in the function
-SAME_FUNCTION = (  # values that mean the same as GPT-2's
-    ("n_inner", None),
-    ("activation_function", "gelu_pytorch_tanh"),
-    ("activation_function", "gelu_fast"),
-)
 
 Shape = tuple[int, ...]
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, direction marks and lone surrogates escaped."""
+    """Escape control characters, direction marks and lone surrogates."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -45,7 +40,7 @@ class WeightsError(ValueError):
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
-    """`path` with `~` replaced by the home folder; WeightsError where there is no such user."""
+    """Replace `~` by the home folder; raise WeightsError if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -62,7 +57,7 @@ class Layout:
     n_positions: int
 
     def shapes(self) -> dict[str, Shape]:
-        """Name -> shape of every parameter; the head is `wte.weight`, so it has no entry."""
+        """Return every parameter's shape by name; the head is `wte.weight`, so it has no entry."""
         C = self.n_embd
         affine = {"attn.c_attn": (C, 3 * C)}  # q, k, v in that order
         affine |= {"attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
@@ -80,7 +75,7 @@ class Layout:
         return shapes
 
     def config(self) -> dict[str, Any]:
-        """The `config.json` from which transformers builds the same model."""
+        """Return the `config.json` from which transformers builds the same model."""
         end_of_text = 50256 if self.vocab_size == 50257 else None
         return {
             "architectures": ["GPT2LMHeadModel"],
@@ -98,9 +93,9 @@ class Layout:
 
 
 def check_layout(found: Mapping[str, Shape], source: str) -> Layout:
-    """Reads the sizes off the shapes in `found` and checks every name and shape against them.
+    """Read the sizes off the shapes in `found` and check every name and shape against them.
 
-    Raises WeightsError, which names `source` and the first few tensors that are missing, misshapen
+    Raises WeightsError that names `source` and the first few tensors that are missing, misshapen
     or unknown.
     """
     # Counted, not the largest index: a hostile h.999999999 must not size anything.
@@ -112,9 +107,10 @@ def check_layout(found: Mapping[str, Shape], source: str) -> Layout:
             "expected wte.weight, wpe.weight, h.0.ln_1.weight, ..."
         )
     for name in "wte.weight", "wpe.weight":
-        got = found[name]
-        if len(got) != 2 or 0 in got:
-            raise WeightsError(f"{source} is not a GPT-2: {name}: got {got}, expected a matrix")
+        if len(found[name]) != 2 or 0 in found[name]:
+            raise WeightsError(
+                f"{source} is not a GPT-2: {name}: got {found[name]}, expected a matrix"
+            )
     vocab_size, n_embd = found["wte.weight"]
     if n_embd % HEAD_DIM:
         raise WeightsError(
@@ -137,9 +133,9 @@ def check_layout(found: Mapping[str, Shape], source: str) -> Layout:
 
 
 def check_config(path: Path, layout: Layout) -> None:
-    """Refuses a config.json that describes another function than the GPT-2 of these sizes.
+    """Refuse a config.json that describes another function than the GPT-2 of these sizes.
 
-    Raises WeightsError, which lists the keys. Without such a file there is nothing to check.
+    Raises WeightsError that lists the keys. Without such a file there is nothing to check.
     """
     try:
         config = json.loads(path.read_bytes())
@@ -149,27 +145,27 @@ def check_config(path: Path, layout: Layout) -> None:
         return
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}. Repair or remove it") from error
-    expected = layout.config() | {
-        "n_inner": 4 * layout.n_embd,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-        "tie_word_embeddings": True,
-        "num_hidden_layers": layout.n_layer,  # transformers accepts these four names as well
-        "num_attention_heads": layout.n_embd // HEAD_DIM,
-        "hidden_size": layout.n_embd,
-        "max_position_embeddings": layout.n_positions,
+    C = layout.n_embd
+    allowed = {key: (value,) for key, value in layout.config().items()} | {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),  # all the same
+        "n_inner": (4 * C, None),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+        "num_hidden_layers": (layout.n_layer,),  # transformers accepts these four names as well
+        "num_attention_heads": (C // HEAD_DIM,),
+        "hidden_size": (C,),
+        "max_position_embeddings": (layout.n_positions,),
     }
     wrong = [
-        f"{key}: got {config[key]!r:.80}, expected {value!r}"
-        for key, value in expected.items()
-        if config.get(key, value) != value
-        and key not in UNCHECKED
-        and (key, config[key]) not in SAME_FUNCTION
+        f"{key}: got {config[key]!r:.80}, expected {values[0]!r}"
+        for key, values in allowed.items()
+        if key in config and key not in UNCHECKED and config[key] not in values
     ]
     if wrong:
         raise WeightsError(
             f"{path} describes another model: {'; '.join(wrong)}. By its shapes this is a GPT-2, "
-            f"{layout.n_layer} blocks, {layout.n_embd} wide, with heads {HEAD_DIM} wide, gelu_new, "
-            "epsilon 1e-5, scores scaled by 1/sqrt(64), a tied head and an inner width of 4 C"
+            f"{layout.n_layer} blocks, {C} wide, with heads {HEAD_DIM} wide, gelu_new, epsilon "
+            "1e-5, scores scaled by 1/sqrt(64), a tied head and an inner width of 4 C"
         )

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import FILE_NAME, read_entries, read_tensors
+from .checkpoint import read_entries, read_tensors
+from .files import FILE_NAME
 from .layout import HEAD_DIM, Layout, WeightsError, expand, printable
 
 TIMEOUT = 3  # seconds to wait for the hub's first answer
@@ -61,7 +62,7 @@ OFFICIAL = {
 
 
 def read_official(name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of an official model, downloaded with a progress bar if need be.
+    """Yield the tensors of an official model, downloaded with a progress bar if need be.
 
     Raises WeightsError as `read_tensors` does, if the file is not cached and cannot be downloaded,
     and at the end if its hash is wrong; the file then stays where it is.
@@ -77,7 +78,7 @@ def read_official(name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def cached(official: Official) -> Path | None:
-    """The file in the hub's local cache, unverified, or None; never looks at the network."""
+    """Return the file in the hub's local cache, unverified, or None; never use the network."""
     from huggingface_hub import try_to_load_from_cache  # here: a third of a second, seldom needed
 
     # Files cached before 2024 are under the repository's old name, without the organisation.
@@ -116,7 +117,7 @@ def _download(name: str, official: Official) -> Path:
 
 
 def describe(path: Path, every_tensor: bool = False) -> str:
-    """The text of `--check`: sizes, hash and official name, after every value has been checked.
+    """Return the text of `--check`: sizes, hash and official name, once every value is checked.
 
     Raises WeightsError as `load_weights` does.
     """
@@ -154,7 +155,7 @@ class Options:
 
 
 def main() -> None:
-    """The command line: weights that cannot be had or are not valid end with status 1 and why."""
+    """Run the command line: without valid weights, exit with status 1 and the reason."""
     import tyro
 
     options = tyro.cli(
