@@ -22,7 +22,7 @@ def generate(
     generator: torch.Generator | None = None,
     stop: int | None = None,
 ) -> Prompts:
-    """Continues a batch of prompts.
+    """Continue a batch of prompts.
 
     Args:
         model: dropout is off while sampling; then the model's mode is restored.
@@ -61,7 +61,7 @@ def stream(
     generator: torch.Generator | None = None,
     stop: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the new tokens, one per row, int64 (B, 1), as they are sampled; else as `generate`."""
+    """Yield the new tokens, one per row, int64 (B, 1), as they are sampled; else as `generate`."""
     padding = None
     if not isinstance(tokens, Tensor):
         tokens, padding = _pad(tokens, model.wte.weight.device)
@@ -86,7 +86,7 @@ def stream(
 
 
 def _pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The prompts on the right of (B, T), and the width (B,) of the padding on their left."""
+    """Return the prompts at the right of (B, T), and (B,) the widths of the padding before them."""
     T = max(map(len, prompts), default=0)
     widths = [T - len(prompt) for prompt in prompts]
     rows = [[0] * width + prompt for width, prompt in zip(widths, prompts, strict=True)]

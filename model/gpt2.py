@@ -175,7 +175,7 @@ class GPT2(nn.Module):
     def hidden_states(
         self, tokens: Tensor, cache: list[KVCache] | None = None, padding: Tensor | None = None
     ) -> Tensor:
-        """The normalised output of the last block, (B, T, C); logits = hidden @ wte.weight.T.
+        """Return the normalised output of the last block, (B, T, C); logits = hidden @ wte^T.
 
         Args:
             tokens: ids, int64 (B, T). Callers check that they lie in the vocabulary: to do so here
@@ -215,17 +215,17 @@ class GPT2(nn.Module):
         return self.ln_f(x)  # (B, T, C)
 
     def forward(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
-        """Logits of the token after each position: int64 (B, T) -> (B, T, V)."""
+        """Return the logits of the token after each position: int64 (B, T) -> (B, T, V)."""
         hidden = self.hidden_states(tokens, cache)  # (B, T, C)
         return F.linear(hidden, self.wte.weight)  # (B, T, V): no bias, no scale
 
     def new_cache(self, max_positions: int) -> list[KVCache]:
-        """An empty cache for `max_positions` positions: one KVCache per block."""
+        """Return an empty cache for `max_positions` positions: one KVCache per block."""
         return [KVCache(max_positions) for _ in self.h]
 
     @torch.no_grad()
     def _init_parameters(self) -> None:
-        """For training from scratch: N(0, 0.02), biases 0, gains 1.
+        """Draw weights to train from scratch: N(0, 0.02), biases 0, gains 1.
 
         c_proj is divided by sqrt(2 n_layer), because 2 n_layer of them add up in x (the paper,
         2.3). wpe has 0.02 as in transformers; OpenAI's code had 0.01.
@@ -242,7 +242,7 @@ class GPT2(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], assign: bool = False) -> "GPT2":
-        """A model with these weights; their shapes determine its configuration.
+        """Return a model with these weights; their shapes determine its configuration.
 
         Args:
             state_dict: official names and layouts, any floating dtype; parameters are float32.
@@ -281,5 +281,5 @@ class GPT2(nn.Module):
 
 
 def _embedding(count: int, width: int) -> nn.Embedding:
-    """nn.Embedding(count, width) without its N(0, 1) draw, which would only be overwritten."""
+    """Return nn.Embedding(count, width) without its N(0, 1) draw, which would be overwritten."""
     return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)

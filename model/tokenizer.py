@@ -28,18 +28,18 @@ class Tokenizer:
         self.eot = encoding.eot_token
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; a literal `<|endoftext|>` becomes the one special token, `eot`."""
+        """Return the ids of `text`; a literal `<|endoftext|>` is the one special token, `eot`."""
         return self._encoding.encode(text, allowed_special={END_OF_TEXT})
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; bytes that are not valid UTF-8 become U+FFFD.
+        """Return the text of `ids`; bytes that are not valid UTF-8 become U+FFFD.
 
         Raises ValueError for an id outside [0, n_vocab).
         """
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; 344 of the tokens are not valid UTF-8 on their own.
+        """Return the bytes of one token; 344 of the tokens are not valid UTF-8 on their own.
 
         Raises ValueError for an id outside [0, n_vocab).
         """
@@ -50,7 +50,7 @@ class Tokenizer:
 
 @functools.cache
 def load_tokenizer() -> Tokenizer:
-    """The tokenizer of every GPT-2 size; built once per process, without a network.
+    """Return the tokenizer of every GPT-2 size; built once per process, without a network.
 
     Raises RuntimeError if the packaged vocabulary is missing or is not OpenAI's, byte for byte.
     """
@@ -86,7 +86,7 @@ def _encoder_json() -> bytes:
 
 
 def _unicode_to_byte() -> dict[str, int]:
-    """The character that stands for each byte in encoder.json.
+    """Return the byte that each character of encoder.json stands for.
 
     Printable Latin-1 characters stand for themselves; the other 68 bytes are U+0100 and up, in
     order (OpenAI's gpt-2 `encoder.py`, `bytes_to_unicode`).
