@@ -138,13 +138,26 @@ def test_a_stopped_command_given_again_ends_with_the_same_files(
         ("--held-out bytes", "bytes: .*expected a text file in UTF-8"),
         ("--n-positions 1000", "story.txt: got 2.. tokens, expected more than 1000"),
         ("--out story.txt", "story.txt"),
+        ("--out ~nobody-of-this-name/x", "~nobody-of-this-name/x"),
+        ("--text ~nobody-of-this-name/x", "~nobody-of-this-name/x"),
+        ("--n-layer 0", "--n-layer 0: .*greater than or equal to 1"),
+        ("--n-embd 100", "--n-embd 100: .*a multiple of 64"),
+        ("--n-positions 0", "--n-positions 0: "),
+        ("--steps 0", "--steps 0: "),
+        ("--batch -1", "--batch -1: "),
+        ("--lr nan", "--lr nan: .*finite"),
+        ("--warmup -1", "--warmup -1: "),
+        ("--weight-decay -0.1", "--weight-decay -0.1: "),
+        ("--dropout 1", "--dropout 1.0: .*less than 1"),
+        ("--eval-every -1", "--eval-every -1: "),
+        ("--seed -1", "--seed -1: "),
         ("--out new --lr 1e38", "step 3: the held-out loss is nan"),
     ],
 )
 def test_errors_are_one_line_and_change_nothing(
     change: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model of another shape, texts that cannot be read, an --out that is a file, a high rate."""
+    """Another shape, unreadable texts, paths of unknown users, values out of range, a high rate."""
     pretrain.main()
     Path("bytes").write_bytes(b"\xff\xfe")
     before = {path: path.read_bytes() for path in Path("out").iterdir()}

@@ -9,12 +9,15 @@ because the batch and the dropout of a step are drawn from (seed, step) alone.
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import tyro
+from annotated_types import Ge, Le, Lt, MultipleOf
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +28,11 @@ from train.checkpoint import is_due, read_tensors, write_tensors
 from train.console import command, progress, say
 from train.pretrain.shared_vocabulary import SharedVocabulary, backpropagate_cross_entropy
 from weights import save_weights
+from weights.layout import expand
+
+Count = Annotated[int, Ge(1), Le(65_536)]
+Steps = Annotated[int, Ge(0), Le(10**9)]
+NonNegative = Annotated[FiniteFloat, Ge(0)]
 
 
 @dataclass(frozen=True)
@@ -34,24 +42,26 @@ class Options:
     text: Path  # training text, UTF-8; <|endoftext|> ends a document
     held_out: Path  # text for the held-out loss, by which the best checkpoint is chosen
     out: Path = Path("runs/pretrain")  # folder for the best checkpoint, the state and the log
-    n_layer: int = 10  # blocks
-    n_embd: int = 128  # width, a multiple of 64
-    n_positions: int = 256  # positions, and the length of a training window
-    steps: int = 2200  # optimisation steps
-    batch: int = 16  # windows per step
-    lr: float = 3e-3  # peak learning rate; the cosine ends at a tenth of it
-    warmup: int = 200  # steps of linear warm-up
-    weight_decay: float = 0.1  # of matrices; biases and LayerNorms have none
-    dropout: float = 0.1  # of the embedding sum and of the two residual outputs of a block
-    eval_every: int = 250  # steps between held-out losses; the state is saved after each
-    seed: int = 0  # of the initial weights, the batches and the dropout
+    n_layer: Count = 10  # blocks
+    n_embd: Annotated[Count, MultipleOf(HEAD_DIM)] = 128  # width, a multiple of 64
+    n_positions: Count = 256  # positions, and the length of a training window
+    steps: Annotated[Steps, Ge(1)] = 2200  # optimisation steps
+    batch: Count = 16  # windows per step
+    lr: NonNegative = 3e-3  # peak learning rate; the cosine ends at a tenth of it
+    warmup: Steps = 200  # steps of linear warm-up
+    weight_decay: NonNegative = 0.1  # of matrices; biases and LayerNorms have none
+    dropout: Annotated[NonNegative, Lt(1)] = 0.1
+    """of the embedding sum and of the two residual outputs of a block"""
+    eval_every: Steps = 250  # between held-out losses and saves; 0: after the last step only
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
+    """of the initial weights, the batches and the dropout"""
 
 
 def read_ids(path: Path, length: int) -> Tensor:
     """Return the ids of a text file, (n,); ValueError if it cannot be read or is too short."""
     try:
-        ids = load_tokenizer().encode(path.expanduser().read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RuntimeError) as error:
+        ids = load_tokenizer().encode(expand(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}; expected a text file in UTF-8") from error
     if len(ids) <= length:
         raise ValueError(f"{path}: got {len(ids)} tokens, expected more than {length}")
@@ -121,7 +131,7 @@ def pretrain(options: Options) -> None:
 
     Raises ValueError for texts or a save that cannot be used, and for a loss of NaN.
     """
-    B, T, out = options.batch, options.n_positions, options.out.expanduser()
+    B, T, out = options.batch, options.n_positions, expand(options.out)
     text, held_out = read_ids(options.text, T), read_ids(options.held_out, 1)
     vocabulary = SharedVocabulary(text, load_tokenizer().n_vocab)
     corpus = vocabulary.compact(text)
@@ -167,8 +177,14 @@ def pretrain(options: Options) -> None:
 def main() -> None:
     """Run the command line."""
     with command():
+        options = tyro.cli(Options, prog="python -m train.pretrain", description=__doc__)
         try:
-            pretrain(tyro.cli(Options, prog="python -m train.pretrain", description=__doc__))
+            TypeAdapter(Options).validate_python(asdict(options))
+            pretrain(options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]).replace("_", "-")
+            raise ValueError(f"--{name} {first['input']}: {first['msg']}") from error
         except OSError as error:
             raise ValueError(f"{error}; the save before is kept") from error
 
