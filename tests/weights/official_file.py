@@ -1,4 +1,4 @@
-"""Writes files in the layout of OpenAI's GPT-2 files on the hub, with random content."""
+"""Write files in the layout of OpenAI's GPT-2 files on the hub, with random content."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def stored_shapes(n_layer: int, n_embd: int, vocab_size: int, n_positions: int) 
 
 
 def header_of(shapes: dict) -> bytes:
-    """The header as in the official files: compact JSON without padding.
+    """Return the header as in the official files: compact JSON without padding.
 
     For gpt2-medium it has the official 28,986 bytes, so every tensor starts 2 bytes off alignment.
     """
@@ -49,7 +49,7 @@ def write_official(
     n_positions: int = 1024,
     seed: int = 0,
 ) -> None:
-    """Writes a float32 GPT-2 as an official file; the defaults are the sizes of gpt2-medium.
+    """Write a float32 GPT-2 as an official file; the defaults are the sizes of gpt2-medium.
 
     Masks are causal, gains are near 1, everything else is uniform with standard deviation 0.02.
     """
@@ -75,7 +75,7 @@ def _content(name: str, shape: list[int], rng: np.random.Generator) -> Iterator[
 
 
 def read_tensorwise(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every stored float tensor as float32, independently of the code under test."""
+    """Yield every stored float tensor as float32, independently of the code under test."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -92,12 +92,12 @@ def read_tensorwise(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndar
 
 
 def read_plainly(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The tensors of `read_tensorwise` by name."""
+    """Return the tensors of `read_tensorwise` by name."""
     return dict(read_tensorwise(path))
 
 
 def assert_equal(state_dict: dict, arrays: dict) -> None:
-    """Checks for the same names with bitwise equal values."""
+    """Check for the same names with bitwise equal values."""
     assert state_dict.keys() == arrays.keys()
     for name, tensor in state_dict.items():
         np.testing.assert_array_equal(tensor.numpy(), arrays[name], err_msg=name)

@@ -41,7 +41,7 @@ def parameters(official):
 
 
 def load_arrays(arrays, folder, **more):
-    """Writes `arrays` and `more` with the safetensors library and loads the file."""
+    """Write `arrays` and `more` with the safetensors library and load the file."""
     path = folder / "given.safetensors"
     save_file({**arrays, **more}, path, metadata={"format": "pt"})
     return load_weights(path)

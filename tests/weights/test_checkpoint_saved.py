@@ -141,7 +141,7 @@ def test_the_error_that_ended_a_write_is_raised_even_if_cleaning_up_fails(tmp_pa
 
 
 def fsync_failing_on_folders(monkeypatch, code):
-    """Replaces os.fsync: it fails with `code` on folders and works on files."""
+    """Replace os.fsync by one that fails with `code` on folders and works on files."""
     real = os.fsync
 
     def fsync(descriptor):

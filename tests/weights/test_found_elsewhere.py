@@ -36,7 +36,7 @@ def folder(parameters, tmp_path):
 
 
 def refusal(path):
-    """The one-line message of load_weights for `path`; layout_of must give the same."""
+    """Return the one-line message of load_weights for `path`; layout_of must give the same."""
     with pytest.raises(WeightsError) as caught:
         load_weights(path)
     message = str(caught.value)
@@ -114,7 +114,7 @@ def test_prefixes_of_wrappers_are_stripped(prefix, parameters, tmp_path):
 
 
 def write_shards(parameters, folder):
-    """Writes two files and their index, as transformers does."""
+    """Write two files and their index, as transformers does."""
     names = [*parameters]
     parts = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
     for file, part in parts.items():
