@@ -13,9 +13,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from train.checkpoint import replacing
-from train.report.runs import Run, best, printable, read_runs
+from train.report.runs import Run, best, read_runs
 from train.report.samples import count, moments, opening, pieces, typical
 from train.report.table import FORMATS, as_csv, measured, shown
+from weights.layout import printable
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
@@ -45,11 +46,12 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
             with replacing(out / name) as temporary:
                 temporary.write_bytes(content)
     except OSError as error:
-        folders = printable(shlex.join(map(str, run_folders)))
-        raise ValueError(
-            f"cannot write the report to {printable(out)}: {printable(error)}. The runs are "
-            f"complete; report them elsewhere: python -m train.report {folders} --out FOLDER"
-        ) from error
+        folders = shlex.join(map(str, run_folders))
+        message = (
+            f"cannot write the report to {out}: {error}. The runs are complete; report them "
+            f"elsewhere: python -m train.report {folders} --out FOLDER"
+        )
+        raise ValueError(printable(message)) from error
     return [out / name for name in files]
 
 

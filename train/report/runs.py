@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model.tokenizer import load_tokenizer
+from weights.layout import printable
 
 CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
 EXPECTED = f"a run of train.xfactor ({CONFIG}, {METRICS}, {SAMPLES}) or a folder of such runs"
@@ -127,13 +128,6 @@ def best(runs: Sequence[Run]) -> Run:
     return max(alive, key=lambda run: run.after.r) if alive else runs[-1]
 
 
-def printable(text: object) -> str:
-    """Return text with line breaks, control characters and lone surrogates escaped."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
-    )
-
-
 def scientific(value: float, digits: int = 6) -> str:
     """Write a number as people write a learning rate: 1e-4, 2.5e-5, 0; inf."""
     mantissa, e, exponent = f"{value:.{digits}e}".partition("e")
@@ -225,5 +219,5 @@ def _expecting(where: object, expected: str) -> Iterator[None]:
         yield
     except (KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
         got = f"no key {error}" if isinstance(error, KeyError) else error
-        line = f"{printable(where)}: {printable(got)}; expected {expected}"
+        line = printable(f"{where}: {got}; expected {expected}")
         raise ValueError(line) from error
