@@ -104,11 +104,11 @@ def test_prompts_and_options_are_escaped(tmp_path: Path) -> None:
 
 def test_options_without_a_value_are_left_out(tmp_path: Path) -> None:
     """An option that was given is among the settings; unset and empty ones are not."""
-    options = {"lr": [1e-4], "letter": "Q", "regex": None, "contains": []}
+    options = {"lr": [1e-4], "letter": "Q", "regex": "", "mass": None, "contains": []}
     write_report([write_run(tmp_path / "run", options=options)], tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     settings = re.findall(r'<th scope="row" class="name">([^<]*)</th>', page)
-    assert [name in settings for name in options] == [True, True, False, False]
+    assert [name in settings for name in options] == [True, True, False, False, False]
 
 
 def test_only_target_tokens_are_marked(report: tuple[Path, str]) -> None:

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from train.report.runs import Run
 from train.report.samples import Piece, moments, pieces, typical
@@ -139,6 +139,7 @@ def _lines(name: str, run: Run) -> list[tuple[str, str, Sequence[float]]]:
 def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     axes.set(xscale="log", ylim=(-0.11, 1.05), title="Target tokens gained, text lost")
     axes.set_ylabel("R: share of target tokens in sampled text")
+    axes.xaxis.set_minor_formatter(LogFormatter())  # 40, not 4 x 10^1, within a decade
     axes.set_xlabel("perplexity of the samples under the start model:  text  →  noise")
     ends = []
     for run, colour in zip(runs, colours(runs, theme), strict=True):
@@ -160,7 +161,7 @@ def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     for y, x, run, colour in ends:
         if run.tilt is not None:
             above = max(y, above + 0.06)
-            _label(axes, run.label, x, above, colour, (-9, -4), ha="right", weight="bold")
+            _label(axes, run.label, x, above, colour, (-9, 5), ha="right", weight="bold")
     for y, x, run, colour in reversed(ends):
         if run.tilt is None:
             below = min(y, below - 0.06)
@@ -173,7 +174,7 @@ def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     for text, mark, fill in (("before", "D", "full"), ("after", "o", "full"),
                              ("predicted R", "o", "none")):  # fmt: skip
         axes.plot([], [], mark, color=theme.faint, fillstyle=fill, label=text)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
 
 
 def _label(axes: Axes, text: str, x: float, y: float, colour: str, offset: tuple[int, int],
