@@ -9,7 +9,6 @@ equal `model(tokens)`.
 """
 
 import math
-from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -28,98 +27,88 @@ from weights import load_weights
 
 BATCH, LENGTH = 4, 64
 LINE = "{:11} {:23} {:15} {:26} {}"
-Stage = tuple[str, str, Tensor, str, nn.Module | None]  # name, formula, x, check, module behind it
-Walk = Generator[Stage, None, Tensor]  # returns the last x
 
 
-def print_table(stages: Iterable[Stage]) -> tuple[Tensor, Tensor, int]:
-    """Print a line per stage; return hidden states, logits and the number of parameters used."""
-    say(LINE.format("stage", "formula", "shape", "parameters", "check by hand"))
-    used, hidden, logits = 0, torch.empty(0), torch.empty(0)
-    for name, formula, x, check, module in stages:
+class Walk:
+    """Computes the logits stage by stage, and prints a line for each."""
+
+    def __init__(self) -> None:
+        say(LINE.format("stage", "formula", "shape", "parameters", "check by hand"))
+        self.used = 0  # parameters of the stages shown so far
+
+    def show(
+        self, name: str, formula: str, x: Tensor, check: str = "", module: nn.Module | None = None
+    ) -> Tensor:
+        """Print a stage and return its result x; without a check, the mean length of vectors."""
         shapes = [p.shape for p in module.parameters()] if module else []
         count = sum(map(math.prod, shapes))
         product = "+".join("*".join(map(str, shape)) for shape in shapes)
         if isinstance(module, Block):
             product = "12C^2+13C"  # matrices of 3, 1, 4 and 4 C^2; the first block lists them all
         cost = f"{product} = {count:,}" if module else ""
-        say(LINE.format(name, formula, str([*x.shape]), cost, check).rstrip())
-        used, hidden, logits = used + count, logits, x
-    return hidden, logits, used
+        check = check or f"mean norm {x.norm(dim=-1).mean():.3f}"
+        say(LINE.format(name, formula, str([*x.shape]), cost, check))
+        self.used += count
+        return x
 
+    def model(self, model: GPT2, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hidden states, (B, T, C), and the logits, (B, T, V), of token ids (B, T)."""
+        T, corner = tokens.shape[1], int(tokens[0, 0])
+        self.show("tokens", "random ids", tokens, f"[0, 0] is {corner}")
+        x = model.wte(tokens)  # (B, T, C)
+        assert torch.equal(x[0, 0], model.wte.weight[corner])
+        self.show("wte", "x = wte[tokens]", x, f"[0, 0] is wte[{corner}]", model.wte)
+        x = x + model.wpe(torch.arange(T))
+        self.show("wpe", f"x = x + wpe[0..{T - 1}]", x, module=model.wpe)
+        first, *others = model.h
+        x = self.block(first, x)
+        for n, block in enumerate(others, start=1):
+            x = self.show(f"h.{n}", "x = block(x), as h.0", block(x), module=block)
+        hidden = self.layer_norm("ln_f", model.ln_f, x)
+        z = hidden @ model.wte.weight.T  # (B, T, V)
+        size = f"{z.nbytes / 1e6:.1f} MB, {z.itemsize} B each"
+        return hidden, self.show("logits", "z = h wte^T: no bias", z, size)
 
-def walk(model: GPT2, tokens: Tensor) -> Walk:
-    """Yield every stage; the last two are the hidden states (B, T, C) and the logits (B, T, V)."""
-    T, corner = tokens.shape[1], int(tokens[0, 0])
-    yield "tokens", "random ids", tokens, f"[0, 0] is {corner}", None
-    x = model.wte(tokens)  # (B, T, C)
-    assert torch.equal(x[0, 0], model.wte.weight[corner])
-    yield "wte", "x = wte[tokens]", x, f"[0, 0] is wte[{corner}]", model.wte
-    x = x + model.wpe(torch.arange(T))
-    yield "wpe", f"x = x + wpe[0..{T - 1}]", x, norm(x), model.wpe
-    first, *others = model.h
-    x = yield from walk_block(first, x)
-    for n, block in enumerate(others, start=1):
-        x = block(x)
-        yield f"h.{n}", "x = block(x), as h.0", x, norm(x), block
-    hidden = yield from walk_layer_norm("ln_f", model.ln_f, x)
-    z = hidden @ model.wte.weight.T  # (B, T, V)
-    yield "logits", "z = h wte^T: no bias", z, f"{z.nbytes / 1e6:.1f} MB, {z.itemsize} B each", None
-    return z
+    def block(self, block: Any, x: Tensor) -> Tensor:
+        """Show h.0, each half of which adds to the residual stream x, (B, T, C)."""
+        y = self.attention(block.attn, self.layer_norm("h.0.ln_1", block.ln_1, x))
+        x = self.show("", "x = x + attn(ln_1(x))", x + y)
+        mlp, y = block.mlp, self.layer_norm("h.0.ln_2", block.ln_2, x)
+        y = mlp.c_fc(y)  # (B, T, 4C)
+        before = f"{y[0, 0, 0]:.3f}"
+        self.show("mlp.c_fc", "y W + b", y, f"[0, 0, 0] is {before}", mlp.c_fc)
+        y = F.gelu(y, approximate="tanh")
+        self.show("", "gelu(y)", y, f"gelu({before}) = {y[0, 0, 0]:.3f}")
+        y = self.show("mlp.c_proj", "y W + b", mlp.c_proj(y), module=mlp.c_proj)
+        return self.show("", "x = x + mlp(ln_2(x))", x + y)
 
+    def layer_norm(self, name: str, ln: nn.LayerNorm, x: Tensor) -> Tensor:
+        """Show ln(x); before gain and bias each position has mean 0 and variance 1."""
+        bare = F.layer_norm(x, x.shape[-1:], eps=ln.eps)
+        mean, variance = bare.mean(-1).abs().max(), bare.var(-1, correction=0).mean()
+        check = f"mean {mean:.3f}, var {variance:.3f}"
+        return self.show(name, "g (x-m)/sqrt(v+eps) + b", ln(x), check, ln)
 
-def walk_block(block: Any, x: Tensor) -> Walk:
-    """Yield the stages of h.0, each half of which adds to the residual stream x, (B, T, C)."""
-    y = yield from walk_layer_norm("h.0.ln_1", block.ln_1, x)
-    x = x + (yield from walk_attention(block.attn, y))
-    yield "", "x = x + attn(ln_1(x))", x, norm(x), None
-    y = yield from walk_layer_norm("h.0.ln_2", block.ln_2, x)
-    y = block.mlp.c_fc(y)  # (B, T, 4C)
-    before = y[0, 0, 0].item()
-    yield "mlp.c_fc", "y W + b", y, f"[0, 0, 0] is {before:.3f}", block.mlp.c_fc
-    y = F.gelu(y, approximate="tanh")
-    yield "", "gelu(y)", y, f"gelu({before:.3f}) = {y[0, 0, 0]:.3f}", None
-    y = block.mlp.c_proj(y)  # (B, T, C)
-    yield "mlp.c_proj", "y W + b", y, norm(y), block.mlp.c_proj
-    x = x + y
-    yield "", "x = x + mlp(ln_2(x))", x, norm(x), None
-    return x
-
-
-def walk_layer_norm(name: str, ln: nn.LayerNorm, x: Tensor) -> Walk:
-    """Yield ln(x); before gain and bias each position has mean 0 and variance 1."""
-    bare = F.layer_norm(x, x.shape[-1:], eps=ln.eps)
-    mean, variance = bare.mean(-1).abs().max(), bare.var(-1, correction=0).mean()
-    y = ln(x)
-    yield name, "g (x-m)/sqrt(v+eps) + b", y, f"mean {mean:.3f}, var {variance:.3f}", ln
-    return y
-
-
-def walk_attention(attn: Attention, y: Tensor) -> Walk:
-    """Yield the stages of softmax(q k^T / sqrt(D) + mask) v, (B, T, C) -> (B, T, C)."""
-    B, T, C = y.shape
-    H, D = attn.n_head, C // attn.n_head
-    y = attn.c_attn(y)  # (B, T, 3C)
-    yield "attn.c_attn", "y W + b: q, k, v", y, f"{3 * C} = 3 * {C}", attn.c_attn
-    q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in y.split(C, dim=2))
-    yield "", "q, k, v in H heads each", q, f"{H} * {D} = {C}", None
-    s = q @ k.transpose(2, 3) / math.sqrt(D)  # (B, H, T, T)
-    s = s.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-    masked = int((s[0, 0] == -math.inf).sum())
-    yield "", "s = q k^T/sqrt(D), j<=i", s, f"{masked} = {T}*{T - 1}/2 -inf", None
-    a = s.softmax(-1)
-    yield "", "a = softmax over j", a, f"sum_j {a.sum(-1).min():.4f}, j>i {a.triu(1).sum():g}", None
-    y = a @ v  # (B, H, T, D)
-    difference = (y[:, :, 0] - v[:, :, 0]).abs().max()
-    yield "", "y = a v; 0 sees itself", y, f"y[0] - v[0] = {difference:g}", None
-    y = attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
-    yield "attn.c_proj", "y W + b, heads joined", y, norm(y), attn.c_proj
-    return y
-
-
-def norm(x: Tensor) -> str:
-    """Say how long the vectors of the positions are, on average."""
-    return f"mean norm {x.norm(dim=-1).mean():.3f}"
+    def attention(self, attn: Attention, y: Tensor) -> Tensor:
+        """Show softmax(q k^T / sqrt(D) + mask) v, (B, T, C) -> (B, T, C)."""
+        B, T, C = y.shape
+        H, D = attn.n_head, C // attn.n_head
+        y = attn.c_attn(y)  # (B, T, 3C)
+        self.show("attn.c_attn", "y W + b: q, k, v", y, f"{3 * C} = 3 * {C}", attn.c_attn)
+        q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in y.split(C, dim=2))
+        self.show("", "q, k, v in H heads each", q, f"{H} * {D} = {C}")
+        s = q @ k.transpose(2, 3) / math.sqrt(D)  # (B, H, T, T)
+        s = s.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        masked = int((s[0, 0] == -math.inf).sum())
+        self.show("", "s = q k^T/sqrt(D), j<=i", s, f"{masked} = {T}*{T - 1}/2 -inf")
+        a = s.softmax(-1)
+        sums = f"sum_j {a.sum(-1).min():.4f}, j>i {a.triu(1).sum():g}"
+        self.show("", "a = softmax over j", a, sums)
+        y = a @ v  # (B, H, T, D)
+        difference = (y[:, :, 0] - v[:, :, 0]).abs().max()
+        self.show("", "y = a v; 0 sees itself", y, f"y[0] - v[0] = {difference:g}")
+        y = attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.show("attn.c_proj", "y W + b, heads joined", y, module=attn.c_proj)
 
 
 def divergences(h: Tensor, weight: Tensor, z: Tensor, target: TwoLevelTarget) -> dict[str, Tensor]:
@@ -155,28 +144,23 @@ def traffic(rows: int) -> dict[str, tuple[int, int]]:
 def explain_probabilities(logits: Tensor) -> None:
     """Print that neither logits nor their exponentials are normalised, but log-softmax is."""
     B, T, V = logits.shape
-    z, lse = logits[-1, -1], logits[-1, -1].logsumexp(-1)
+    z = logits[-1, -1].double()
     say(f"\nFrom logits to probabilities: the {V} logits z at [{B - 1}, {T - 1}]")
     fact("sum of z", f"{z.sum():.1f}")
-    fact("sum of exp(z)", f"{z.double().exp().sum():.4g}")
-    fact("lse(z) = log(sum of exp(z))", f"{lse:.6f}")
-    fact("sum of exp(z - lse(z))", f"{(z - lse).exp().sum():.7f}")
-    fact("sum of exp(F.log_softmax(z)) in float64", f"{z.double().log_softmax(-1).exp().sum():.7f}")
-    fact("sum of exp(F.log_softmax(z)) in float32", f"{z.log_softmax(-1).exp().sum():.7f}")
+    fact("sum of exp(z)", f"{z.exp().sum():.4g}")
+    fact("sum of exp(z - lse(z))", f"{(z - z.logsumexp(-1)).exp().sum():.7f}")
+    fact("sum of exp(F.log_softmax(z)) in float64", f"{z.log_softmax(-1).exp().sum():.7f}")
     fact("one row per position", f"{[B, T, V]} -> {[*logits.flatten(0, 1).shape]}")
 
 
 def explain_loss(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     """Print the target, its divergence from the model in four ways, and the traffic of each."""
     target = TwoLevelTarget(containing(load_tokenizer(), "X"))
-    size, others = target.size, target.vocab_size - target.size
+    size, total = target.size, target.dense(torch.float64).sum()
     say(f"\nThe target P: alpha on each of S, the {size} tokens with an x or X, beta on the others")
     fact(f"alpha = 1 / {size}, beta = 0", f"{target.alpha:.9f}")
-    total = target.dense(torch.float64).sum()
-    fact(f"sum of P = {size} alpha + {others} beta", f"{total:.7f}")
-    say(
-        "\nKL(P || q) in nats, q = softmax(z), mean over rows; and its distance from the first line"
-    )
+    fact(f"sum of P = {size} alpha + {target.vocab_size - size} beta", f"{total:.7f}")
+    say("\nKL(P || q) in nats, q = softmax(z), mean over rows; distance from the first line")
     kls = divergences(hidden, weight, logits, target)
     exact, *_ = kls.values()
     for name, kl in kls.items():
@@ -212,10 +196,11 @@ def walkthrough(model: str = "tiny") -> None:
     say(f"GPT-2 {model}: {config.n_layer} blocks, C = {C} wide, H = {H} heads of D = {C // H}")
     say(f"{BATCH} sequences of {LENGTH} tokens, V = {V}; position i attends to j <= i\n")
     tokens = torch.randint(V, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    hidden, logits, used = print_table(walk(gpt2, tokens))
+    walk = Walk()
+    hidden, logits = walk.model(gpt2, tokens)
     difference = (logits - gpt2(tokens)).abs().max() / logits.abs().max()
     say("")
-    fact("parameters used above", f"{used:,}")
+    fact("parameters used above", f"{walk.used:,}")
     fact("parameters of the model", f"{sum(p.numel() for p in gpt2.parameters()):,}")
     fact("largest difference from model(tokens), relative", f"{difference:.1e}")
     explain_probabilities(logits)

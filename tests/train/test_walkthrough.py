@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div, reference
 from model import GPT2, GPT2Config
 from tests.model.oracle import shake
-from train.walkthrough import divergences, print_table, traffic, walk, walkthrough
+from train.walkthrough import Walk, divergences, traffic, walkthrough
 from weights import save_weights
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def model() -> GPT2:
 @pytest.fixture
 def table(model: GPT2, capsys: pytest.CaptureFixture[str]) -> list[Row]:
     """The table of the small model, cut at the columns of its heading."""
-    print_table(walk(model, TOKENS))
+    Walk().model(model, TOKENS)
     heading, *lines = capsys.readouterr().out.splitlines()
     starts = [heading.index(name) for name in ("stage", "formula", "shape", "parameters", "check")]
     cuts = list(itertools.pairwise([*starts, None]))
@@ -73,7 +73,7 @@ def number(printed: str, name: str) -> float:
 def test_the_walk_ends_with_the_model_s_own_logits(model: GPT2) -> None:
     """Attention written out against the model's fused call, in float64."""
     exact = copy.deepcopy(model).double()
-    hidden, logits, _ = print_table(walk(exact, TOKENS))
+    hidden, logits = Walk().model(exact, TOKENS)
     torch.testing.assert_close(hidden, exact.hidden_states(TOKENS), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(logits, exact(TOKENS), rtol=1e-12, atol=1e-12)
 
