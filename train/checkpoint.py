@@ -25,7 +25,7 @@ import platform
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -44,6 +44,7 @@ from weights.checkpoint import atomic_write, fsync
 CONFIG, CHECKPOINT, MODEL = "config.json", "checkpoint.safetensors", "model.safetensors"
 METRICS, SAMPLES = LOGS = ("metrics.jsonl", "samples.jsonl")
 SAMPLED = "inputs.safetensors"  # in the folder of the runs: text that the start model wrote
+LOST_FOUND = "lost+found"  # all that a new ext4 file system holds
 STAGING = ".xfactor.tmp"  # holds a run's temporary files; a killed process leaves it behind
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # the optimizer's state of one parameter
 MAY_CHANGE = ("steps", "eval_every", "save_every", "out", "resume")  # options of a resumed run
@@ -53,51 +54,43 @@ State = tuple[nn.Module, torch.optim.Adam, torch.Generator]  # what a save holds
 
 
 @contextmanager
-def one_line(doing: str, run: Path | None = None) -> Iterator[None]:
-    """Turn an OSError into a ValueError of one line, which says what remains of a run."""
-    try:
-        yield
-    except OSError as error:
-        what_now = last_save(run) if run else "choose another --out"
-        raise ValueError(f"cannot {doing}: {error}; {what_now}") from error
-
-
-@contextmanager
 def open_folder(out: Path, names: Sequence[str], resuming: bool) -> Iterator[None]:
     """Lock a folder for runs of these names against other commands; create it if it is missing.
 
     If a new command fails before any run has logged a step, nothing is left behind.
 
-    Raises ValueError if the folder cannot be written, is locked, or holds something else.
+    Raises ValueError if the folder is locked or holds something else, and for any OSError.
     """
     created: list[Path] = []
-    descriptor = locked = None
-    try:
-        with one_line(f"write to {out}"):
+    unused = False
+    with ExitStack() as stack:
+        try:
             for path in reversed((out, *out.parents)):
                 if not path.is_dir():
                     path.mkdir()
                     created.insert(0, path)
                     fsync(path.resolve().parent)
+            descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            _lock(descriptor, out)
             if not resuming:
                 _check_unused(out, names)
-            descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-            locked = _lock(descriptor, out)
-        yield
-    except BaseException:
-        with suppress(OSError):  # whatever is wrong with the folder, the first error is the reason
-            if locked and not resuming:
-                _remove_unused(out, names)
-            for path in created:
-                path.rmdir()  # unless it holds anything
-        raise
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+                unused = True
+            yield
+        except BaseException as error:
+            with suppress(OSError):  # the first error is the one to report
+                if unused:
+                    _remove_unused(out, names)
+                for path in created:
+                    path.rmdir()  # unless it holds anything
+            if isinstance(error, OSError):
+                advice = "choose another --out, or --resume what was saved there"
+                raise ValueError(f"cannot write to {out}: {error}; {advice}") from error
+            raise
 
 
-def _lock(descriptor: int, out: Path) -> bool:
-    """Lock the folder itself until it is closed, so that no lock file lies about."""
+def _lock(descriptor: int, out: Path) -> None:
+    """Lock the folder itself until it is closed, so that no lock file is left behind."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -106,7 +99,6 @@ def _lock(descriptor: int, out: Path) -> bool:
         if error.errno not in NO_LOCKS:
             raise
         warnings.warn(f"{out} is not locked, as its file system has no locks", stacklevel=2)
-    return True
 
 
 def _configs(out: Path) -> list[Path]:
@@ -117,10 +109,10 @@ def _check_unused(out: Path, names: Sequence[str]) -> None:
     if _configs(out):
         raise ValueError(f"--out {out} holds a run; choose another folder, or --resume {out}")
     for path in out.iterdir():  # a killed command may have left what is not a run yet
-        if path.name in (SAMPLED, STAGING):
-            continue
-        left = path.name in names and path.is_dir() and {p.name for p in path.iterdir()}
-        if left is False or left - {*LOGS, STAGING}:
+        found, ours = {path.name}, {SAMPLED, STAGING, LOST_FOUND}
+        if path.name in names and path.is_dir():
+            found, ours = {file.name for file in path.iterdir()}, {*LOGS, STAGING}
+        if found - ours:
             raise ValueError(
                 f"--out {out} is not empty and holds no run, but {path.name!r}; choose another one"
             )
@@ -129,8 +121,7 @@ def _check_unused(out: Path, names: Sequence[str]) -> None:
 def _remove_unused(out: Path, names: Sequence[str]) -> None:
     """Remove runs, their files by name, unless one of them has logged a step."""
     folders = [out / name for name in names if (out / name).exists()]
-    logs = [folder / METRICS for folder in folders if (folder / METRICS).exists()]
-    if any(b'"loss"' in log.read_bytes() for log in logs):
+    if any(b'"loss"' in log.read_bytes() for f in folders for log in f.glob(METRICS)):
         return
     (out / SAMPLED).unlink(missing_ok=True)
     for folder in folders:
@@ -148,13 +139,12 @@ def create(folder: Path, model_config: Mapping[str, Any], about: Mapping[str, An
     versions = {name: version(name) for name in ("torch", "triton") if find_spec(name)}
     versions["python"] = platform.python_version()
     config = {**model_config, "xfactor": {**about, "versions": versions}}
-    with one_line(f"write to {folder}"):
-        folder.mkdir(exist_ok=True)
-        for log in LOGS:
-            os.close(_open(folder / log, os.O_CREAT))
-        with replacing(folder / CONFIG) as temporary:
-            temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
-        fsync(folder.parent)
+    folder.mkdir(exist_ok=True)
+    for log in LOGS:
+        os.close(_open(folder / log, os.O_CREAT))
+    with replacing(folder / CONFIG) as temporary:
+        temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
+    fsync(folder.parent)
 
 
 def _open(path: Path, flags: int) -> int:
@@ -220,7 +210,7 @@ def append_evaluation(folder: Path, step: int, evaluation: Evaluation) -> str:
 
 def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    with one_line(f"write {path}", path.parent), open(_open(path, os.O_APPEND), "ab") as file:
+    with open(_open(path, os.O_APPEND), "ab") as file:
         file.write(data)
 
 
@@ -234,11 +224,14 @@ def save(folder: Path, step: int, state: State, origin: Mapping[str, str]) -> No
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p
         tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in ADAM}
-    with one_line(f"save step {step} in {folder}", folder):
+    try:
         for log in LOGS:
             fsync(folder / log)
         logs = {log: _length_and_digest(folder / log) for log in LOGS}
         write_tensors(folder / CHECKPOINT, tensors, {"step": str(step), **logs, **origin})
+    except OSError as error:
+        where = f"step {step} in {folder}"
+        raise ValueError(f"cannot save {where}: {error}; {last_save(folder)}") from error
 
 
 def _length_and_digest(path: Path, length: int | None = None) -> str:
@@ -249,8 +242,7 @@ def _length_and_digest(path: Path, length: int | None = None) -> str:
 
 def save_model(folder: Path, model: nn.Module) -> None:
     """Write the weights alone, as load_weights and transformers read them."""
-    with one_line(f"write {folder / MODEL}", folder):
-        write_tensors(folder / MODEL, dict(model.named_parameters()), {"format": "pt"})
+    write_tensors(folder / MODEL, dict(model.named_parameters()), {"format": "pt"})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -292,9 +284,8 @@ def read(
         tensors, metadata = read_tensors(path, expected)
         if missing := {"step", *LOGS, *origin} - metadata.keys():
             raise ValueError(f"got no {min(missing)!r} in its metadata")
-        for key, value in origin.items():
-            if metadata[key] != value:
-                raise ValueError(f"the run began with other {key}")
+        if changed := [key for key, value in origin.items() if metadata[key] != value]:
+            raise ValueError(f"the run began with other {changed[0]}")
         step, lengths = int(metadata["step"]), {}
         if {tensors[f"step.{name}"].item() for name, _ in model.named_parameters()} != {step}:
             raise ValueError(f"Adam's state is not that of step {step}")
@@ -340,7 +331,7 @@ def read_tensors(
 def resume(folder: Path, state: State, origin: Mapping[str, str]) -> int:
     """Restore a run from its checkpoint and cut its logs to it; returns the step, 0 without one.
 
-    Raises ValueError if it is not what `save` wrote, or if the logs cannot be written.
+    Raises ValueError if it is not what `save` wrote.
     """
     model, optimizer, generator = state
     step, lengths, tensors = read(folder, model, origin)
@@ -352,10 +343,9 @@ def resume(folder: Path, state: State, origin: Mapping[str, str]) -> int:
         generator.set_state(tensors["generator"])
     barrier()  # all ranks have read what the main rank now cuts
     if is_main():
-        with one_line(f"resume in {folder}", folder):
-            for log, length in lengths.items():
-                with open(_open(folder / log, 0), "ab") as file:
-                    file.truncate(length)
+        for log, length in lengths.items():
+            with open(_open(folder / log, 0), "ab") as file:
+                file.truncate(length)
     return step
 
 

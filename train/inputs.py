@@ -14,7 +14,7 @@ from model.generate import stream
 from model.gpt2 import HEAD_DIM
 from model.tokenizer import Tokenizer, load_tokenizer
 from train import distributed
-from train.checkpoint import SAMPLED, digest, one_line, read_tensors, write_tensors
+from train.checkpoint import SAMPLED, digest, read_tensors, write_tensors
 from train.cpu import few_row_products
 from train.evaluate import positions_needed
 from weights import Layout, layout_of, load_weights
@@ -90,8 +90,6 @@ def sample_text(folder: Path, start: GPT2, seed: int, device: torch.device) -> T
     """Return text that a model writes by itself, int64 (n,); from the folder, if it is there.
 
     All ranks must call it: the main rank writes TEXTS texts of TOKENS tokens after <|endoftext|>.
-
-    Raises ValueError if the folder cannot be written.
     """
     path, length = folder / SAMPLED, min(TOKENS, start.config.n_positions)
     expected = {"ids": torch.empty(TEXTS, length, dtype=torch.int64)}
@@ -112,7 +110,6 @@ def sample_text(folder: Path, start: GPT2, seed: int, device: torch.device) -> T
                     bar.update(BATCH)
                 texts.append(torch.cat(columns, 1).cpu())
         start.cpu()
-        with one_line(f"write {path}"):
-            write_tensors(path, {"ids": torch.cat(texts)}, made_by)
+        write_tensors(path, {"ids": torch.cat(texts)}, made_by)
     distributed.barrier()
     return read_tensors(path, expected)[0]["ids"].flatten()

@@ -310,7 +310,11 @@ def test_text_of_the_start_is_sampled_once_per_start_and_seed(tmp_path: Path) ->
         assert path.stat().st_ino == written
         assert not torch.equal(sample_text(tmp_path, models[1], 0, cpu), first)
         assert not torch.equal(sample_text(tmp_path, models[0], 1, cpu), first)
-        with failing(["replace"], 0, errno.ENOSPC), pytest.raises(ValueError, match="cannot write"):
+        with (
+            failing(["replace"], 0, errno.ENOSPC),
+            pytest.raises(ValueError, match="cannot write"),
+            checkpoint.open_folder(tmp_path, [], resuming=True),
+        ):
             sample_text(tmp_path, models[0], 0, cpu)
 
 
