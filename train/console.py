@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kernels import TwoLevelTarget
 from train import checkpoint, distributed
 from train.report import summary, write_report
+from weights.layout import expand
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -45,15 +46,19 @@ def command() -> Iterator[None]:
     try:
         with _on_signals(interrupt):
             yield
-    except ValueError as error:
+    except BrokenPipeError:  # the reader of the output has gone
+        sys.exit(1)
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:  # its message goes on for lines about the allocator
+    except torch.OutOfMemoryError as error:  # the rest of its message is about the allocator
         reason = str(error).splitlines()[0]
         sys.exit(f"error: {reason} Try a smaller --batch, --dtype bfloat16 or --model gpt2")
     except Interrupted as stopped:
         if distributed.is_main():
             say(str(stopped), error=True)
         sys.exit(128 + stopped.number)
+    finally:
+        say("", end="")  # flush, while an error can still be caught
 
 
 @contextmanager
@@ -95,15 +100,14 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
 
     Raises ValueError for a value out of range, or one that the runs there do not have.
     """
-    program = "python -m train.xfactor"
-    options = tyro.cli(options_class, args=arguments, prog=program, description=description)
+    options = _parse(options_class(), arguments, description)
     if options.resume is not None:
-        out = _expand(options.resume)
-        values, names = checkpoint.read_options(out), [f.name for f in fields(options_class)]
+        out, names = expand(options.resume), [f.name for f in fields(options_class)]
+        values = checkpoint.read_options(out)
         if unlike := sorted(set(names) ^ values.keys()):
             raise ValueError(f"{out}: the options in config.json are not a run's: {unlike[0]!r}")
         saved = _validated(options_class, values | {"out": out}, f"{out}, config.json: ")
-        options = tyro.cli(options_class, args=arguments, default=saved)
+        options = _parse(saved, arguments, description)
         for name in names:
             was, given = getattr(saved, name), getattr(options, name)
             same = set(was) == set(given) if isinstance(was, tuple) else was == given
@@ -113,19 +117,28 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
                     f"{was!r}; leave it out, or start another run with another --out"
                 )
         options = replace(options, lr=saved.lr, contains=saved.contains, out=out)
-    paths = {name: getattr(options, name) for name in checkpoint.MAY_MOVE}
-    for name, path in paths.items():  # absolute, so that a run resumes from another folder
-        if path not in ("", "random", "samples"):
-            paths[name] = str(_expand(path).absolute())
-    options = replace(options, out=_expand(options.out), **paths)
-    return _validated(options_class, asdict(options))
+    values = asdict(options) | {"out": expand(options.out)}
+    for name in checkpoint.MAY_MOVE:  # absolute, so that a run resumes from another folder
+        if values[name] not in ("", "random", "samples"):
+            values[name] = str(expand(values[name]).absolute())
+    return _validated(options_class, values)
 
 
-def _expand(path: str | Path) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: {error}") from error
+def _parse(default: Any, arguments: Sequence[str], description: str | None) -> Any:
+    """Return the options of a command line; --help shows a group for each base of their class."""
+    groups = {}
+    for base in type(default).__bases__:
+        values = {field.name: getattr(default, field.name) for field in fields(base)}
+        groups[base.__name__.lower()] = base(**values)
+    parsed = tyro.cli(
+        dict,
+        default=groups,
+        args=arguments,
+        prog="python -m train.xfactor",
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return type(default)(**{k: v for group in parsed.values() for k, v in vars(group).items()})
 
 
 def _validated(options_class: Any, values: dict[str, Any], where: str = "") -> Any:
@@ -133,21 +146,20 @@ def _validated(options_class: Any, values: dict[str, Any], where: str = "") -> A
         return TypeAdapter(options_class).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]).replace("_", "-")
-        message = f"{where}--{name} {str(first['input'])[:40]}: {first['msg']}"
-        raise ValueError(message) from error
+        name, got = str(first["loc"][0]).replace("_", "-"), str(first["input"])[:40]
+        raise ValueError(f"{where}--{name} {got}: {first['msg']}") from error
 
 
 def describe(options: Any, goal: str, target: TwoLevelTarget) -> None:
     """Say what runs and where, before anything is waited for."""
     device, model = target.mask.device, options.weights or options.model
-    where = distributed.device_name(device)
     path = "Triton kernels" if device.type == "cuda" else "PyTorch path"
     path = "F.log_softmax, F.kl_div" if options.loss == "unfused" else path
     say(
         f"{options.model + ' with random weights' if model == 'random' else model} in "
-        f"{options.dtype} on {where}, {distributed.world_size()} rank(s), loss: {options.loss} "
-        f"({path})\n{target.size} of {target.vocab_size} tokens are the goal: {goal}"
+        f"{options.dtype} on {distributed.device_name(device)}, {distributed.world_size()} "
+        f"rank(s), loss: {options.loss} ({path})\n"
+        f"{target.size} of {target.vocab_size} tokens are the goal: {goal}"
     )
     if device.type == "cpu" and options.model != "tiny" and model in (options.model, "random"):
         say(

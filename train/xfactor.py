@@ -19,14 +19,14 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from annotated_types import Ge, Le
 from pydantic import FiniteFloat
 from torch import Tensor
+from tyro.conf import arg
 
 from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
 from kernels.reference import kl_div
@@ -35,50 +35,43 @@ from model.tokenizer import load_tokenizer
 from train import checkpoint, console, cpu, distributed, inputs
 from train.checkpoint import is_due
 from train.evaluate import Evaluation, evaluate, target_probability
-from train.target_tokens import choose_tokens, make_target
+from train.target_tokens import Goal, choose_tokens, make_target
 
 Count = Annotated[int, Ge(1), Le(65_536)]
 Steps = Annotated[int, Ge(0), Le(10**9)]
 
 
 @dataclass(frozen=True)
-class Options:
-    """Fine-tune GPT-2 toward tokens that contain a letter."""
-
+class Training:  # --help shows a group of options for each base of Options
     model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"  # to start from
-    weights: Annotated[str, tyro.conf.arg(metavar="random|PATH")] = ""
-    """instead of the model's own: random ones, a safetensors file, or a folder with one"""
-    lr: tuple[Annotated[FiniteFloat, Ge(0)], ...] = (1e-4,)  # Adam's learning rates, one run each
+    weights: Annotated[str, arg(metavar="random|PATH", help_behavior_hint="")] = ""
+    """random ones, a safetensors file, or a folder with one (default: the model's own)"""
+    inputs: Annotated[str, arg(metavar="random|samples|FILE", help_behavior_hint="")] = ""
+    """random token ids (the default), a text, or text that the start samples (with --tilt)"""
+    lr: tuple[Annotated[FiniteFloat, Ge(0)], ...] = (1e-4,)  # Adam's learning rates, a run each
     steps: Annotated[int, Ge(1), Le(10**9)] = 300  # optimisation steps per run
     batch: Count = 4  # B, sequences per step
     length: Count = 64  # T, tokens per sequence
-    letter: str = "X"  # target tokens contain this letter
-    contains: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """instead: contain this string; repeat the option for several, any of which will do"""
-    regex: str = ""  # instead: match this pattern, which is case-sensitive
-    tokens: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """instead: are named in a file, an id or a text per line"""
-    match_case: bool = False  # tell "X" from "x" in --letter and --contains
-    alpha: FiniteFloat = 1.0  # relative weight of a target token
-    beta: FiniteFloat = 0.0  # relative weight of any other token; alpha > beta >= 0
-    mass: Annotated[FiniteFloat | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """instead of both weights: the probability of all target tokens together"""
-    tilt: tuple[FiniteFloat, ...] = ()
-    """instead: the start's distribution, G nats added to the target tokens' logits; a run per G"""
-    strength: tuple[FiniteFloat, ...] = ()  # with --tilt: a factor of G for each --contains
-    inputs: Annotated[str, tyro.conf.arg(metavar="random|samples|FILE")] = ""
-    """random token ids (the default), a text, or text that the start samples (with --tilt)"""
     loss: Literal["linear", "fused", "unfused"] = "linear"
     """linear: fused with the LM head; fused: loss only; unfused: PyTorch"""
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
     """of matrix products, weights stay float32; tf32 is CUDA's rounding of float32 products"""
     compile: bool = False  # torch.compile the forward pass: a minute at first, then faster steps
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0  # of the inputs, samples and random weights
+
+
+@dataclass(frozen=True)
+class Output:
     eval_every: Steps = 0  # steps between evaluations; 0: before the first and after the last only
     save_every: Steps = 100  # steps between checkpoints; 0: after the last only
     out: Path = Path("runs/xfactor")  # folder for the runs and their report
-    resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """resume the runs in a folder, with the options that they have"""
+    resume: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """resume the runs in a folder, with the options that they have (default: start anew)"""
+
+
+@dataclass(frozen=True)
+class Options(Training, Goal, Output):
+    """Fine-tune GPT-2 toward tokens that contain a letter."""
 
 
 def get_batch(options: Options, text: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -118,9 +111,8 @@ def fine_tune(
 
     Raises ValueError if the folder cannot be read or written, Interrupted after a signal.
     """
-    mask, index, device = target.mask, target.index, target.mask.device
     p: TwoLevelTarget | TeacherTarget = target
-    is_main = distributed.is_main()
+    index, device, is_main = target.index, target.mask.device, distributed.is_main()
     model = GPT2.from_state_dict(start.state_dict()).to(device)
     forward = distributed.data_parallel(model)
     forward = torch.compile(forward) if options.compile else forward
@@ -157,8 +149,8 @@ def fine_tune(
                         lse.append(p.whole_logits(torch.float32).logsumexp(-1))
                 measured = [loss.detach(), target_probability(hidden, wte, index, lse[0])]
                 if bias is not None:  # and what the target itself has there
-                    args = start_hidden, start_wte, index, lse[1], bias
-                    measured.append(target_probability(*args))
+                    predicted = target_probability(start_hidden, start_wte, index, lse[1], bias)
+                    measured.append(predicted)
             optimizer.zero_grad()
             loss.backward()  # 5. backward
             optimizer.step()  # 6. Adam
@@ -177,7 +169,7 @@ def fine_tune(
                     speed = tokens_drawn / max(seconds, 1e-9)  # a clock may stand still
                     console.show(bar, step, results[-1], speed, evaluating)
                 if is_main and evaluating and not problem:
-                    evaluation = evaluate(model, start, load_tokenizer(), mask, options.seed)
+                    evaluation = evaluate(model, start, load_tokenizer(), target.mask, options.seed)
                     problem = checkpoint.append_evaluation(folder, step, evaluation)
                 if is_main and saving and not problem:
                     checkpoint.save(folder, step, state, origin)
@@ -206,13 +198,11 @@ def experiment(options: Options) -> None:
     with distributed.process_group() as device, ExitStack() as stack:
         tokenizer, is_main = load_tokenizer(), distributed.is_main()
         layout = inputs.check(options, device)
-        which = options.contains, options.regex, options.tokens, options.match_case
-        wanted, goal = choose_tokens(tokenizer, options.letter, *which, options.strength)
+        wanted, goal = choose_tokens(tokenizer, options)
         target = make_target(wanted > 0, options.alpha, options.beta, options.mass)
         source = options.inputs or ("samples" if options.tilt else "random")
-        text = None
-        if source not in ("random", "samples"):
-            text = inputs.read_text(source, tokenizer, options.length)
+        from_file = source not in ("random", "samples")
+        text = inputs.read_text(source, tokenizer, options.length) if from_file else None
         runs = {
             f"lr-{lr}" if tilt is None else f"tilt-{tilt}-lr-{lr}": (lr, tilt)
             for tilt in options.tilt or (None,)
@@ -232,18 +222,16 @@ def experiment(options: Options) -> None:
         target, wanted, before = target.to(device), wanted.to(device), None
         if is_main:
             steps = [checkpoint.read(options.out / name, start, origin)[0] for name in runs]
-            about = {
+            about: dict[str, Any] = {
                 "options": asdict(options),
                 "goal": goal,
                 "target_token_ids": target.index.tolist(),
-                "alpha": target.alpha,
-                "beta": target.beta,
+                **{"alpha": target.alpha, "beta": target.beta, "dtype": options.dtype},
                 "device": distributed.device_name(device),
-                "dtype": options.dtype,
             }
             for name, (lr, tilt) in runs.items():
-                of_run = about | {"lr": lr, "tilt": tilt}
-                checkpoint.create(options.out / name, layout.config(), of_run)
+                about |= {"lr": lr, "tilt": tilt}
+                checkpoint.create(options.out / name, layout.config(), about)
             if not all(steps):
                 console.say("evaluating the model before fine-tuning")
                 before = evaluate(start, start, tokenizer, target.mask, options.seed)

@@ -9,9 +9,14 @@ import torch
 
 from model.tokenizer import load_tokenizer
 from train import target_tokens
-from train.target_tokens import choose_tokens, containing, make_target
+from train.target_tokens import Goal, choose_tokens, containing, make_target
 
 TOKENIZER = load_tokenizer()
+
+
+def choose(**goal: object) -> tuple[torch.Tensor, str]:
+    """Return what these options of the goal choose."""
+    return choose_tokens(TOKENIZER, Goal(**goal))
 
 
 def ids(wanted: torch.Tensor) -> set[int]:
@@ -20,7 +25,7 @@ def ids(wanted: torch.Tensor) -> set[int]:
 
 def test_without_a_choice_the_goal_is_the_letter_x_in_either_case() -> None:
     """984 tokens, as recorded in test_tokenizer.py; the special token is none of them."""
-    wanted, goal = choose_tokens(TOKENIZER)
+    wanted, goal = choose()
     assert wanted.sum() == 984
     assert not wanted[TOKENIZER.eot]
     assert goal == "tokens that contain 'X' in either case"
@@ -28,7 +33,7 @@ def test_without_a_choice_the_goal_is_the_letter_x_in_either_case() -> None:
 
 def test_several_strings_choose_the_tokens_with_any_of_them() -> None:
     """The union of what each chooses alone, in their case if asked."""
-    wanted, goal = choose_tokens(TOKENIZER, contains=("qu", "é"), match_case=True)
+    wanted, goal = choose(contains=("qu", "é"), match_case=True)
     expected = containing(TOKENIZER, "qu", True) | containing(TOKENIZER, "é", True)
     assert torch.equal(wanted, expected.float())
     assert goal == "tokens that contain 'qu' or 'é' in this case"
@@ -37,14 +42,14 @@ def test_several_strings_choose_the_tokens_with_any_of_them() -> None:
 def test_a_pattern_of_one_letter_is_the_letter() -> None:
     """For a letter of ASCII and one beyond; the search on text, the other on bytes."""
     for letter in "Xé":
-        wanted, goal = choose_tokens(TOKENIZER, pattern=letter)
+        wanted, goal = choose(regex=letter)
         assert torch.equal(wanted.bool(), containing(TOKENIZER, letter, match_case=True))
         assert goal == f"tokens that match {letter!r}"
 
 
 def test_a_pattern_sees_a_token_as_text() -> None:
     """Anchors and classes, counted by hand over the bytes."""
-    wanted, _ = choose_tokens(TOKENIZER, pattern=r"^ \d\d$")
+    wanted, _ = choose(regex=r"^ \d\d$")
     expected = {
         i for i in range(TOKENIZER.eot) if re.fullmatch(rb" [0-9][0-9]", TOKENIZER.token_bytes(i))
     }
@@ -56,7 +61,7 @@ def test_a_file_names_tokens_by_id_or_text(tmp_path: Path) -> None:
     """A space at the beginning belongs to the text; an empty line names nothing."""
     path = tmp_path / "tokens.txt"
     path.write_text("55\n\nX\n the\nthe\n")
-    wanted, goal = choose_tokens(TOKENIZER, file=str(path))
+    wanted, goal = choose(tokens=str(path))
     assert ids(wanted) == {55, *TOKENIZER.encode(" the"), *TOKENIZER.encode("the")}
     assert goal == f"the tokens that {path} names"
 
@@ -78,23 +83,23 @@ def test_a_file_that_names_no_tokens_is_refused(text, message, tmp_path: Path) -
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        choose_tokens(TOKENIZER, file=str(path))
+        choose(tokens=str(path))
 
 
 @pytest.mark.parametrize(
     ("goal", "message"),
     [
         ({"letter": "x", "contains": ("Y",)}, "--letter and --contains"),
-        ({"pattern": "X", "file": "none"}, "--regex and --tokens"),
-        ({"pattern": "("}, "--regex"),
-        ({"pattern": "XQZJ"}, "no token matches"),
+        ({"regex": "X", "tokens": "none"}, "--regex and --tokens"),
+        ({"regex": "("}, "--regex"),
+        ({"regex": "XQZJ"}, "no token matches"),
         ({"contains": ("X", "XQZJ")}, "no token contains 'XQZJ'"),
     ],
 )
 def test_a_goal_that_is_none_or_two_is_refused(goal, message) -> None:
     """The message names the options or the value."""
     with pytest.raises(ValueError, match=message):
-        choose_tokens(TOKENIZER, **goal)
+        choose(**goal)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +129,8 @@ def test_a_letter_means_itself_and_its_other_case(letter: str, same: str | None)
 
 def test_a_pattern_is_case_sensitive_unless_it_says_otherwise() -> None:
     """Tokens of a space and one capital: 26, and twice as many with (?i)."""
-    assert choose_tokens(TOKENIZER, pattern="^ [A-Z]$")[0].sum() == 26
-    assert choose_tokens(TOKENIZER, pattern="(?i)^ [A-Z]$")[0].sum() == 52
+    assert choose(regex="^ [A-Z]$")[0].sum() == 26
+    assert choose(regex="(?i)^ [A-Z]$")[0].sum() == 52
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,7 @@ def test_a_pattern_that_never_ends_or_overflows_is_one_short_line(pattern, monke
     monkeypatch.setattr(type(TOKENIZER), "token_bytes", lambda self, i: long_token)
     began = time.monotonic()
     with pytest.raises(ValueError, match="--regex") as raised:
-        choose_tokens(TOKENIZER, pattern=pattern)
+        choose(regex=pattern)
     assert time.monotonic() - began < 10
     assert len(str(raised.value)) < 200
     assert "\n" not in str(raised.value)
@@ -148,12 +153,12 @@ def test_a_file_may_begin_with_a_byte_order_mark_and_give_strengths(tmp_path: Pa
     """After a tab; ids are digits of ASCII, so an Arabic five is a text."""
     path = tmp_path / "tokens.txt"
     path.write_text("55\t2.5\r\nX\t-1\n the\n", encoding="utf-8-sig")
-    wanted, _ = choose_tokens(TOKENIZER, file=str(path))
+    wanted, _ = choose(tokens=str(path))
     found = {i: wanted[i].item() for i in ids(wanted)}
     assert found == {55: 2.5, TOKENIZER.encode("X")[0]: -1.0, TOKENIZER.encode(" the")[0]: 1.0}
     path.write_text("\N{ARABIC-INDIC DIGIT FIVE}\n")
     with pytest.raises(ValueError, match="line 1"):
-        choose_tokens(TOKENIZER, file=str(path))
+        choose(tokens=str(path))
 
 
 def test_the_error_of_a_huge_line_is_short(tmp_path: Path) -> None:
@@ -161,13 +166,13 @@ def test_the_error_of_a_huge_line_is_short(tmp_path: Path) -> None:
     path = tmp_path / "tokens.txt"
     path.write_text("7" * 1_000_000)
     with pytest.raises(ValueError, match="line 1: '777") as raised:
-        choose_tokens(TOKENIZER, file=str(path))
+        choose(tokens=str(path))
     assert len(str(raised.value)) < 400
 
 
 def test_strengths_add_up() -> None:
     """Over the strings that a token contains; a negative one suppresses."""
-    wanted, goal = choose_tokens(TOKENIZER, contains=("x", "ing"), strength=(1.0, -0.5))
+    wanted, goal = choose(contains=("x", "ing"), strength=(1.0, -0.5))
     x, ing = (containing(TOKENIZER, s).float() for s in ("x", "ing"))
     assert torch.equal(wanted, x - 0.5 * ing)
     assert set(wanted.tolist()) == {0.0, 0.5, 1.0, -0.5}
