@@ -117,6 +117,8 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
                     f"{was!r}; leave it out, or start another run with another --out"
                 )
         options = replace(options, lr=saved.lr, contains=saved.contains, out=out)
+    if str(options.out).encode(errors="ignore") != os.fsencode(options.out):  # safetensors says no
+        raise ValueError(f"--out {str(options.out)!r}: expected a name in UTF-8")
     values = asdict(options) | {"out": expand(options.out)}
     for name in checkpoint.MAY_MOVE:  # absolute, so that a run resumes from another folder
         if values[name] not in ("", "random", "samples"):

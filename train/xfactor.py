@@ -47,7 +47,7 @@ class Training:  # --help shows a group of options for each base of Options
     weights: Annotated[str, arg(metavar="random|PATH", help_behavior_hint="")] = ""
     """random ones, a safetensors file, or a folder with one (default: the model's own)"""
     inputs: Annotated[str, arg(metavar="random|samples|FILE", help_behavior_hint="")] = ""
-    """random token ids (the default), a text, or text that the start samples (with --tilt)"""
+    """token ids, a text, or samples of the start (default: random; samples with --tilt)"""
     lr: tuple[Annotated[FiniteFloat, Ge(0)], ...] = (1e-4,)  # Adam's learning rates, a run each
     steps: Annotated[int, Ge(1), Le(10**9)] = 300  # optimisation steps per run
     batch: Count = 4  # B, sequences per step

@@ -3,12 +3,16 @@
 import io
 import os
 import signal
+import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from train import console
+from train import console, xfactor
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_signal_that_the_command_was_started_to_ignore_is_ignored() -> None:
@@ -35,6 +39,48 @@ def test_nobody_needs_to_read_what_is_said(monkeypatch) -> None:
             console.say("a line")
             console.say("a line", error=True)
     sys.stdout.close()  # flushes what is left
+
+
+@pytest.mark.parametrize("module", ["xfactor", "sample", "walkthrough", "benchmark", "pretrain"])
+def test_the_help_may_be_read_in_part(module: str) -> None:
+    """As by `| head -1`: the reader has gone before the first line is printed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", f"train.{module}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.stderr == b""
+    assert done.returncode in (0, 1)
+
+
+def test_the_help_groups_the_options_and_says_every_default(capsys, monkeypatch) -> None:
+    """In words where the value says nothing."""
+    monkeypatch.setattr(sys, "argv", ["train.xfactor", "--help"])
+    with pytest.raises(SystemExit):
+        xfactor.main()
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for group in ("training", "goal", "output"):
+        assert f" {group} options " in text.replace("─", " ")
+    for default in ("", "''", "None"):
+        assert f"(default: {default})" not in text
+    assert text.count("(default") + text.count("(repeatable)") >= len(fields(xfactor.Options))
+
+
+def test_an_error_of_the_system_is_one_line() -> None:
+    """Whatever a command was doing."""
+    with pytest.raises(SystemExit, match=r"error: .*No such file.*/no/such/file"):  # noqa: SIM117
+        with console.command():
+            Path("/no/such/file").read_text()
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path) -> None:
+    """In the folder of the runs and in the files that they begin with."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = ["--out", "~/runs", "--inputs", "~/text", "--weights", "~", "--tokens", "~/ids"]
+    options = console.parse_options(xfactor.Options, arguments, None)
+    assert options.out == tmp_path / "runs"
+    given = options.inputs, options.weights, options.tokens
+    assert given == (str(tmp_path / "text"), str(tmp_path), str(tmp_path / "ids"))
 
 
 def test_a_report_that_fails_leaves_the_runs_finished(monkeypatch, capsys) -> None:

@@ -20,6 +20,8 @@ import train.xfactor
 from model import GPT2
 from tests.train import quick_run
 from tests.train.quick_run import assert_same_run, contents, has_step, losses
+from train.report.figures import LIGHT, colours
+from train.report.runs import read_runs
 from weights import load_weights
 
 KILLS = 20
@@ -232,6 +234,12 @@ def test_rates_keep_their_order_when_resumed(small_command, tmp_path: Path) -> N
     table = [line.split(",")[0] for line in (out / "table.csv").read_text().splitlines()]
     rows = [i for rate in ("1e-05", "0.001") for i, cell in enumerate(table) if rate in cell]
     assert rows == sorted(rows)
+    runs = read_runs([out])
+    assert [run.lr for run in runs] == [1e-5, 1e-3]
+    first, second = colours(runs, LIGHT)
+    as_given = read_runs([out / "lr-1e-05", out / "lr-0.001"])
+    assert colours(as_given, LIGHT) == [first, second]
+    assert first != second
 
 
 def test_transformers_loads_a_run(whole_run: Path) -> None:

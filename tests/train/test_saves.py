@@ -253,6 +253,17 @@ def test_an_empty_folder_is_used_as_it_is(mode: int, tmp_path: Path, monkeypatch
     assert (tmp_path / "out" / RATE / "model.safetensors").exists()
 
 
+def test_a_new_mount_point_under_a_parent_that_is_read_only_is_used(tmp_path: Path) -> None:
+    """It holds only lost+found, as a new ext4 file system does; nothing is made beside it."""
+    (tmp_path / "parent" / "out" / "lost+found").mkdir(parents=True)
+    (tmp_path / "parent").chmod(0o500)  # which does not hinder root: the time is for that
+    before = (tmp_path / "parent").stat().st_mtime_ns
+    run(tmp_path / "parent" / "out")
+    assert (tmp_path / "parent").stat().st_mtime_ns == before
+    (tmp_path / "parent").chmod(0o700)
+    assert {path.name for path in (tmp_path / "parent" / "out").iterdir()} == {"lost+found", RATE}
+
+
 def test_a_new_folder_is_on_disk_with_its_parents(tmp_path: Path) -> None:
     """Each parent of a folder that was made is flushed, and both logs before each of two saves."""
     flushed = []

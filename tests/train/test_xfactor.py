@@ -159,6 +159,7 @@ BAD_OPTIONS = {
     "large seed": (["--seed", str(2**63)], "--seed"),
     "batch": (["--batch", "1000000000"], "--batch 1000000000"),
     "out": (["--out", "/proc/nowhere"], "/proc/nowhere"),
+    "not text": (["--out", "\udcff"], "'\\udcff': expected a name in UTF-8"),
     "user": (["--out", "~nobody-there/x"], "~nobody-there"),
     "long": (["--out", "x" * 300], "File name too long"),
     "text": (["--inputs", "SHORT"], "expected at least one window of 64"),

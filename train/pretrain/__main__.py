@@ -185,8 +185,6 @@ def main() -> None:
             first = error.errors()[0]
             name = str(first["loc"][0]).replace("_", "-")
             raise ValueError(f"--{name} {first['input']}: {first['msg']}") from error
-        except OSError as error:
-            raise ValueError(f"{error}; the save before is kept") from error
 
 
 if __name__ == "__main__":
