@@ -30,7 +30,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -131,25 +131,22 @@ def _remove_unused(out: Path, names: Sequence[str]) -> None:
 
 
 def create(folder: Path, model_config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Create a run's folder with empty logs unless they are there; write its config.json.
-
-    Args:
-        model_config: as transformers reads it. about: what else the run's reader should know.
-    """
+    """Create a run's folder with empty logs unless they are there; write its config.json."""
     versions = {name: version(name) for name in ("torch", "triton") if find_spec(name)}
     versions["python"] = platform.python_version()
     config = {**model_config, "xfactor": {**about, "versions": versions}}
     folder.mkdir(exist_ok=True)
     for log in LOGS:
-        os.close(_open(folder / log, os.O_CREAT))
+        _open(folder / log).close()
     with replacing(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
     fsync(folder.parent)
 
 
-def _open(path: Path, flags: int) -> int:
-    """Return a descriptor to write with, never through a link."""
-    return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | flags, 0o666)
+def _open(path: Path) -> BinaryIO:
+    """Open a log to append to, never through a link."""
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CREAT | os.O_APPEND
+    return open(os.open(path, flags, 0o666), "ab")
 
 
 @contextmanager
@@ -187,13 +184,12 @@ def append_steps(
     Returns what is wrong if a loss is not finite, else ""; the steps before it are logged.
     """
     lines, problem = [], ""
-    names = "loss", "target_probability", "predicted_probability"
-    for n, measured in enumerate(results, step - len(results) + 1):
-        if not math.isfinite(measured[0]):
-            problem = f"the loss became {measured[0]} at step {n}"
+    for n, (loss, *probabilities) in enumerate(results, step - len(results) + 1):
+        if not math.isfinite(loss):
+            problem = f"the loss became {loss} at step {n}"
             break
-        numbers = dict(zip(names, measured, strict=False))
-        lines.append({"step": n, **numbers, "seconds": seconds / len(results)})
+        named = zip(("target_probability", "predicted_probability"), probabilities, strict=False)
+        lines.append({"step": n, "loss": loss, **dict(named), "seconds": seconds / len(results)})
     _append(folder / METRICS, lines)
     return problem
 
@@ -209,9 +205,8 @@ def append_evaluation(folder: Path, step: int, evaluation: Evaluation) -> str:
 
 
 def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    with open(_open(path, os.O_APPEND), "ab") as file:
-        file.write(data)
+    with _open(path) as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def save(folder: Path, step: int, state: State, origin: Mapping[str, str]) -> None:
@@ -267,11 +262,9 @@ def last_save(folder: Path) -> str:
 def read(
     folder: Path, model: nn.Module, origin: Mapping[str, str]
 ) -> tuple[int, dict[str, int], dict[str, Tensor]]:
-    """Read a run's checkpoint and check all of it; nothing is changed.
+    """Check all of a run's checkpoint and change nothing; ValueError unless `save` wrote it.
 
     Returns its step (0 without a checkpoint), the byte length of each log, and the tensors.
-
-    Raises ValueError if it is not what `save` wrote for such a model and origin.
     """
     path = folder / CHECKPOINT
     if not os.path.lexists(path):
@@ -286,12 +279,12 @@ def read(
             raise ValueError(f"got no {min(missing)!r} in its metadata")
         if changed := [key for key, value in origin.items() if metadata[key] != value]:
             raise ValueError(f"the run began with other {changed[0]}")
-        step, lengths = int(metadata["step"]), {}
-        if {tensors[f"step.{name}"].item() for name, _ in model.named_parameters()} != {step}:
+        step = int(metadata["step"])
+        if any(tensors[name].item() != step for name in tensors if name.startswith("step.")):
             raise ValueError(f"Adam's state is not that of step {step}")
-        for log in LOGS:
-            lengths[log] = int(metadata[log].partition(" ")[0])
-            if _length_and_digest(folder / log, lengths[log]) != metadata[log]:
+        lengths = {log: int(metadata[log].partition(" ")[0]) for log in LOGS}
+        for log, length in lengths.items():
+            if _length_and_digest(folder / log, length) != metadata[log]:
                 raise ValueError(f"{log} is not the log of these {step} steps")
         torch.Generator().set_state(tensors["generator"])  # raises unless it is one
     except (OSError, ValueError, RuntimeError) as error:
@@ -305,9 +298,9 @@ def read(
 def read_tensors(
     path: Path, expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file that holds tensors like these, all finite; also its metadata.
+    """Read a safetensors file and its metadata; ValueError unless it holds tensors like these.
 
-    Raises ValueError at another name, shape or dtype, or a value that is not finite.
+    These names, shapes and dtypes and no others, all values finite.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -318,21 +311,17 @@ def read_tensors(
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"not a whole safetensors file: {error}") from error
-    for name, like in expected.items():
-        got = tensors[name]
-        if (got.shape, got.dtype) != (like.shape, like.dtype):
-            shapes = f"{got.dtype} {tuple(got.shape)}, expected {like.dtype} {tuple(like.shape)}"
-            raise ValueError(f"{name}: got {shapes}")
-        if not bool(got.isfinite().all()):
+    for name, tensor in tensors.items():
+        got, like = (f"{t.dtype} {tuple(t.shape)}" for t in (tensor, expected[name]))
+        if got != like:
+            raise ValueError(f"{name}: got {got}, expected {like}")
+        if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}: got values that are not finite")
     return tensors, metadata
 
 
 def resume(folder: Path, state: State, origin: Mapping[str, str]) -> int:
-    """Restore a run from its checkpoint and cut its logs to it; returns the step, 0 without one.
-
-    Raises ValueError if it is not what `save` wrote.
-    """
+    """Restore a run from its checkpoint, see `read`, and cut its logs to it; returns the step."""
     model, optimizer, generator = state
     step, lengths, tensors = read(folder, model, origin)
     if step:
@@ -344,7 +333,7 @@ def resume(folder: Path, state: State, origin: Mapping[str, str]) -> int:
     barrier()  # all ranks have read what the main rank now cuts
     if is_main():
         for log, length in lengths.items():
-            with open(_open(folder / log, 0), "ab") as file:
+            with _open(folder / log) as file:
                 file.truncate(length)
     return step
 
