@@ -129,7 +129,7 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
 def _parse(default: Any, arguments: Sequence[str], description: str | None) -> Any:
     """Return the options of a command line; --help shows a group for each base of their class."""
     groups = {}
-    for base in type(default).__bases__:
+    for base in reversed(type(default).__bases__):
         values = {field.name: getattr(default, field.name) for field in fields(base)}
         groups[base.__name__.lower()] = base(**values)
     parsed = tyro.cli(

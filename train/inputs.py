@@ -30,12 +30,13 @@ def check(options: Any, device: torch.device) -> Layout:
     layout = layout_of(options.model if options.weights in ("", "random") else options.weights)
     tokenizer, ranks = load_tokenizer(), distributed.world_size()
     needed = max(options.length, positions_needed(tokenizer))
-    if not options.lr or len(set(options.lr)) < len(options.lr):
-        raise ValueError(f"--lr: got {options.lr}, expected one or several rates, each once")
-    if len(set(options.tilt)) < len(options.tilt):
-        raise ValueError(f"--tilt: got {options.tilt}, expected numbers, each once")
-    if options.tilt and (options.alpha, options.beta, options.mass) != (1.0, 0.0, None):
-        raise ValueError("--tilt sets the target by itself; leave --alpha, --beta and --mass out")
+    if not options.lr:
+        raise ValueError("--lr: got no rate, expected one or several")
+    for name, values in (("lr", options.lr), ("tilt", options.tilt)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name}: got {values}, expected numbers, each once")
+    if options.tilt and (options.alpha, options.beta) != (1.0, 0.0):
+        raise ValueError("--tilt sets the target by itself; leave --alpha and --beta out")
     if options.strength and not options.tilt:
         raise ValueError("--strength: needs --tilt, whose G it multiplies")
     if options.batch % ranks:
@@ -98,18 +99,24 @@ def sample_text(folder: Path, start: GPT2, seed: int, device: torch.device) -> T
     if distributed.is_main():
         with suppress(OSError, ValueError):  # it is missing, or not a whole one
             _, found = read_tensors(path, expected)
-    if distributed.is_main() and found != made_by:
-        generator, texts = torch.Generator(device).manual_seed(seed), []
-        prompt = torch.full((BATCH, 1), load_tokenizer().eot, device=device)
-        what = f"the start model writes {TEXTS * length:,} tokens to train on"
-        with few_row_products(device), tqdm(desc=what, total=TEXTS * length, unit="token") as bar:
-            for _ in range(TEXTS // BATCH):
-                columns = [prompt]  # (BATCH, 1) each
-                for column in stream(start.to(device), prompt, length - 1, generator=generator):
-                    columns.append(column)
-                    bar.update(BATCH)
-                texts.append(torch.cat(columns, 1).cpu())
-        start.cpu()
-        write_tensors(path, {"ids": torch.cat(texts)}, made_by)
+        if found != made_by:
+            ids = _sample(start.to(device), length, torch.Generator(device).manual_seed(seed))
+            start.cpu()
+            write_tensors(path, {"ids": ids}, made_by)
     distributed.barrier()
     return read_tensors(path, expected)[0]["ids"].flatten()
+
+
+def _sample(start: GPT2, length: int, generator: torch.Generator) -> Tensor:
+    """Return texts that begin with <|endoftext|>, int64 (TEXTS, length), on the CPU."""
+    device, texts = generator.device, []
+    prompt = torch.full((BATCH, 1), load_tokenizer().eot, device=device)
+    what = f"the start model writes {TEXTS * length:,} tokens to train on"
+    with few_row_products(device), tqdm(desc=what, total=TEXTS * length, unit="token") as bar:
+        for _ in range(TEXTS // BATCH):
+            columns = [prompt]  # (BATCH, 1) each
+            for column in stream(start, prompt, length - 1, generator=generator):
+                columns.append(column)
+                bar.update(BATCH)
+            texts.append(torch.cat(columns, 1).cpu())
+    return torch.cat(texts)

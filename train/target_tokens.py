@@ -21,7 +21,7 @@ TIME_LIMIT = 10.0  # seconds that a pattern may take over the whole vocabulary
 
 @dataclass(frozen=True)
 class Goal:
-    """The options of `train.xfactor` that say which tokens are wanted, and how much."""
+    """Which tokens are wanted, and how much."""
 
     letter: str = "X"  # target tokens contain this letter
     contains: UseAppendAction[tuple[str, ...]] = ()

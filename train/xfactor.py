@@ -42,10 +42,18 @@ Steps = Annotated[int, Ge(0), Le(10**9)]
 
 
 @dataclass(frozen=True)
-class Training:  # --help shows a group of options for each base of Options
+class Start:
+    """The model before fine-tuning."""
+
     model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"  # to start from
     weights: Annotated[str, arg(metavar="random|PATH", help_behavior_hint="")] = ""
     """random ones, a safetensors file, or a folder with one (default: the model's own)"""
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """What the steps are made of."""
+
     inputs: Annotated[str, arg(metavar="random|samples|FILE", help_behavior_hint="")] = ""
     """token ids, a text, or samples of the start (default: random; samples with --tilt)"""
     lr: tuple[Annotated[FiniteFloat, Ge(0)], ...] = (1e-4,)  # Adam's learning rates, a run each
@@ -62,6 +70,8 @@ class Training:  # --help shows a group of options for each base of Options
 
 @dataclass(frozen=True)
 class Output:
+    """What is written, and when."""
+
     eval_every: Steps = 0  # steps between evaluations; 0: before the first and after the last only
     save_every: Steps = 100  # steps between checkpoints; 0: after the last only
     out: Path = Path("runs/xfactor")  # folder for the runs and their report
@@ -70,8 +80,8 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Options(Training, Goal, Output):
-    """Fine-tune GPT-2 toward tokens that contain a letter."""
+class Options(Output, Optimisation, Goal, Start):
+    """All options; --help shows a group for each base, the last one first, as its fields are."""
 
 
 def get_batch(options: Options, text: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -59,7 +59,7 @@ def test_the_help_groups_the_options_and_says_every_default(capsys, monkeypatch)
     with pytest.raises(SystemExit):
         xfactor.main()
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for group in ("training", "goal", "output"):
+    for group in ("start", "goal", "optimisation", "output"):
         assert f" {group} options " in text.replace("─", " ")
     for default in ("", "''", "None"):
         assert f"(default: {default})" not in text
