@@ -4,6 +4,7 @@ A run on a small model, in this process or forks of one; the commands are in tes
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -287,6 +288,20 @@ def test_a_folder_that_is_not_empty_and_holds_no_run_is_refused(name: str, tmp_p
     assert {p: s.st_mtime_ns for p, s in after.items()} == {
         p: s.st_mtime_ns for p, s in before.items()
     }
+
+
+def test_a_run_that_another_command_has_just_ended_is_refused(tmp_path: Path) -> None:
+    """It was made after this command began and before the folder could be locked; it stays."""
+    config, lock = tmp_path / RATE / "config.json", fcntl.flock
+
+    def lock_after_another(*arguments: int) -> None:
+        config.parent.mkdir()
+        config.write_text("{}")
+        lock(*arguments)
+
+    with patch("fcntl.flock", lock_after_another), pytest.raises(ValueError, match="holds a run"):
+        run(tmp_path)
+    assert config.read_text() == "{}"
 
 
 def test_an_error_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:
