@@ -173,10 +173,7 @@ def describe(options: Any, goal: str, target: TwoLevelTarget) -> None:
 
 
 def progress(label: str, done: int, total: int) -> tqdm:
-    """Return a bar over the steps of a run, which shows itself on a terminal only.
-
-    Its estimate covers steps alone if `unpause` is called after whatever else takes time.
-    """
+    """Return a bar over the steps of a run, for a terminal; `unpause` it after other work."""
     hidden = None if distributed.is_main() else True  # None: unless it is on a terminal
     bar = tqdm(initial=done, total=total, unit="step", disable=hidden, mininterval=0, miniters=0)
     bar.desc = label  # which a hidden one does not keep

@@ -35,8 +35,8 @@ def check(options: Any, device: torch.device) -> Layout:
     for name, values in (("lr", options.lr), ("tilt", options.tilt)):
         if len(set(values)) < len(values):
             raise ValueError(f"--{name}: got {values}, expected numbers, each once")
-    if options.tilt and (options.alpha, options.beta) != (1.0, 0.0):
-        raise ValueError("--tilt sets the target by itself; leave --alpha and --beta out")
+    if options.tilt and (options.alpha, options.beta, options.mass) != (1.0, 0.0, None):
+        raise ValueError("--tilt sets the target by itself; leave --alpha, --beta and --mass out")
     if options.strength and not options.tilt:
         raise ValueError("--strength: needs --tilt, whose G it multiplies")
     if options.batch % ranks:

@@ -4,7 +4,8 @@
     python -m train.sample --model gpt2-medium --temperature 0.8 --top-k 50
     python -m train.sample --model runs/xfactor/lr-0.0001 --samples 3
 
-What could steer a terminal is escaped.
+On a terminal, the target tokens of a run are highlighted in its text. What could steer a terminal is
+escaped.
 """
 
 import codecs
