@@ -269,8 +269,12 @@ def forward_kernel(
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z = load(z_ptr + tile * TILE + offsets, None, 0.0)
-        target, count = _tile_target(target_ptr, tile, offsets, bit, None, DENSE)
+        if PTX:
+            z = load(z_ptr + tile * TILE + offsets, None, 0.0)
+            target, count = _tile_target(target_ptr, tile, offsets, bit, None, DENSE)
+        else:  # AMD's compiler keeps this order: with z first, gfx942 waits three times for a P
+            target, count = _tile_target(target_ptr, tile, offsets, bit, None, DENSE)
+            z = load(z_ptr + tile * TILE + offsets, None, 0.0)
         state = _accumulate(state, z, target, None, count, PER_THREAD, ratio, DENSE, BETA, PTX)
     rest = vectors - tiles * (TILE // VEC)
     mask = offsets < rest * VEC

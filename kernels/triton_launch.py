@@ -18,6 +18,7 @@ from .target import Probabilities, TwoLevelTarget
 # Left to itself, ptxas saves registers by sinking loads below arithmetic, so that a warp waits for
 # DRAM two to four times per tile; with 64 it waits once (kernels/compile_report.py).
 MAX_REGISTERS = 64
+MAX_REGISTERS_UNALIGNED = 96  # of a forward that reads P element by element: 16 more loads
 
 
 def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +112,7 @@ def meta(
     constants = {"DENSE": dense, "P_ALIGN": p_align, "VEC": 16 // dtype.itemsize}
     constants["num_warps"] = bitmask.THREADS // (gpu.warp_size if gpu else 32)
     if gpu and gpu.backend == "cuda":
-        constants["maxnreg"] = MAX_REGISTERS
+        constants["maxnreg"] = MAX_REGISTERS if p_align == 16 else MAX_REGISTERS_UNALIGNED
     return constants
 
 

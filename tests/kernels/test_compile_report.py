@@ -67,15 +67,16 @@ def test_no_kernel_spills_a_register(rows):
 
 
 def test_registers_leave_room_for_four_programs_on_a_multiprocessor(rows):
-    """65,536 registers for four times 256 threads; for two, where a teacher is read too."""
+    """65,536 registers for four times 256 threads; for two, where more than a vector is read."""
     for r in nvidia(rows):
-        assert r["registers"] <= (96 if "teacher" in r["target"] else 64), r
+        two = "teacher" in r["target"] or "unaligned" in r["target"]
+        assert r["registers"] <= (104 if two else 64), r
 
 
 @NEEDS_3_7
 def test_a_warp_waits_for_dram_at_most_twice_a_tile(rows):
     """By the scoreboard; most variants wait once."""
-    assert [r for r in nvidia(fast(rows)) if r["waits"] > 2] == []
+    assert [r for r in fast(rows) if r["waits"] > 2] == []
     assert all(r["waits"] >= 1 for r in rows)
 
 
