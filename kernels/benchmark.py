@@ -20,7 +20,6 @@ leaves 2e-8 in float32 and 1.6e-3 in bfloat16. One token in 51 is a target token
 has 984 with an x among 50,257. Losses of other libraries take a dense P or one label per row.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +43,21 @@ from .reference import kl_div
 from .results import Row, format_table, plot
 
 ERROR_ROWS = 16
+HAS_CUDA = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and where."""
+
+    rows: tuple[int, ...] = (256, 1024, 4096) if HAS_CUDA else (256, 1024)  # one table for each
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of logits or hidden states
+    device: str = "cuda" if HAS_CUDA else "cpu"  # cpu, cuda or cuda:N
+    vocab: int = 50257  # V, tokens in the vocabulary
+    width: int = 1024  # C, of the hidden states
+    seconds: float = 15.0  # for each number of rows
+    plot: str = ""  # a file to draw time and memory in
+    json: bool = False  # end with one line of JSON
 
 
 @cache
@@ -175,8 +189,11 @@ def skip_reason(name: str, loss: Loss, device: torch.device) -> str:
     """Why a loss cannot be measured here; "" if it can."""
     if loss.needs and device.type != "cuda":
         return "needs CUDA"
-    if "compiled" in name and device.type == "cpu" and not shutil.which("g++"):
-        return "torch.compile needs g++"
+    if "compiled" in name and device.type == "cpu":
+        if not shutil.which("g++"):
+            return "torch.compile needs g++"
+        if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+            return "torch.compile needs vector instructions"  # its C++ does not compile without
     if loss.needs:
         try:
             import_module(loss.needs)
@@ -220,39 +237,40 @@ def measure(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: the table of each number of rows, then files and JSON where asked for."""
-    parser = argparse.ArgumentParser(
+    import tyro  # here: the losses do not need it
+
+    options = tyro.cli(
+        Options,
+        args=arguments,
         prog="python -m kernels.benchmark",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--rows", type=int, nargs="+", help="default: 256 1024, on CUDA also 4096")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--device", type=torch.device, default=torch.device(default))
-    parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--width", type=int, default=1024, help="of the hidden states")
-    parser.add_argument("--seconds", type=float, default=15.0, help="for each number of rows")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parser.parse_args(arguments)
-    device, counts = options.device, [256, 1024]
     hardware = f"{torch.get_num_threads()} threads"
+    if not options.rows or min(*options.rows, options.vocab, options.width) < 1:
+        sys.exit("error: --rows, --vocab, --width: expected at least 1 each")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        sys.exit(f"error: --device: {error}")
     if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            sys.exit(f"error: --device {device}: got {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device.index or 0)
-        hardware, counts = torch.cuda.get_device_name(), [256, 1024, 4096]
+        hardware = torch.cuda.get_device_name()
     setting = Setting(device, getattr(torch, options.dtype), options.vocab, options.width)
     bandwidth = copy_bandwidth(device)
     title = f"{device.type}, {hardware}, {options.dtype}, V = {options.vocab}, "
     title += f"C = {options.width}, torch {torch.__version__}"
     print(f"{title}; copy {bandwidth / 1e9:.1f} GB/s", flush=True)
     table = []
-    for rows in options.rows or counts:
+    for rows in options.rows:
         for head in (False, True):  # apart: see kernels/torch_kl_div.py on idle pages
             losses = {name: loss for name, loss in LOSSES.items() if loss.head == head}
             table += measure(rows, setting, bandwidth, options.seconds / 2, losses)
     print(format_table(table))
     if options.plot:
-        plot(table, options.plot, title)
+        plot(table, Path(options.plot), title)
     if options.json:
         result = {"setting": title, "copy_gb_per_s": bandwidth / 1e9}
         print(json.dumps(result | {"table": [asdict(row) for row in table]}))

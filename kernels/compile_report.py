@@ -17,7 +17,6 @@ kernel and its shared memory. Padded, contiguous and
 misaligned logits share one compiled variant, because the kernels are specialised on no argument.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -25,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,10 +37,17 @@ except ImportError:
 
 from . import bitmask, triton_kl_div, triton_launch, triton_simple, triton_teacher
 
-NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)}
-AMD = {"gfx942": GPUTarget("hip", "gfx942", 64), "gfx1100": GPUTarget("hip", "gfx1100", 32)}
-GPUS = NVIDIA | AMD  # from a T4 to a B200; an MI300X and an RX 7900, whose warps have 32 threads
+# From a T4 to a B200; an MI300X and an RX 7900.
+GPU = Literal["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compile for, and how to print it."""
+
+    gpu: tuple[GPU, ...] = ("sm_90",)  # one or more architectures
+    json: bool = False  # print all counts in one line of JSON
 
 
 @dataclass
@@ -65,6 +71,13 @@ class Row:
     st128: int
     st_narrow: int
     row_offset_bits: int | None  # of the row's number times the stride; None where not PTX
+
+
+def gpu_target(name: GPU) -> GPUTarget:
+    """The GPU as Triton's compiler takes it, with the threads of its warps."""
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, 64 if name == "gfx942" else 32)
 
 
 def variants(gpu: GPUTarget, dtype: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
@@ -116,9 +129,10 @@ def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[st
     return triton.compile(source, target=gpu, options=options)
 
 
-def report(name: str, kernel: str, target: str, dtype: str, compiled: Any) -> Row:
+def report(name: GPU, kernel: str, target: str, dtype: str, compiled: Any) -> Row:
     """Read one variant's numbers off its machine code."""
-    if name in NVIDIA:
+    gpu = gpu_target(name)
+    if gpu.backend == "cuda":
         usage, code, loops = _nvidia(compiled.asm["cubin"])
         special, cross_thread = r"MUFU", r"SHFL|BAR|REDUX|WARPSYNC"
         load, store = r"LDG", r"STG"
@@ -133,7 +147,7 @@ def report(name: str, kernel: str, target: str, dtype: str, compiled: Any) -> Ro
 
     elements = bitmask.PER_THREAD
     if "simple" in target:
-        elements = triton_simple.BLOCK // (compiled.metadata.num_warps * GPUS[name].warp_size)
+        elements = triton_simple.BLOCK // (compiled.metadata.num_warps * gpu.warp_size)
     loop = max(loops, key=lambda lines: sum(bool(re.search(load, line)) for line in lines))
     return Row(
         gpu=name,
@@ -152,7 +166,7 @@ def report(name: str, kernel: str, target: str, dtype: str, compiled: Any) -> Ro
         ld_narrow=count(load) - count(load, wide),
         st128=count(store, wide),
         st_narrow=count(store) - count(store, wide),
-        row_offset_bits=_row_offset_bits(compiled.asm["ptx"]) if name in NVIDIA else None,
+        row_offset_bits=_row_offset_bits(compiled.asm["ptx"]) if gpu.backend == "cuda" else None,
     )
 
 
@@ -233,21 +247,22 @@ def _row_offset_bits(ptx: str) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: compile every kernel for each GPU and print the table."""
-    parser = argparse.ArgumentParser(
+    import tyro
+
+    options = tyro.cli(
+        Options,
+        args=arguments,
         prog="python -m kernels.compile_report",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
-    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["sm_90"], help="default: sm_90")
-    parser.add_argument("--json", action="store_true", help="print all counts as JSON")
-    options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     rows = [
-        report(name, kernel, target, dtype, compile_kernel(GPUS[name], function, dtype, constants))
-        for name in options.gpu
+        report(name, kernel, target, dtype, compile_kernel(gpu, function, dtype, constants))
+        for name, gpu in ((name, gpu_target(name)) for name in options.gpu)
         for dtype in DTYPES
-        for kernel, target, function, constants in variants(GPUS[name], dtype)
+        for kernel, target, function, constants in variants(gpu, dtype)
     ]
     if options.json:
         print(json.dumps([asdict(r) for r in rows]))

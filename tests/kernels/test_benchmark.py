@@ -230,3 +230,14 @@ def test_fused_losses_stay_within_their_memory():
     assert fused < buffer + spare
     assert linear < buffer / 2
     assert in_place < spare
+
+
+def test_a_device_that_is_not_there_ends_in_one_line():
+    """--device cuda:7 is asked for by its number; an unknown name and no rows are errors too."""
+    for arguments, message in (
+        (["--device", "cuda:77"], "--device cuda:77: got"),
+        (["--device", "abacus"], "--device: "),
+        (["--rows", "0"], "--rows, --vocab, --width: expected at least 1"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: {message}"):
+            benchmark.main(arguments)
