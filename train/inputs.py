@@ -13,7 +13,7 @@ from model import GPT2, GPT2Config
 from model.generate import stream
 from model.gpt2 import HEAD_DIM
 from model.tokenizer import Tokenizer, load_tokenizer
-from train import distributed
+from train import console, distributed
 from train.checkpoint import SAMPLED, digest, read_tensors, write_tensors
 from train.cpu import few_row_products
 from train.evaluate import positions_needed
@@ -111,8 +111,9 @@ def _sample(start: GPT2, length: int, generator: torch.Generator) -> Tensor:
     """Return texts that begin with <|endoftext|>, int64 (TEXTS, length), on the CPU."""
     device, texts = generator.device, []
     prompt = torch.full((BATCH, 1), load_tokenizer().eot, device=device)
-    what = f"the start model writes {TEXTS * length:,} tokens to train on"
-    with few_row_products(device), tqdm(desc=what, total=TEXTS * length, unit="token") as bar:
+    total = TEXTS * length
+    console.say(f"the start model writes {total:,} tokens to train on")
+    with few_row_products(device), tqdm(total=total, unit="token", disable=None) as bar:
         for _ in range(TEXTS // BATCH):
             columns = [prompt]  # (BATCH, 1) each
             for column in stream(start, prompt, length - 1, generator=generator):
