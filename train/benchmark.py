@@ -27,11 +27,12 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
 from multiprocessing import get_context
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
+from annotated_types import Ge
 from torch import Tensor
 
 from kernels import TwoLevelTarget, fused_linear_kl_div
@@ -40,7 +41,7 @@ from model import GPT2, GPT2Config
 from model.generate import generate
 from model.gpt2 import HEAD_DIM
 from train import cpu
-from train.console import command, say
+from train.console import command, say, validated
 from train.distributed import device_name
 from train.evaluate import target_probability
 from weights import layout_of, load_weights, save_weights
@@ -55,9 +56,9 @@ class Options:
 
     model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"  # its size only
     dtype: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")  # autocast or none
-    batch: int = 4  # B, sequences per step
-    length: int = 64  # T, tokens per sequence
-    repetitions: int = 3  # of each measurement, after one that does not count
+    batch: Annotated[int, Ge(1)] = 4  # B, sequences per step
+    length: Annotated[int, Ge(1)] = 64  # T, tokens per sequence
+    repetitions: Annotated[int, Ge(0)] = 3  # of each measurement, after one that does not count
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -186,4 +187,5 @@ def benchmark(options: Options) -> None:
 
 if __name__ == "__main__":
     with command():
-        benchmark(tyro.cli(Options, prog="python -m train.benchmark", description=__doc__))
+        options = tyro.cli(Options, prog="python -m train.benchmark", description=__doc__)
+        benchmark(validated(Options, asdict(options)))

@@ -106,7 +106,7 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
         values = checkpoint.read_options(out)
         if unlike := sorted(set(names) ^ values.keys()):
             raise ValueError(f"{out}: the options in config.json are not a run's: {unlike[0]!r}")
-        saved = _validated(options_class, values | {"out": out}, f"{out}, config.json: ")
+        saved = validated(options_class, values | {"out": out}, f"{out}, config.json: ")
         options = _parse(saved, arguments, description)
         for name in names:
             was, given = getattr(saved, name), getattr(options, name)
@@ -123,7 +123,7 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
     for name in checkpoint.MAY_MOVE:  # absolute, so that a run resumes from another folder
         if values[name] not in ("", "random", "samples"):
             values[name] = str(expand(values[name]).absolute())
-    return _validated(options_class, values)
+    return validated(options_class, values)
 
 
 def _parse(default: Any, arguments: Sequence[str], description: str | None) -> Any:
@@ -143,7 +143,8 @@ def _parse(default: Any, arguments: Sequence[str], description: str | None) -> A
     return type(default)(**{k: v for group in parsed.values() for k, v in vars(group).items()})
 
 
-def _validated(options_class: Any, values: dict[str, Any], where: str = "") -> Any:
+def validated(options_class: Any, values: dict[str, Any], where: str = "") -> Any:
+    """Return the options with these values; ValueError for one that its annotation excludes."""
     try:
         return TypeAdapter(options_class).validate_python(values)
     except ValidationError as error:

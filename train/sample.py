@@ -4,17 +4,20 @@
     python -m train.sample --model gpt2-medium --temperature 0.8 --top-k 50
     python -m train.sample --model runs/xfactor/lr-0.0001 --samples 3
 
-On a terminal, the target tokens of a run are highlighted in its text. What could steer a terminal is
-escaped.
+On a terminal, the target tokens of a run are highlighted in its text. What could steer the terminal
+is escaped.
 """
 
 import codecs
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import torch
 import tyro
+from annotated_types import Ge, Le
+from pydantic import FiniteFloat
 
 from model import GPT2
 from model.generate import stream
@@ -24,6 +27,7 @@ from weights import load_weights
 from weights.layout import expand, printable
 
 HIGHLIGHTED = "\x1b[7m{}\x1b[0m"  # reverse video, readable on any background
+Count = Annotated[int, Ge(1), Le(65_536)]
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,11 @@ class Options:
 
     model: str = "tiny"  # tiny, gpt2, gpt2-medium, gpt2-xl, a safetensors file or a run's folder
     prompt: str = "Once upon a time"
-    samples: int = 1  # texts to print, one after the other
-    length: int = 64  # new tokens per sample, fewer if the text comes to its end
-    temperature: float = 1.0  # 0: always the likeliest token
-    top_k: int = 0  # sample among the k likeliest tokens only; 0: among all
-    seed: int = 0  # the same seed prints the same text
+    samples: Count = 1  # texts to print, one after the other
+    length: Count = 64  # new tokens per sample, fewer if the text comes to its end
+    temperature: Annotated[FiniteFloat, Ge(0)] = 1.0  # 0: always the likeliest token
+    top_k: Annotated[int, Ge(0)] = 0  # sample among the k likeliest tokens only; 0: among all
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0  # the same seed prints the same text
 
 
 def sample(options: Options) -> None:
@@ -44,8 +48,7 @@ def sample(options: Options) -> None:
 
     Raises ValueError for weights that cannot be loaded and for an option out of its range.
     """
-    if not 0 <= options.seed < 2**63:
-        raise ValueError(f"--seed: got {options.seed}, expected 0 to 2^63 - 1")
+    options = console.validated(Options, asdict(options))
     tokenizer = load_tokenizer()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = GPT2.from_state_dict(load_weights(options.model), assign=True).to(device)

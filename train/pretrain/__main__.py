@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from annotated_types import Ge, Le, Lt, MultipleOf
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import FiniteFloat
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ from model import GPT2, GPT2Config
 from model.gpt2 import HEAD_DIM
 from model.tokenizer import load_tokenizer
 from train.checkpoint import is_due, read_tensors, write_tensors
-from train.console import command, progress, say
+from train.console import command, progress, say, validated
 from train.pretrain.shared_vocabulary import SharedVocabulary, backpropagate_cross_entropy
 from weights import save_weights
 from weights.layout import expand
@@ -178,13 +178,7 @@ def main() -> None:
     """Run the command line."""
     with command():
         options = tyro.cli(Options, prog="python -m train.pretrain", description=__doc__)
-        try:
-            TypeAdapter(Options).validate_python(asdict(options))
-            pretrain(options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0]).replace("_", "-")
-            raise ValueError(f"--{name} {first['input']}: {first['msg']}") from error
+        pretrain(validated(Options, asdict(options)))
 
 
 if __name__ == "__main__":

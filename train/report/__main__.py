@@ -18,11 +18,11 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("repor
         runs: each a run's folder or a folder of them
         out: folder for report.html, the figures and table.csv
     """
-    with console.command():
-        for path in write_report(runs, out):
-            console.say(f"wrote {path}")
-        console.say(summary(runs))
+    for path in write_report(runs, out):
+        console.say(f"wrote {path}")
+    console.say(summary(runs))
 
 
 if __name__ == "__main__":
-    tyro.cli(report, prog="python -m train.report")
+    with console.command():
+        tyro.cli(report, prog="python -m train.report")
