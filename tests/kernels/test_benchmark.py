@@ -36,7 +36,8 @@ def test_every_loss_is_measured_or_says_why_not(capsys, tmp_path, monkeypatch):
         assert row["name"] in line
         measured = [row[key] for key in ("forward", "fwd_bwd", "roofline", "peak_mb", "error")]
         if row["skip_reason"]:
-            assert LOSSES[row["name"]].needs
+            narrow = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+            assert LOSSES[row["name"]].needs or (narrow and "compiled" in row["name"])
             assert not any(measured)
             assert line.endswith(row["skip_reason"])
         else:
