@@ -236,8 +236,10 @@ def experiment(options: Options) -> None:
                 "options": asdict(options),
                 "goal": goal,
                 "target_token_ids": target.index.tolist(),
-                **{"alpha": target.alpha, "beta": target.beta, "dtype": options.dtype},
+                "alpha": target.alpha,
+                "beta": target.beta,
                 "device": distributed.device_name(device),
+                "dtype": options.dtype,
             }
             for name, (lr, tilt) in runs.items():
                 about |= {"lr": lr, "tilt": tilt}
