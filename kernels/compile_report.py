@@ -89,12 +89,13 @@ def variants(gpu: GPUTarget, dtype: str) -> Iterator[tuple[str, str, Any, dict[s
         ("dense", True, 16),
         ("dense, unaligned", True, 4),
     ):
-        constants = triton_launch.meta(DTYPES[dtype], gpu, dense, p_align)
+        constants = triton_launch.meta(DTYPES[dtype], gpu, "forward", dense, p_align)
         extra = {"BETA": False, "PTX": gpu.backend == "cuda"}
         yield "forward", target, triton_kl_div.forward_kernel, constants | extra
         if not dense:
             extra["BETA"] = True
             yield "forward", "two-level, beta", triton_kl_div.forward_kernel, constants | extra
+        constants = triton_launch.meta(DTYPES[dtype], gpu, "backward", dense, p_align)
         yield "backward", target, triton_kl_div.backward_kernel, constants
     simple = {"BLOCK": triton_simple.BLOCK, "num_warps": 4}
     yield "forward", "two-level, simple", triton_simple.forward_kernel, simple
@@ -259,10 +260,16 @@ def main(arguments: list[str] | None = None) -> None:
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     rows = [
-        report(name, kernel, target, dtype, compile_kernel(gpu, function, dtype, constants))
-        for name, gpu in ((name, gpu_target(name)) for name in options.gpu)
+        report(
+            name,
+            kernel,
+            target,
+            dtype,
+            compile_kernel(gpu_target(name), function, dtype, constants),
+        )
+        for name in options.gpu
         for dtype in DTYPES
-        for kernel, target, function, constants in variants(gpu, dtype)
+        for kernel, target, function, constants in variants(gpu_target(name), dtype)
     ]
     if options.json:
         print(json.dumps([asdict(r) for r in rows]))

@@ -18,7 +18,7 @@ from .target import Probabilities, TwoLevelTarget
 # Left to itself, ptxas saves registers by sinking loads below arithmetic, so that a warp waits for
 # DRAM two to four times per tile; with 64 it waits once (kernels/compile_report.py).
 MAX_REGISTERS = 64
-MAX_REGISTERS_UNALIGNED = 96  # of a forward that reads P element by element: 16 more loads
+MAX_REGISTERS_BY_ELEMENT = 96  # of a forward that reads P element by element: 16 more loads
 
 
 def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +40,7 @@ def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tens
     sum_p_log_p, beta = 0.0, 0.0
     if isinstance(target, TwoLevelTarget):
         sum_p_log_p, beta = target.sum_p_log_p, target.beta
-    arguments, constants = _arguments(logits, target)
+    arguments, constants = _arguments(logits, target, "forward")
     gpu = current_gpu()
     with torch.cuda.device_of(logits):
         triton_kl_div.forward_kernel[(rows,)](
@@ -70,7 +70,7 @@ def backward(
     assert out.dtype == logits.dtype, (out.dtype, logits.dtype)
     if rows == 0:
         return
-    arguments, constants = _arguments(logits, target)
+    arguments, constants = _arguments(logits, target, "backward")
     aligned = aligned_like(logits, out)
     upstream = grad_loss, grad_loss.stride(0)
     with torch.cuda.device_of(logits):
@@ -106,17 +106,18 @@ def current_gpu() -> GPUTarget | None:
 
 
 def meta(
-    dtype: torch.dtype, gpu: GPUTarget | None, dense: bool, p_align: int = 16
+    dtype: torch.dtype, gpu: GPUTarget | None, kernel: str, dense: bool, p_align: int = 16
 ) -> dict[str, int]:
-    """Constants and options of both kernels, for the launch and for kernels/compile_report.py."""
+    """Constants and options of a kernel, for the launch and for kernels/compile_report.py."""
     constants = {"DENSE": dense, "P_ALIGN": p_align, "VEC": 16 // dtype.itemsize}
     constants["num_warps"] = bitmask.THREADS // (gpu.warp_size if gpu else 32)
     if gpu and gpu.backend == "cuda":
-        constants["maxnreg"] = MAX_REGISTERS if p_align == 16 else MAX_REGISTERS_UNALIGNED
+        more = kernel == "forward" and dense and p_align <= 4
+        constants["maxnreg"] = MAX_REGISTERS_BY_ELEMENT if more else MAX_REGISTERS
     return constants
 
 
-def _arguments(logits: Tensor, target: Probabilities) -> tuple[tuple, dict[str, int]]:
+def _arguments(logits: Tensor, target: Probabilities, kernel: str) -> tuple[tuple, dict[str, int]]:
     """The arguments from logits_ptr to ratio, and the constants, which both kernels take."""
     vocab, vec = logits.shape[1], 16 // logits.element_size()
     rows = logits, logits.stride(0), vocab
@@ -124,7 +125,7 @@ def _arguments(logits: Tensor, target: Probabilities) -> tuple[tuple, dict[str, 
         mask = target.mask.view(torch.uint8)
         bits = target.bitmasks[vec]
         arguments = (*rows, bits, 0, bits.stride(0), mask, target.alpha, target.beta / target.alpha)
-        return arguments, meta(logits.dtype, current_gpu(), dense=False)
+        return arguments, meta(logits.dtype, current_gpu(), kernel, dense=False)
     if target.dtype == torch.float64 or target.stride(-1) != 1:
         target = target.to(torch.float32).contiguous()
     p_align = min(16, vec * target.element_size())
@@ -137,4 +138,4 @@ def _arguments(logits: Tensor, target: Probabilities) -> tuple[tuple, dict[str, 
         else:
             p_align = target.element_size()
     arguments = (*rows, target, stride, step, target, 1.0, 0.0)
-    return arguments, meta(logits.dtype, current_gpu(), True, p_align)
+    return arguments, meta(logits.dtype, current_gpu(), kernel, True, p_align)
