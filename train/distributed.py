@@ -3,13 +3,14 @@
     torchrun --nproc-per-node 2 -m train.xfactor --model tiny
 
 Every rank holds the whole model and takes its shard of a batch that all ranks draw alike, so a seed
-names the same data for any number of ranks. DistributedDataParallel averages the gradients while
-the backward pass runs, then Adam makes the same update everywhere. The main rank alone prints,
+names the same data for any number of ranks. After the backward pass the gradients are averaged, then
+Adam makes the same update everywhere. (DistributedDataParallel averages while the backward pass
+runs, which hides the communication, and hides a step from its reader.) The main rank alone prints,
 evaluates and writes.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -17,9 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # imported before a group exists: see `process_group`
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from model import GPT2
 
 TIMEOUT = timedelta(hours=2)  # the other ranks wait while the main rank evaluates or saves
 
@@ -89,37 +87,21 @@ def shard(batch: Tensor) -> Tensor:
     return batch.chunk(world_size())[rank()]
 
 
-def data_parallel(model: GPT2) -> Callable[[Tensor], Tensor]:
-    """Return model.hidden_states, made to average the gradients of all ranks in its backward."""
-    if world_size() == 1:
-        return model.hidden_states
-    parameter = next(model.parameters())
-    devices = [parameter.device] if parameter.is_cuda else None
-    return DistributedDataParallel(_HiddenStates(model), devices, gradient_as_bucket_view=True)
-
-
-class _HiddenStates(nn.Module):
-    """GPT2.hidden_states as a forward, which is what DistributedDataParallel wraps.
-
-    The loss uses wte.weight a second time, as the LM head, outside this forward. That is sound: the
-    gradients are averaged by hooks on the parameters, which run when all uses have been added up.
-    """
-
-    def __init__(self, model: GPT2) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model.hidden_states(tokens)
+def average_gradients(model: nn.Module) -> None:
+    """Replace the gradient of every parameter by its mean over the ranks."""
+    if world_size() > 1:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad = all_reduce_mean(p.grad)
 
 
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Return the mean over the ranks, element by element, on the device of the values."""
     if world_size() == 1:
         return values
-    values = values.float().contiguous()
+    values = values / world_size()
     dist.all_reduce(values)
-    return values / world_size()
+    return values
 
 
 def all_reduce_max(value: int) -> int:

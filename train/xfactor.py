@@ -124,8 +124,7 @@ def fine_tune(
     p: TwoLevelTarget | TeacherTarget = target
     index, device, is_main = target.index, target.mask.device, distributed.is_main()
     model = GPT2.from_state_dict(start.state_dict()).to(device)
-    forward = distributed.data_parallel(model)
-    forward = torch.compile(forward) if options.compile else forward
+    forward = torch.compile(model.hidden_states) if options.compile else model.hidden_states
     wte = model.wte.weight  # the LM head is the embedding, (V, C)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     generator = torch.Generator("cpu").manual_seed(options.seed)
@@ -163,6 +162,7 @@ def fine_tune(
                     measured.append(predicted)
             optimizer.zero_grad()
             loss.backward()  # 5. backward
+            distributed.average_gradients(model)
             optimizer.step()  # 6. Adam
 
             pending.append(distributed.all_reduce_mean(torch.stack(measured)))
