@@ -3,10 +3,11 @@
     python -m train.benchmark
     python -m train.benchmark --model tiny --dtype float32 --repetitions 5
 
-Both start from the same random weights, saved in a temporary folder, each in a process of its own.
-Theirs trains with F.log_softmax, F.kl_div and torch.optim.Adam at their defaults; ours is the loop
-of train.xfactor, which also measures the target probability at every step. The two take turns, so
-that both meet the same state of the machine. The table shows medians; the last line is JSON.
+Both start from the same random weights, saved in a temporary folder. Theirs trains with
+F.log_softmax, F.kl_div and torch.optim.Adam at their defaults; ours is the loop of train.xfactor,
+which also measures the target probability at every step. They take turns, each time in a process of
+its own, so that both meet the same state of the machine and neither gets the other's settings.
+Times are of a second call, after one that warms up; the table shows medians; the last line is JSON.
 
     load        from a file in the page cache to the logits of one token
     generate    greedy, batch size 1, with a key/value cache
@@ -21,10 +22,9 @@ import signal
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Annotated, Any, Literal
@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 from torch import Tensor
 
 from kernels import TwoLevelTarget, fused_linear_kl_div
@@ -55,10 +55,11 @@ class Options:
     """The sizes to measure with."""
 
     model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"  # its size only
-    dtype: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")  # autocast or none
+    dtype: Annotated[tuple[Literal["bfloat16", "float32"], ...], MinLen(1)] = "bfloat16", "float32"
+    """bfloat16 is autocast"""
     batch: Annotated[int, Ge(1)] = 4  # B, sequences per step
     length: Annotated[int, Ge(1)] = 64  # T, tokens per sequence
-    repetitions: Annotated[int, Ge(0)] = 3  # of each measurement, after one that does not count
+    repetitions: Annotated[int, Ge(1)] = 3  # of every measurement, each in a new process
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -114,15 +115,11 @@ class Transformers:
             yield loss.detach()
 
 
-CONTENDERS: dict[str, type[Ours] | type[Transformers]] = {
-    "ours": Ours,
-    "transformers": Transformers,
-}
+CONTENDERS: dict[str, type[Ours | Transformers]] = {"ours": Ours, "transformers": Transformers}
 
 
-@cache  # so that a process resumes its own
-def measurements(name: str, folder: str, options: Options) -> Iterator[tuple[str, float]]:
-    """Yield a contender's (quantity, value), one by one; the first of a quantity warms up."""
+def measure(name: str, folder: str, options: Options) -> dict[str, float]:
+    """Return every quantity of a contender, measured once."""
     device, size = torch.device(options.device), (options.batch, options.length)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(GPT2Config.vocab_size, size, generator=generator).to(device)  # (B, T)
@@ -133,30 +130,20 @@ def measurements(name: str, folder: str, options: Options) -> Iterator[tuple[str
             contender.model(tokens[:1, :1])
         return contender
 
-    for _ in range(1 + options.repetitions):
-        yield "load, ms", milliseconds(load, device)[0]
+    def second_call(step: Callable[[], object]) -> float:
+        step()
+        return milliseconds(step, device)[0]
+
+    results = {"load, ms": second_call(load)}
     contender = load()
-    for _ in range(1 + options.repetitions):
-        time = milliseconds(lambda: contender.generate(tokens[:1, :PROMPT]), device)[0]
-        yield "generate, ms per token", time / NEW_TOKENS
+    text = second_call(lambda: contender.generate(tokens[:1, :PROMPT]))
+    results["generate, ms per token"] = text / NEW_TOKENS
     for dtype in options.dtype:
         contender.model.zero_grad(set_to_none=True)
         steps = contender.train(tokens, dtype)
-        yield f"memory in {dtype}, MB", peak_megabytes(steps.__next__, device) or math.nan
-        for _ in range(1 + options.repetitions):
-            yield f"step in {dtype}, ms", milliseconds(steps.__next__, device)[0]
-
-
-def measure_next(*contender: Any) -> tuple[str, float] | None:
-    return next(measurements(*contender), None)
-
-
-def in_own_process(*contender: Any) -> Iterator[tuple[str, float]]:
-    """Yield the same from a new process, which is idle until the next one is asked for."""
-    # A fork would share the state of threads; Ctrl-C is left to the process that waits.
-    start = get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(1, *start) as process:
-        yield from iter(lambda: process.submit(measure_next, *contender).result(), None)
+        results[f"memory in {dtype}, MB"] = peak_megabytes(steps.__next__, device) or math.nan
+        results[f"step in {dtype}, ms"] = second_call(steps.__next__)
+    return results
 
 
 def benchmark(options: Options) -> None:
@@ -173,13 +160,18 @@ def benchmark(options: Options) -> None:
         model = GPT2(GPT2Config(**asdict(layout), n_head=layout.n_embd // HEAD_DIM))
         save_weights(model.state_dict(), folder)
         del model
-        both = (in_own_process(name, folder, options) for name in CONTENDERS)
-        for (quantity, ours), (_, theirs) in zip(*both, strict=True):  # the two take turns
-            values[quantity].append((ours, theirs))
+        # A fork would share the state of threads; Ctrl-C is left to the process that waits.
+        start = get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+        for _ in range(options.repetitions):
+            for name in CONTENDERS:
+                with ProcessPoolExecutor(1, *start) as process:
+                    measured = process.submit(measure, name, folder, options).result()
+                for quantity, value in measured.items():
+                    values[quantity, name].append(value)
     results = {}
     say(f"{'':24}{'ours':>12}{'transformers':>14}{'ratio':>8}")
-    for quantity, pairs in values.items():
-        ours, theirs = (statistics.median(v) for v in zip(*(pairs[1:] or pairs), strict=True))
+    for quantity in measured:
+        ours, theirs = (statistics.median(values[quantity, name]) for name in CONTENDERS)
         results[quantity] = {"ours": ours, "transformers": theirs}
         say(f"{quantity:24}{ours:12.1f}{theirs:14.1f}{theirs / ours:8.2f}")
     say(json.dumps({"options": asdict(options), "results": results}))

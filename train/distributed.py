@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 2 -m train.xfactor --model tiny
 
 Every rank holds the whole model and takes its shard of a batch that all ranks draw alike, so a seed
-names the same data for any number of ranks. After the backward pass the gradients are averaged, then
-Adam makes the same update everywhere. (DistributedDataParallel averages while the backward pass
-runs, which hides the communication, and hides a step from its reader.) The main rank alone prints,
-evaluates and writes.
+names the same data for any number of ranks. After the backward pass the gradients are averaged,
+then Adam makes the same update everywhere. (DistributedDataParallel averages during the backward
+pass, which hides the communication, but also the step.) The main rank alone prints, evaluates and
+writes.
 """
 
 import os

@@ -1,6 +1,7 @@
 """The benchmark against transformers: both contenders do the same work, and the table is whole."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_the_table_is_whole_and_ends_in_json(
     options: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every quantity for both contenders, each a positive number."""
-    benchmark.benchmark(options)
+    benchmark.benchmark(replace(options, repetitions=1))
     results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     assert len(results) == 6
     for quantity, values in results.items():
@@ -43,12 +44,39 @@ def test_the_table_is_whole_and_ends_in_json(
         assert all(value > 0 for value in values.values()), quantity
 
 
-def test_a_measurement_repeats_after_one_that_warms_up(small_start: Path, options: Options) -> None:
-    """Two repetitions are three of each, but for the memory of a first step, which happens once."""
-    names = [name for name, _ in benchmark.measurements("ours", str(small_start), options)]
-    counts = {name.split(",")[0]: names.count(name) for name in names}
-    steps = {"memory in bfloat16": 1, "step in bfloat16": 3, "memory in float32": 1}
-    assert counts == {"load": 3, "generate": 3, **steps, "step in float32": 3}
+def test_each_repetition_measures_everything_in_a_process_of_its_own(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two repetitions of two contenders in turn; the table has the median of each."""
+    values = iter([1.0, 10.0, 3.0, 20.0])
+    asked = []
+
+    class Process:
+        """Stands for an executor: a new one per measurement."""
+
+        def __init__(self, *_: object) -> None:
+            self.used = False
+
+        def __enter__(self) -> "Process":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            assert self.used
+
+        def submit(self, function: object, name: str, *_: object) -> "Process":
+            assert not self.used
+            self.used = True
+            asked.append(name)
+            return self
+
+        def result(self) -> dict[str, float]:
+            return {"load, ms": next(values)}
+
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Process)
+    benchmark.benchmark(options)
+    assert asked == ["ours", "transformers"] * 2
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert results == {"load, ms": {"ours": 2.0, "transformers": 15.0}}
 
 
 def test_without_transformers_the_command_says_what_to_install(
