@@ -30,9 +30,7 @@ def check(options: Any, device: torch.device) -> Layout:
     layout = layout_of(options.model if options.weights in ("", "random") else options.weights)
     tokenizer, ranks = load_tokenizer(), distributed.world_size()
     needed = max(options.length, positions_needed(tokenizer))
-    if not options.lr:
-        raise ValueError("--lr: got no rate, expected one or several")
-    for name, values in (("lr", options.lr), ("tilt", options.tilt)):
+    for name, values in (("lr", options.lr), ("tilt", options.tilt or ())):
         if len(set(values)) < len(values):
             raise ValueError(f"--{name}: got {values}, expected numbers, each once")
     if options.tilt and (options.alpha, options.beta, options.mass) != (1.0, 0.0, None):

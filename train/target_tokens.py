@@ -9,6 +9,7 @@ from typing import Annotated
 
 import regex
 import torch
+from annotated_types import MinLen
 from pydantic import FiniteFloat
 from torch import Tensor
 from tyro.conf import UseAppendAction, arg
@@ -16,6 +17,7 @@ from tyro.conf import UseAppendAction, arg
 from kernels import TwoLevelTarget
 from model.tokenizer import Tokenizer
 
+Floats = Annotated[tuple[FiniteFloat, ...], MinLen(1)]
 TIME_LIMIT = 10.0  # seconds that a pattern may take over the whole vocabulary
 
 
@@ -35,10 +37,11 @@ class Goal:
     beta: FiniteFloat = 0.0  # relative weight of any other token; alpha > beta >= 0
     mass: Annotated[FiniteFloat | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
     """instead: the probability of all target tokens together (default: by the weights)"""
-    tilt: Annotated[tuple[FiniteFloat, ...], arg(help_behavior_hint="(default: no tilt)")] = ()
-    """instead: the start's distribution, G nats added to the target tokens' logits; a run per G"""
-    strength: Annotated[tuple[FiniteFloat, ...], arg(help_behavior_hint="(default: 1 each)")] = ()
-    """with --tilt: a factor of G for each --contains"""
+    tilt: Annotated[Floats | None, arg(metavar="G [G ...]", help_behavior_hint="")] = None
+    """instead: the start's distribution, G nats added to the target tokens' logits; a run per G
+    (default: no tilt)"""
+    strength: Annotated[Floats | None, arg(metavar="S [S ...]", help_behavior_hint="")] = None
+    """with --tilt: a factor of G for each --contains (default: 1 each)"""
 
 
 def choose_tokens(tokenizer: Tokenizer, goal: Goal) -> tuple[Tensor, str]:

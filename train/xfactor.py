@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MinLen
 from pydantic import FiniteFloat
 from torch import Tensor
 from tyro.conf import arg
@@ -56,7 +56,8 @@ class Optimisation:
 
     inputs: Annotated[str, arg(metavar="random|samples|FILE", help_behavior_hint="")] = ""
     """token ids, a text, or samples of the start (default: random; samples with --tilt)"""
-    lr: tuple[Annotated[FiniteFloat, Ge(0)], ...] = (1e-4,)  # Adam's learning rates, a run each
+    lr: Annotated[tuple[Annotated[FiniteFloat, Ge(0)], ...], MinLen(1)] = (1e-4,)
+    """Adam's learning rates, a run each"""
     steps: Annotated[int, Ge(1), Le(10**9)] = 300  # optimisation steps per run
     batch: Count = 4  # B, sequences per step
     length: Count = 64  # T, tokens per sequence
