@@ -3,17 +3,17 @@
     config.json             the model's configuration, as transformers reads it; under "xfactor" the
                             command's options, the goal and its token ids, versions and device
     metrics.jsonl           {"step", "loss", "target_probability", "seconds"}, measured before that
-                            step's update; {"step", "evaluation"} after so many updates, from 0
+                            step's update; {"step", "evaluation"} after that many updates, from 0
     samples.jsonl           {"step", "prompt", "ids"}: the texts of those evaluations
     checkpoint.safetensors  weights, Adam's state, the data generator's state; in its metadata the
-                            step, length and digest of both logs, digests of what the run began with
+                            step, length and digest of both logs, digests of the run's origin
     model.safetensors       the weights alone, written when the run ends or is stopped
 
-A save flushes the logs, then replaces checkpoint.safetensors in one atomic step. So whatever kills
-the process, there is either no checkpoint, and the run starts anew, or a complete one, and the logs
-hold at least what it records. Resuming cuts them to the recorded lengths, then continues to the
-same curve, samples and weights bit for bit. Nothing is pickled. Only these files and the folder for
-temporary files are ever written or removed, never through a link.
+A save flushes the logs, then replaces checkpoint.safetensors atomically. Whenever the process is
+killed, there is either no checkpoint, and the run starts over, or a complete one, and
+logs with at least what it records. Resuming cuts the logs to the recorded lengths and continues to
+the same curve, samples and weights, bit for bit. Nothing is pickled. Only these files and a folder
+for temporary files are ever written or removed, never through a link.
 """
 
 import errno
@@ -43,13 +43,13 @@ from weights.checkpoint import atomic_write, fsync
 
 CONFIG, CHECKPOINT, MODEL = "config.json", "checkpoint.safetensors", "model.safetensors"
 METRICS, SAMPLES = LOGS = ("metrics.jsonl", "samples.jsonl")
-SAMPLED = "inputs.safetensors"  # in the folder of the runs: text that the start model wrote
-LOST_FOUND = "lost+found"  # all that a new ext4 file system holds
-STAGING = ".xfactor.tmp"  # holds a run's temporary files; a killed process leaves it behind
+SAMPLED = "inputs.safetensors"  # in the folder of the runs: text sampled from the start model
+LOST_FOUND = "lost+found"  # the only entry of a new ext4 file system
+STAGING = ".xfactor.tmp"  # for temporary files; a killed process leaves it behind
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # the optimizer's state of one parameter
 MAY_CHANGE = ("steps", "eval_every", "save_every", "out", "resume")  # options of a resumed run
-MAY_MOVE = ("weights", "inputs", "tokens")  # its files, if their content is the same
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # of network file systems
+MAY_MOVE = ("weights", "inputs", "tokens")  # those that name files, whose content must be the same
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # as network file systems say
 State = tuple[nn.Module, torch.optim.Adam, torch.Generator]  # what a save holds
 
 
@@ -78,11 +78,11 @@ def open_folder(out: Path, names: Sequence[str], resuming: bool) -> Iterator[Non
                 unused = True
             yield
         except BaseException as error:
-            with suppress(OSError):  # the first error is the one to report
+            with suppress(OSError):  # report the first error
                 if unused:
                     _remove_unused(out, names)
                 for path in created:
-                    path.rmdir()  # unless it holds anything
+                    path.rmdir()  # fails if it is not empty
             if isinstance(error, OSError):
                 advice = "choose another --out, or --resume what was saved there"
                 raise ValueError(f"cannot write to {out}: {error}; {advice}") from error
@@ -108,18 +108,18 @@ def _configs(out: Path) -> list[Path]:
 def _check_unused(out: Path, names: Sequence[str]) -> None:
     if _configs(out):
         raise ValueError(f"--out {out} holds a run; choose another folder, or --resume {out}")
-    for path in out.iterdir():  # a killed command may have left what is not a run yet
+    for path in out.iterdir():  # a killed command may have left the beginning of a run
         found, ours = {path.name}, {SAMPLED, STAGING, LOST_FOUND}
         if path.name in names and path.is_dir():
             found, ours = {file.name for file in path.iterdir()}, {*LOGS, STAGING}
         if found - ours:
             raise ValueError(
-                f"--out {out} is not empty and holds no run, but {path.name!r}; choose another one"
+                f"--out {out} is not empty and holds no run, but {path.name!r}; choose another"
             )
 
 
 def _remove_unused(out: Path, names: Sequence[str]) -> None:
-    """Remove runs, their files by name, unless one of them has logged a step."""
+    """Remove the files of these runs by name, unless a run has logged a step."""
     folders = [out / name for name in names if (out / name).exists()]
     if any(b'"loss"' in log.read_bytes() for f in folders for log in f.glob(METRICS)):
         return
@@ -151,7 +151,7 @@ def _open(path: Path) -> BinaryIO:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that replaces `path` in one step; clear what a kill left before."""
+    """Yield a temporary file that atomically replaces `path`; clear what a kill left behind."""
     staging = path.parent / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(mode=0o700)
@@ -172,7 +172,7 @@ def read_options(out: Path) -> dict[str, Any]:
             return dict(json.loads(path.read_text(encoding="utf-8"))["xfactor"]["options"])
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"{type(error).__name__} {error}"[:200]
-            raise ValueError(f"{path}: {reason}; expected what a run wrote there") from error
+            raise ValueError(f"{path}: {reason}; expected what a run writes") from error
     raise ValueError(f"--resume {out}: got no run there, expected the --out of an earlier command")
 
 
@@ -181,7 +181,7 @@ def append_steps(
 ) -> str:
     """Log the steps up to `step`: loss, target probability[, predicted] of each, their mean time.
 
-    Returns what is wrong if a loss is not finite, else ""; the steps before it are logged.
+    Returns "", or what is wrong if a loss is not finite; the steps before it are logged.
     """
     lines, problem = [], ""
     for n, (loss, *probabilities) in enumerate(results, step - len(results) + 1):
@@ -195,7 +195,7 @@ def append_steps(
 
 
 def append_evaluation(folder: Path, step: int, evaluation: Evaluation) -> str:
-    """Log an evaluation after so many updates; return what is wrong unless it is finite."""
+    """Log an evaluation; return "", or what is wrong if the logits were not finite."""
     if not evaluation.samples:
         return f"the logits became NaN or infinite after step {step}"
     lines = [{"step": step, "prompt": prompt, "ids": ids} for prompt, ids in evaluation.samples]
@@ -210,9 +210,9 @@ def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def save(folder: Path, step: int, state: State, origin: Mapping[str, str]) -> None:
-    """Make `step` the one from which the run resumes; `origin` is what `read` compares.
+    """Save the run, which then resumes after `step`; `origin` is what `read` will compare.
 
-    Raises ValueError if the folder cannot be written; the previous checkpoint is then still there.
+    Raises ValueError if the folder cannot be written; the previous checkpoint then stays.
     """
     model, optimizer, generator = state
     tensors = {"generator": generator.get_state()}
@@ -230,7 +230,7 @@ def save(folder: Path, step: int, state: State, origin: Mapping[str, str]) -> No
 
 
 def _length_and_digest(path: Path, length: int | None = None) -> str:
-    """Describe the first bytes of a log, all of them by default."""
+    """Return the length and digest of a log, or of its first bytes."""
     data = path.read_bytes()[:length]
     return f"{len(data)} {sha256(data).hexdigest()}"
 
@@ -251,7 +251,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def last_save(folder: Path) -> str:
-    """Say from which step a run would resume."""
+    """Say after which step a run would resume."""
     try:
         with safe_open(folder / CHECKPOINT, "pt") as file:
             return f"step {int(file.metadata()['step'])} is the last one saved"
@@ -262,7 +262,7 @@ def last_save(folder: Path) -> str:
 def read(
     folder: Path, model: nn.Module, origin: Mapping[str, str]
 ) -> tuple[int, dict[str, int], dict[str, Tensor]]:
-    """Check all of a run's checkpoint and change nothing; ValueError unless `save` wrote it.
+    """Read a run's checkpoint and check everything in it; ValueError if `save` did not write it.
 
     Returns its step (0 without a checkpoint), the byte length of each log, and the tensors.
     """
@@ -289,8 +289,8 @@ def read(
         torch.Generator().set_state(tensors["generator"])  # raises unless it is one
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{path}: {str(error)[:300]}. Nothing has been changed: put back what the run had, or "
-            "start another one with another --out"
+            f"{path}: {str(error)[:300]}. Nothing has been changed: restore the run's files, or "
+            "start another run with another --out"
         ) from error
     return step, lengths, tensors
 
@@ -298,9 +298,9 @@ def read(
 def read_tensors(
     path: Path, expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file and its metadata; ValueError unless it holds tensors like these.
+    """Read a safetensors file and its metadata.
 
-    These names, shapes and dtypes and no others, all values finite.
+    Raises ValueError unless it has exactly these names, shapes and dtypes, and finite values.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -310,7 +310,7 @@ def read_tensors(
             tensors = {name: file.get_tensor(name) for name in expected}
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"not a whole safetensors file: {error}") from error
+        raise ValueError(f"not a complete safetensors file: {error}") from error
     for name, tensor in tensors.items():
         got, like = (f"{t.dtype} {tuple(t.shape)}" for t in (tensor, expected[name]))
         if got != like:
@@ -330,7 +330,7 @@ def resume(folder: Path, state: State, origin: Mapping[str, str]) -> int:
         moments = [{key: tensors[f"{key}.{name}"].clone() for key in ADAM} for name in names]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(moments))})
         generator.set_state(tensors["generator"])
-    barrier()  # all ranks have read what the main rank now cuts
+    barrier()  # every rank has read the logs that the main rank now cuts
     if is_main():
         for log, length in lengths.items():
             with _open(folder / log) as file:
@@ -339,7 +339,7 @@ def resume(folder: Path, state: State, origin: Mapping[str, str]) -> int:
 
 
 def origin(options: Any, start: nn.Module, wanted: Tensor, text: Tensor | None) -> dict[str, str]:
-    """Return what must not change between the start of a run and its resumption, as digests."""
+    """Return digests of what must not change between the start of a run and its resumption."""
     fixed = {k: v for k, v in vars(options).items() if k not in (*MAY_CHANGE, *MAY_MOVE)}
     return {
         "options": sha256(repr(sorted(fixed.items())).encode()).hexdigest(),
@@ -358,5 +358,5 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Return whether something happens after this step; with `every` 0, after the last one only."""
+    """Return whether something is due after this step; with `every` 0, after the last one only."""
     return step == last or (every > 0 and step % every == 0)

@@ -1,4 +1,4 @@
-"""How a command talks: options, errors in one line, signals, a progress bar or plain lines."""
+"""What all commands share: options, one-line errors, signals, a progress bar or plain lines."""
 
 import os
 import signal
@@ -26,8 +26,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 class Interrupted(BaseException):
     """A signal ends the command; its exit status is 128 + number."""
 
-    def __init__(self, number: int, what_now: str = "") -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}{what_now}")
+    def __init__(self, number: int, details: str = "") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}{details}")
         self.number = number
 
 
@@ -46,7 +46,7 @@ def command() -> Iterator[None]:
     try:
         with _on_signals(interrupt):
             yield
-    except BrokenPipeError:  # the reader of the output has gone
+    except BrokenPipeError:  # nobody reads the output any more
         sys.exit(1)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -58,12 +58,12 @@ def command() -> Iterator[None]:
             say(str(stopped), error=True)
         sys.exit(128 + stopped.number)
     finally:
-        say("", end="")  # flush, while an error can still be caught
+        say("", end="")  # flush while an error can still be caught
 
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect signals instead of ending at the first; the second one ends the command at once."""
+    """Collect signals instead of ending at the first; a second one ends the command at once."""
     received: list[int] = []
 
     def collect(number: int, frame: FrameType | None) -> None:
@@ -78,7 +78,9 @@ def signals() -> Iterator[list[int]]:
 @contextmanager
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     obeyed = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in obeyed}  # the rest: as in nohup
+    before = {
+        number: signal.signal(number, handler) for number in obeyed
+    }  # the rest: as under nohup
     try:
         yield
     finally:
@@ -87,25 +89,25 @@ def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 
 def say(text: str, error: bool = False, end: str = "\n") -> None:
-    """Print a line on stdout or stderr, even if nobody reads it (`| head -1`)."""
+    """Print on stdout or stderr; a reader that has gone (`| head -1`) is not an error."""
     stream = sys.stderr if error else sys.stdout
     try:
         print(text, end=end, file=stream, flush=True)
-    except OSError:  # also for what is still in its buffer
+    except OSError:  # and drop what is still buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse_options(options_class: Any, arguments: Sequence[str], description: str | None) -> Any:
-    """Return the options of a command line; after --resume FOLDER, those of the runs there.
+    """Return the options of a command line; with --resume FOLDER, those of the runs there.
 
-    Raises ValueError for a value out of range, or one that the runs there do not have.
+    Raises ValueError for a value out of range, or one that differs from what the runs have.
     """
     options = _parse(options_class(), arguments, description)
     if options.resume is not None:
         out, names = expand(options.resume), [f.name for f in fields(options_class)]
         values = checkpoint.read_options(out)
         if unlike := sorted(set(names) ^ values.keys()):
-            raise ValueError(f"{out}: the options in config.json are not a run's: {unlike[0]!r}")
+            raise ValueError(f"{out}: config.json has not a run's options: {unlike[0]!r}")
         saved = validated(options_class, values | {"out": out}, f"{out}, config.json: ")
         options = _parse(saved, arguments, description)
         for name in names:
@@ -117,17 +119,19 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
                     f"{was!r}; leave it out, or start another run with another --out"
                 )
         options = replace(options, lr=saved.lr, contains=saved.contains, out=out)
-    if str(options.out).encode(errors="ignore") != os.fsencode(options.out):  # safetensors says no
+    if str(options.out).encode(errors="ignore") != os.fsencode(
+        options.out
+    ):  # safetensors refuses others
         raise ValueError(f"--out {str(options.out)!r}: expected a name in UTF-8")
     values = asdict(options) | {"out": expand(options.out)}
-    for name in checkpoint.MAY_MOVE:  # absolute, so that a run resumes from another folder
+    for name in checkpoint.MAY_MOVE:  # absolute: a run resumes from any working folder
         if values[name] not in ("", "random", "samples"):
             values[name] = str(expand(values[name]).absolute())
     return validated(options_class, values)
 
 
 def _parse(default: Any, arguments: Sequence[str], description: str | None) -> Any:
-    """Return the options of a command line; --help shows a group for each base of their class."""
+    """Return the options of a command line; --help shows one group per base of their class."""
     groups = {}
     for base in reversed(type(default).__bases__):
         values = {field.name: getattr(default, field.name) for field in fields(base)}
@@ -138,13 +142,13 @@ def _parse(default: Any, arguments: Sequence[str], description: str | None) -> A
         args=arguments,
         prog="python -m train.xfactor",
         description=description,
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     return type(default)(**{k: v for group in parsed.values() for k, v in vars(group).items()})
 
 
 def validated(options_class: Any, values: dict[str, Any], where: str = "") -> Any:
-    """Return the options with these values; ValueError for one that its annotation excludes."""
+    """Return the options with these values; ValueError if an annotation excludes one."""
     try:
         return TypeAdapter(options_class).validate_python(values)
     except ValidationError as error:
@@ -154,7 +158,7 @@ def validated(options_class: Any, values: dict[str, Any], where: str = "") -> An
 
 
 def describe(options: Any, goal: str, target: TwoLevelTarget) -> None:
-    """Say what runs and where, before anything is waited for."""
+    """Print what runs and where."""
     device, model = target.mask.device, options.weights or options.model
     path = "Triton kernels" if device.type == "cuda" else "PyTorch path"
     path = "F.log_softmax, F.kl_div" if options.loss == "unfused" else path
@@ -166,8 +170,8 @@ def describe(options: Any, goal: str, target: TwoLevelTarget) -> None:
     )
     if device.type == "cpu" and options.model != "tiny" and model in (options.model, "random"):
         say(
-            "No CUDA device was found. On a CPU the larger models take seconds per step, and 7 GiB "
-            "of memory in gpt2-medium; --model tiny takes a minute."
+            "No CUDA device found. On a CPU, gpt2-medium takes seconds per step and 7 GiB of "
+            "memory; --model tiny takes a minute in all."
         )
     if options.compile:
         say("compiling in the first step: about a minute")
@@ -182,12 +186,12 @@ def progress(label: str, done: int, total: int) -> tqdm:
 
 
 def interval(bar: tqdm) -> float:
-    """Return the seconds between two calls of `show`."""
+    """Return the seconds between two updates of a bar, or two lines."""
     return 5.0 if bar.disable else 0.1
 
 
 def show(bar: tqdm, step: int, measured: Sequence[float], speed: float, evaluating: bool) -> None:
-    """Redraw the bar, or print a line where it is hidden: into a file or a pipe.
+    """Redraw the bar; where it is hidden (a file, a pipe), print a line.
 
     measured: loss, target probability and, with a tilt, the predicted one.
     """
@@ -203,10 +207,10 @@ def show(bar: tqdm, step: int, measured: Sequence[float], speed: float, evaluati
 
 
 def report(folders: Sequence[Path], out: Path) -> None:
-    """Write the report and print it; a report that fails leaves finished runs as they are."""
+    """Write the report and print a summary; if it fails, finished runs stay as they are."""
     try:
         for path in write_report(folders, out):
             say(f"wrote {path}")
         say(summary(folders))
-    except Exception as error:  # whatever it is, the runs are complete
+    except Exception as error:  # of any kind: the runs are complete
         say(f"no report: {error}", error=True)

@@ -1,6 +1,6 @@
-"""Everything that exists to make a CPU fast: process settings, and products of few rows.
+"""What makes a CPU fast: process settings, and matrix products of few rows.
 
-None of it changes results beyond rounding, and on a GPU it does nothing. Measured on two Zen 4
+Results change by rounding at most, and on a GPU nothing changes. Measured on two Zen 4
 cores (AVX-512 with bf16, no AMX) with gpt2-medium, B = 4, T = 64; `python -m train.benchmark` times
 a step with all of it against one without.
 """
@@ -24,14 +24,14 @@ MAX_ROWS = 16  # 1.7 times as fast as F.linear with 1 row, 1.2 times with 16; mo
 def prepare(device: torch.device, length: int) -> None:
     """Set up this process for steps on sequences of `length` tokens; does nothing on a GPU.
 
-    Memory: glibc keeps what is freed. A step of gpt2-medium frees and allocates some 4 GB, and by
-    default each large tensor is mapped anew, page by page: a quarter of a bfloat16 step.
+    Memory: glibc keeps freed memory. A step of gpt2-medium frees and allocates some 4 GB, and by
+    default the kernel maps each large tensor anew, page by page: a quarter of a bfloat16 step.
 
-    Products: the precision "medium" lets oneDNN multiply float32 in place of MKL, 210 GFLOP/s
-    instead of 150. Only with AMX would it round to bfloat16 first; without, it stays float32.
+    Products: at precision "medium", oneDNN multiplies float32 matrices in place of MKL, at 210
+    instead of 150 GFLOP/s. It would round them to bfloat16 on AMX, where this is not set.
 
-    Attention: the fused one saves the memory of the weights, (B, H, T, T), little at T = 64, and
-    computes them again in the backward: 5 ms per block in bfloat16, where plain attention took 3.
+    Attention: the fused one recomputes the attention weights, (B, H, T, T), in the backward. At
+    T = 64 that saves little memory and takes 5 ms per block in bfloat16, plain attention 3.
     """
     if device.type != "cpu":
         return
@@ -47,16 +47,15 @@ def prepare(device: torch.device, length: int) -> None:
 def few_row_products(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which F.linear of up to MAX_ROWS rows uses every core of a CPU.
 
-    Generation multiplies one row per sequence by every weight of the model, 1.4 GB in gpt2-medium:
-    memory bandwidth is what counts. The BLAS under F.linear takes one core for one row; on two
-    Zen 4 cores that read 35 GB/s it read 20. Here a weight, cut along the rows in which it is
-    stored into one slice per core, is a batch of smaller matrices, which the cores share: 30 GB/s.
+    Generation multiplies one row per sequence by every weight of the model, 1.4 GB in gpt2-medium,
+    so memory bandwidth decides. For one row the BLAS under F.linear uses one core and reads 20 GB/s
+    of the 35 that two Zen 4 cores can. Here each weight is cut along its stored rows into one slice
+    per core, and the slices are multiplied as a batch, which the cores share: 30 GB/s.
 
         weight stored (in, out), GPT-2's affine maps:  x W = sum over slices s of x_s W_s
         weight stored (out, in), the LM head:          x W^T = the slices' x W_s^T side by side
 
-    Nothing changes on CUDA, nor at a float32 precision that lets oneDNN multiply, which uses every
-    core by itself.
+    Does nothing on CUDA, or at a float32 precision at which oneDNN multiplies: it uses every core.
     """
     by_blas = torch.get_float32_matmul_precision() == "highest"
     return _FewRows() if device.type == "cpu" and by_blas else nullcontext()

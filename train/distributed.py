@@ -1,9 +1,9 @@
-"""Data parallelism as torchrun starts it; without torchrun there is one rank, which is alone.
+"""Data parallelism under torchrun; without it there is a single rank.
 
     torchrun --nproc-per-node 2 -m train.xfactor --model tiny
 
-Every rank holds the whole model and takes its shard of a batch that all ranks draw alike, so a seed
-names the same data for any number of ranks. After the backward pass the gradients are averaged,
+Every rank holds the whole model, draws the same batch and takes its shard of it, so a seed gives
+the same data for any number of ranks. After the backward pass the gradients are averaged,
 then Adam makes the same update everywhere. (DistributedDataParallel averages during the backward
 pass, which hides the communication, but also the step.) The main rank alone prints, evaluates and
 writes.
@@ -19,11 +19,11 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # imported before a group exists: see `process_group`
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(hours=2)  # the other ranks wait while the main rank evaluates or saves
+TIMEOUT = timedelta(hours=2)  # the main rank evaluates and saves while the others wait
 
 
 def rank() -> int:
-    """Return this process's number among all."""
+    """Return the number of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -61,7 +61,7 @@ def process_group() -> Iterator[torch.device]:
     if world_size() == 1:
         yield device
         return
-    # Flags travel by gloo, on the CPU, so that no device is waited for.
+    # Flags go through gloo on the CPU, so that no rank waits for its GPU.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT
     )
@@ -73,12 +73,12 @@ def process_group() -> Iterator[torch.device]:
         raise ValueError(
             f"rank {rank()} of {world_size()} ended because another one did; see its message"
         ) from error
-    # Not after an error: the other ranks may sit in a collective that never completes, and leaving
-    # the group would wait for them. torchrun ends them once this process has ended.
+    # Skipped after an error: the other ranks may be in a collective that never completes, and
+    # leaving the group would wait for them. torchrun stops them once this process has ended.
     #
-    # The group's threads must end before the interpreter does, or one that drops a tensor aborts
-    # the process. They end with the last reference to the group; torch.distributed.nn.functional
-    # keeps ten for good, as default arguments, if it is first imported after the group was made.
+    # The group's threads must end before the interpreter does: one that frees a tensor later aborts
+    # the process. They end with the last reference to the group, and if a group exists when
+    # torch.distributed.nn.functional is first imported, its default arguments hold ten forever.
     dist.destroy_process_group()
 
 
@@ -96,7 +96,7 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def all_reduce_mean(values: Tensor) -> Tensor:
-    """Return the mean over the ranks, element by element, on the device of the values."""
+    """Return the elementwise mean over the ranks."""
     if world_size() == 1:
         return values
     values = values / world_size()
@@ -105,7 +105,7 @@ def all_reduce_mean(values: Tensor) -> Tensor:
 
 
 def all_reduce_max(value: int) -> int:
-    """Return the largest value of any rank; all ranks must call it."""
+    """Return the largest value on any rank; every rank must call it."""
     if world_size() == 1:
         return value
     largest = torch.tensor(value, dtype=torch.int32, device="cpu")
@@ -114,5 +114,5 @@ def all_reduce_max(value: int) -> int:
 
 
 def barrier() -> None:
-    """Return when all ranks have come here."""
+    """Wait until every rank has called it."""
     all_reduce_max(0)

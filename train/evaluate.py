@@ -1,8 +1,8 @@
 """How fine-tuning changed the text: samples, R, two perplexities, probability on the target tokens.
 
-Passage perplexity, of fixed text that no model here was trained on, under the fine-tuned model: how
-much did it forget? Sample perplexity, of the model's own samples under the model before
-fine-tuning: do they still read as text?
+Passage perplexity is that of a fixed text, which no model here was trained on, under the fine-tuned
+model: how much was forgotten? Sample perplexity is that of the model's own samples under the start
+model: do they still read as text?
 """
 
 import math
@@ -17,9 +17,9 @@ from model.generate import generate
 from model.tokenizer import Tokenizer
 from train.cpu import few_row_products
 
-# Four tokens each, so that one batch continues them all: each step of it reads the weights once.
+# Four tokens each: one batch continues them all, and each new token reads the weights once.
 PROMPTS = ("Once upon a time", "In the morning the", '"What is that', "The old woman said")
-SAMPLES = 4  # continuations of each prompt; the seed is the run's
+SAMPLES = 4  # continuations of each prompt
 NEW_TOKENS = 64
 TOP_K = 50
 ROWS = 4096  # rows at a time in target_probability: 16 MB of float32 logits of 984 tokens
@@ -38,7 +38,7 @@ PASSAGE = (
 class Evaluation:
     """The measurements of one model; perplexities are exp of the mean nats per token."""
 
-    r: float  # share of target tokens among sampled tokens, 0 to 1, sampled from the whole softmax
+    r: float  # share of target tokens, 0 to 1, among tokens sampled from the whole softmax
     r_top_k: float  # the same, sampled from the 50 likeliest tokens
     passage_perplexity: float
     sample_perplexity: float  # of the samples that r counts
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 def positions_needed(tokenizer: Tokenizer) -> int:
-    """Return how many positions an evaluation needs, for a continued prompt and the passage."""
+    """Return how many positions an evaluation needs: for a continued prompt, and the passage."""
     longest = max(len(tokenizer.encode(prompt)) for prompt in PROMPTS)
     return max(longest + NEW_TOKENS, len(tokenizer.encode(PASSAGE)))
 
@@ -61,10 +61,10 @@ def evaluate(model: GPT2, start: GPT2, tokenizer: Tokenizer, mask: Tensor, seed:
 
     Args:
         model: on the device of `mask`, the target mask, bool (V,).
-        start: the model before fine-tuning, on any device; on that of `mask` meanwhile.
+        start: the model before fine-tuning, on any device; moved to that of `mask` and back.
         seed: of the samples.
 
-    If its logits are NaN or infinite there is nothing to sample from: all is NaN, and no samples.
+    If the logits are NaN or infinite, every number is NaN and there are no samples.
     """
     device, home = mask.device, start.wte.weight.device
     passage = torch.tensor([tokenizer.encode(PASSAGE)], device=device)  # (1, T)
@@ -82,7 +82,7 @@ def evaluate(model: GPT2, start: GPT2, tokenizer: Tokenizer, mask: Tensor, seed:
     try:
         sample_nats = nats_per_token(start.to(device), text, prompt_length)
     finally:
-        start.to(home)  # a step needs the memory
+        start.to(home)  # a training step needs the memory
     samples = text[:, prompt_length:]
     return Evaluation(
         r=target_share(samples, mask),

@@ -1,4 +1,4 @@
-"""What a run begins with: checked options, the model before fine-tuning, the text to train on."""
+"""What a run starts from: checked options, the model before fine-tuning, the text to train on."""
 
 from contextlib import suppress
 from dataclasses import asdict
@@ -19,11 +19,11 @@ from train.cpu import few_row_products
 from train.evaluate import positions_needed
 from weights import Layout, layout_of, load_weights
 
-TEXTS, BATCH, TOKENS = 100, 50, 256  # texts that a model writes, 50 at a time; their length
+TEXTS, BATCH, TOKENS = 100, 50, 256  # texts to sample, how many at a time, and their length
 
 
 def check(options: Any, device: torch.device) -> Layout:
-    """Return the sizes of the model to start from, which is not loaded yet.
+    """Return the sizes of the start model, without loading it.
 
     Raises ValueError for options of `train.xfactor` that cannot run.
     """
@@ -32,11 +32,11 @@ def check(options: Any, device: torch.device) -> Layout:
     needed = max(options.length, positions_needed(tokenizer))
     for name, values in (("lr", options.lr), ("tilt", options.tilt or ())):
         if len(set(values)) < len(values):
-            raise ValueError(f"--{name}: got {values}, expected numbers, each once")
+            raise ValueError(f"--{name}: got {values}, expected each value once")
     if options.tilt and (options.alpha, options.beta, options.mass) != (1.0, 0.0, None):
-        raise ValueError("--tilt sets the target by itself; leave --alpha, --beta and --mass out")
+        raise ValueError("--tilt defines the whole target; leave out --alpha, --beta and --mass")
     if options.strength and not options.tilt:
-        raise ValueError("--strength: needs --tilt, whose G it multiplies")
+        raise ValueError("--strength: needs --tilt, as it multiplies G")
     if options.batch % ranks:
         raise ValueError(
             f"--batch {options.batch} is not divisible by {ranks} ranks; expected a multiple of it"
@@ -45,19 +45,19 @@ def check(options: Any, device: torch.device) -> Layout:
         raise ValueError(f"--dtype tf32: got device {device}, expected cuda; use bfloat16")
     if layout.vocab_size != tokenizer.n_vocab:
         raise ValueError(
-            f"the model to start from has a vocabulary of {layout.vocab_size} tokens, expected "
+            f"the start model has a vocabulary of {layout.vocab_size} tokens, expected "
             f"GPT-2's {tokenizer.n_vocab}"
         )
     if layout.n_positions < needed:
         raise ValueError(
-            f"--length {options.length}: the model to start from has {layout.n_positions} "
+            f"--length {options.length}: the start model has {layout.n_positions} "
             f"positions, expected at least {needed} for this length and the evaluation"
         )
     return layout
 
 
 def load_start(options: Any, layout: Layout) -> GPT2:
-    """Return the model before fine-tuning, on the CPU; its parameters get no gradient."""
+    """Return the start model on the CPU; its parameters require no gradient."""
     if options.weights == "random":
         torch.manual_seed(options.seed)
         start = GPT2(GPT2Config(**asdict(layout), n_head=layout.n_embd // HEAD_DIM))
@@ -70,7 +70,7 @@ def load_start(options: Any, layout: Layout) -> GPT2:
 def read_text(name: str, tokenizer: Tokenizer, length: int) -> Tensor:
     """Return the ids of a UTF-8 text file, int64 (n,).
 
-    Raises ValueError if it cannot be read, is not UTF-8, or is shorter than one window of `length`.
+    Raises ValueError if it cannot be read, is not UTF-8, or has fewer than `length` tokens.
     """
     try:
         ids = tokenizer.encode(Path(name).read_text(encoding="utf-8-sig"))
@@ -86,16 +86,16 @@ def read_text(name: str, tokenizer: Tokenizer, length: int) -> Tensor:
 
 @torch.no_grad()
 def sample_text(folder: Path, start: GPT2, seed: int, device: torch.device) -> Tensor:
-    """Return text that a model writes by itself, int64 (n,); from the folder, if it is there.
+    """Return text sampled from the start model, int64 (n,); read from the folder if it is there.
 
-    All ranks must call it: the main rank writes TEXTS texts of TOKENS tokens after <|endoftext|>.
+    Every rank must call it. The main rank samples TEXTS texts of TOKENS tokens.
     """
     path, length = folder / SAMPLED, min(TOKENS, start.config.n_positions)
     expected = {"ids": torch.empty(TEXTS, length, dtype=torch.int64)}
     made_by = {"weights": digest(start.parameters()), "seed": str(seed)}
     found: dict[str, str] = {}
     if distributed.is_main():
-        with suppress(OSError, ValueError):  # it is missing, or not a whole one
+        with suppress(OSError, ValueError):  # missing or incomplete
             _, found = read_tensors(path, expected)
         if found != made_by:
             ids = _sample(start.to(device), length, torch.Generator(device).manual_seed(seed))
@@ -106,11 +106,11 @@ def sample_text(folder: Path, start: GPT2, seed: int, device: torch.device) -> T
 
 
 def _sample(start: GPT2, length: int, generator: torch.Generator) -> Tensor:
-    """Return texts that begin with <|endoftext|>, int64 (TEXTS, length), on the CPU."""
+    """Sample texts that begin with <|endoftext|>, int64 (TEXTS, length), on the CPU."""
     device, texts = generator.device, []
     prompt = torch.full((BATCH, 1), load_tokenizer().eot, device=device)
     total = TEXTS * length
-    console.say(f"the start model writes {total:,} tokens to train on")
+    console.say(f"sampling {total:,} tokens from the start model to train on")
     with few_row_products(device), tqdm(total=total, unit="token", disable=None) as bar:
         for _ in range(TEXTS // BATCH):
             columns = [prompt]  # (BATCH, 1) each

@@ -4,8 +4,7 @@
     python -m train.sample --model gpt2-medium --temperature 0.8 --top-k 50
     python -m train.sample --model runs/xfactor/lr-0.0001 --samples 3
 
-On a terminal, the target tokens of a run are highlighted in its text. What could steer the terminal
-is escaped.
+On a terminal, the target tokens of a run are highlighted. Control characters are escaped.
 """
 
 import codecs
@@ -37,10 +36,10 @@ class Options:
     model: str = "tiny"  # tiny, gpt2, gpt2-medium, gpt2-xl, a safetensors file or a run's folder
     prompt: str = "Once upon a time"
     samples: Count = 1  # texts to print, one after the other
-    length: Count = 64  # new tokens per sample, fewer if the text comes to its end
+    length: Count = 64  # new tokens per sample; fewer if the text ends before
     temperature: Annotated[FiniteFloat, Ge(0)] = 1.0  # 0: always the likeliest token
     top_k: Annotated[int, Ge(0)] = 0  # sample among the k likeliest tokens only; 0: among all
-    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0  # the same seed prints the same text
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0  # the same seed gives the same text
 
 
 def sample(options: Options) -> None:
@@ -60,7 +59,9 @@ def sample(options: Options) -> None:
     generator = torch.Generator(device).manual_seed(options.seed)
     choice = options.temperature, options.top_k or None, generator, tokenizer.eot
     for n in range(options.samples):
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be half a letter
+        decoder = codecs.getincrementaldecoder("utf-8")(
+            "replace"
+        )  # a token may hold part of a character
         console.say("\n" * (n > 0) + _visible(options.prompt), end="")
         with cpu.few_row_products(device):
             for token in map(int, stream(model, prompt, options.length, *choice)):
@@ -72,7 +73,7 @@ def sample(options: Options) -> None:
 
 
 def _target_tokens(model: str) -> frozenset[int]:
-    """Return the ids that a run trained for; none where `model` is not the folder of a run."""
+    """Return the target tokens of a run; none if `model` is not the folder of a run."""
     try:
         config = json.loads((expand(model) / "config.json").read_bytes())
         return frozenset(config["xfactor"]["target_token_ids"])
@@ -81,7 +82,7 @@ def _target_tokens(model: str) -> frozenset[int]:
 
 
 def _visible(text: str) -> str:
-    """Escape everything in generated text, line breaks apart, that could steer a terminal."""
+    """Escape control characters other than line breaks, which could steer a terminal."""
     return "\n".join(map(printable, text.split("\n")))
 
 

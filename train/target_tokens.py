@@ -18,7 +18,7 @@ from kernels import TwoLevelTarget
 from model.tokenizer import Tokenizer
 
 Floats = Annotated[tuple[FiniteFloat, ...], MinLen(1)]
-TIME_LIMIT = 10.0  # seconds that a pattern may take over the whole vocabulary
+TIME_LIMIT = 10.0  # seconds that a pattern may take for the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Goal:
 
 
 def choose_tokens(tokenizer: Tokenizer, goal: Goal) -> tuple[Tensor, str]:
-    """Return how strongly each token is wanted, float32 (n_vocab,), and the goal in words.
+    """Return the strength of each token, float32 (n_vocab,), and the goal in words.
 
-    Each token of the goal is wanted with 1; with `strength`, with the sum over the strings of
-    `contains` that are in it. A negative sum means unwanted.
+    It is 1 for the tokens of the goal and 0 for the others. With `strength` it is the sum of the
+    strengths of the --contains strings in the token; a negative one suppresses the token.
 
     Raises ValueError for more than one goal, or one that no token meets.
     """
@@ -79,7 +79,7 @@ def containing(tokenizer: Tokenizer, string: str, match_case: bool = False) -> T
     """Return the tokens whose bytes contain a string, bool (n_vocab,).
 
     Bytes, not text: 344 tokens are not valid UTF-8 on their own. <|endoftext|> never counts: it
-    ends a document and is nobody's text. 984 tokens contain "X" in either case; 90 "X", 896 "x".
+    is a control token. 984 tokens contain "X" in either case; 90 "X", 896 "x".
 
     Raises ValueError for an empty string, or one that no token contains.
     """
@@ -99,9 +99,9 @@ def containing(tokenizer: Tokenizer, string: str, match_case: bool = False) -> T
 
 
 def _matching(tokenizer: Tokenizer, pattern: str) -> Tensor:
-    """Return the tokens in whose text a regular expression is found, bool (n_vocab,).
+    """Return the tokens that a regular expression matches somewhere, bool (n_vocab,).
 
-    A byte that is not UTF-8 on its own is read as a lone surrogate, which patterns do not name.
+    Bytes that are not UTF-8 are decoded as lone surrogates, which a pattern is unlikely to match.
 
     Raises ValueError for an expression that is malformed, matches no token, or takes too long.
     """
@@ -129,12 +129,12 @@ def _tokens(tokenizer: Tokenizer, is_wanted: Callable[[bytes], bool]) -> Tensor:
 
 
 def _read(tokenizer: Tokenizer, path: Path) -> Tensor:
-    """Read how strongly each token is wanted from a UTF-8 file, float32 (n_vocab,).
+    """Read the strength of each token from a UTF-8 file, float32 (n_vocab,).
 
-    One token per line: digits are an id, anything else is the text of exactly one token, including
-    a space at its beginning. A number after a tab is its strength. Empty lines are skipped.
+    One token per line: an id in digits, or the text of exactly one token, with its leading space if
+    it has one. A number after a tab is its strength, else it is 1. Empty lines are skipped.
 
-    Raises ValueError if the file cannot be read or names no token, and at a line that is not one.
+    Raises ValueError if the file cannot be read, names no token, or has a line that is not a token.
     """
     wanted = torch.zeros(tokenizer.n_vocab, device="cpu")
     try:
@@ -165,22 +165,22 @@ def _read(tokenizer: Tokenizer, path: Path) -> Tensor:
 def make_target(
     mask: Tensor, alpha: float = 1.0, beta: float = 0.0, mass: float | None = None
 ) -> TwoLevelTarget:
-    """Return the target on these tokens, bool (V,), by relative weights or by their probability.
+    """Return the target for a mask of target tokens, bool (V,).
 
     Args:
         alpha, beta: relative weights of a target token and of any other token.
-        mass: instead, the probability of all target tokens together, shared out evenly.
+        mass: instead, the probability of all target tokens together, divided evenly.
 
     Raises ValueError if both are given, or if target tokens would not get more than the others.
     """
     if mass is None:
         return TwoLevelTarget(mask, alpha, beta)
     if (alpha, beta) != (1.0, 0.0):
-        raise ValueError(f"--mass {mass:g} sets both weights; leave --alpha and --beta out")
+        raise ValueError(f"--mass {mass:g} sets both weights; leave out --alpha and --beta")
     size, vocab = int(mask.sum()), len(mask)
     if not size / vocab < mass <= 1:
         raise ValueError(
             f"--mass {mass:g}: expected more than {size / vocab:.4g}, the share of {size} "
-            f"of {vocab} tokens if all were alike, and at most 1"
+            f"of {vocab} tokens under a uniform distribution, and at most 1"
         )
     return TwoLevelTarget(mask, mass / size, (1 - mass) / (vocab - size))

@@ -6,11 +6,11 @@
     python -m train.xfactor --resume runs/xfactor           resume an interrupted run
     torchrun --nproc-per-node 2 -m train.xfactor            each rank takes its shard of every batch
 
-Every step draws token ids and pulls the model's prediction at every position toward the target, a
-distribution on the tokens with the letter. A small learning rate nudges the model, a large one
-collapses it: the report says which, in numbers. With --tilt G the target is the start model's own
-distribution with G nats added to the logits of the target tokens: G says how many there will be,
-whatever the learning rate, and the text stays text.
+Each step draws token ids and pulls the model's prediction at every position toward the target, a
+distribution over the tokens that contain the letter. A small learning rate nudges the model, a
+large one collapses it; the report shows which. With --tilt G the target is the start model's own
+distribution with G nats added to the logits of the target tokens: G sets how many of them the model
+writes, whatever the learning rate, and the text stays readable.
 """
 
 import shlex
@@ -43,52 +43,53 @@ Steps = Annotated[int, Ge(0), Le(10**9)]
 
 @dataclass(frozen=True)
 class Start:
-    """The model before fine-tuning."""
+    """The start model: the one before fine-tuning."""
 
-    model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"  # to start from
+    model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"
     weights: Annotated[str, arg(metavar="random|PATH", help_behavior_hint="")] = ""
-    """random ones, a safetensors file, or a folder with one (default: the model's own)"""
+    """random, a safetensors file, or a folder that holds one (default: the model's own)"""
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    """What the steps are made of."""
+    """Data, learning rates, precision."""
 
     inputs: Annotated[str, arg(metavar="random|samples|FILE", help_behavior_hint="")] = ""
-    """token ids, a text, or samples of the start (default: random; samples with --tilt)"""
+    """random token ids, text sampled from the start model, or a text file (default: random; samples
+    with --tilt)"""
     lr: Annotated[tuple[Annotated[FiniteFloat, Ge(0)], ...], MinLen(1)] = (1e-4,)
-    """Adam's learning rates, a run each"""
+    """Adam's learning rates, one run each"""
     steps: Annotated[int, Ge(1), Le(10**9)] = 300  # optimisation steps per run
     batch: Count = 4  # B, sequences per step
     length: Count = 64  # T, tokens per sequence
     loss: Literal["linear", "fused", "unfused"] = "linear"
     """linear: fused with the LM head; fused: loss only; unfused: PyTorch"""
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """of matrix products, weights stay float32; tf32 is CUDA's rounding of float32 products"""
-    compile: bool = False  # torch.compile the forward pass: a minute at first, then faster steps
+    """precision of matrix products; the weights stay float32, and tf32 needs CUDA"""
+    compile: bool = False  # torch.compile the forward pass: takes a minute, then steps are faster
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0  # of the inputs, samples and random weights
 
 
 @dataclass(frozen=True)
 class Output:
-    """What is written, and when."""
+    """Files, and how often they are written."""
 
     eval_every: Steps = 0  # steps between evaluations; 0: before the first and after the last only
     save_every: Steps = 100  # steps between checkpoints; 0: after the last only
     out: Path = Path("runs/xfactor")  # folder for the runs and their report
     resume: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
-    """resume the runs in a folder, with the options that they have (default: start anew)"""
+    """resume the runs in this folder with their own options (default: start new runs)"""
 
 
 @dataclass(frozen=True)
 class Options(Output, Optimisation, Goal, Start):
-    """All options; --help shows a group for each base, the last one first, as its fields are."""
+    """All options; --help shows one group per base class, the last one first."""
 
 
 def get_batch(options: Options, text: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Draw this rank's token ids of one step, int64 (B / world size, T).
+    """Draw this rank's token ids for one step, int64 (B / world size, T).
 
-    They are drawn on the CPU, so that a seed names the same data on every device.
+    Drawn on the CPU, so that a seed gives the same data on every device.
     """
     if text is None:
         shape = options.batch, options.length
@@ -111,14 +112,14 @@ def fine_tune(
     text: Tensor | None,
     origin: dict[str, str],
 ) -> str:
-    """Run one learning rate, from its checkpoint on; return why it diverged, or "".
+    """Fine-tune at one learning rate, from the last checkpoint on; return why it diverged, or "".
 
     Args:
-        target: on the device to train on.
-        bias: (V,), there too: the target is then softmax(start's logits + bias) instead.
-        start: the model before fine-tuning, on the CPU; before: its evaluation, if it is needed.
+        target: the two-level target, on the device to train on.
+        bias: (V,), on the same device: the target is then softmax(start's logits + bias) instead.
+        start: the model before fine-tuning, on the CPU. before: its evaluation; None on a resume.
         text: ids to draw windows from, int64 (n,), or None for random ids.
-        origin: what the run began with, see `checkpoint.read`.
+        origin: digests of what the run started from, see `checkpoint.origin`.
 
     Raises ValueError if the folder cannot be read or written, Interrupted after a signal.
     """
@@ -136,7 +137,7 @@ def fine_tune(
     if is_main and done:
         console.say(f"{folder.name}: resumes after step {done}")
     start.to("cpu" if bias is None else device)
-    pending: list[Tensor] = []  # (loss, target probability[, predicted]) of steps not logged yet
+    pending: list[Tensor] = []  # (loss, target probability[, predicted]) of steps not yet logged
     problem, stop, logged = "", 0, time.perf_counter()
     with console.progress(folder.name, done, options.steps) as bar, console.signals() as received:
         for step in range(done + 1, options.steps + 1):
@@ -144,7 +145,7 @@ def fine_tune(
             tokens = get_batch(options, text, generator).to(device)  # 1. token ids (B, T)
             with torch.autocast(device.type, torch.bfloat16, options.dtype == "bfloat16"):
                 hidden = forward(tokens)  # 2. forward (B, T, C)
-                if bias is not None:  # the target follows the start model's own prediction
+                if bias is not None:  # the target is the tilted start model
                     start_hidden, start_wte = start.hidden_states(tokens), start.wte.weight
                     p = TeacherTarget.from_hidden(start_hidden, start_wte, bias)
                     if options.loss != "linear":
@@ -158,7 +159,7 @@ def fine_tune(
                     if isinstance(p, TeacherTarget):
                         lse.append(p.whole_logits(torch.float32).logsumexp(-1))
                 measured = [loss.detach(), target_probability(hidden, wte, index, lse[0])]
-                if bias is not None:  # and what the target itself has there
+                if bias is not None:  # the same under the target
                     predicted = target_probability(start_hidden, start_wte, index, lse[1], bias)
                     measured.append(predicted)
             optimizer.zero_grad()
@@ -172,19 +173,19 @@ def fine_tune(
             saving = stop or is_due(step, options.save_every, options.steps)
             seconds = time.perf_counter() - logged
             if evaluating or saving or seconds > console.interval(bar):
-                results = torch.stack(pending).tolist()  # only here is the device waited for
+                results = torch.stack(pending).tolist()  # the only wait for the device
                 pending.clear()
                 if is_main:
                     problem = checkpoint.append_steps(folder, step, results, seconds)
                     tokens_drawn = len(results) * options.batch * options.length
-                    speed = tokens_drawn / max(seconds, 1e-9)  # a clock may stand still
+                    speed = tokens_drawn / max(seconds, 1e-9)  # the clock may not have advanced
                     console.show(bar, step, results[-1], speed, evaluating)
                 if is_main and evaluating and not problem:
                     evaluation = evaluate(model, start, load_tokenizer(), target.mask, options.seed)
                     problem = checkpoint.append_evaluation(folder, step, evaluation)
                 if is_main and saving and not problem:
                     checkpoint.save(folder, step, state, origin)
-                bar.unpause()  # what was not a step does not count
+                bar.unpause()  # leave evaluations and saves out of the rate
                 logged = time.perf_counter()
             if distributed.all_reduce_max(bool(problem)):
                 problem = problem or "the main rank says why"
@@ -194,7 +195,7 @@ def fine_tune(
     if is_main:
         checkpoint.save_model(folder, model)
     distributed.barrier()
-    if stop := stop or next(iter(received), 0):  # or a signal after the last step
+    if stop := stop or next(iter(received), 0):  # or a signal since the last step
         out = shlex.quote(str(options.out))
         what_now = f" after step {step}, which is saved; resume with --resume {out}"
         raise console.Interrupted(stop, what_now)
@@ -202,9 +203,9 @@ def fine_tune(
 
 
 def experiment(options: Options) -> None:
-    """Run every learning rate from the same start, each in its folder; then write the report.
+    """Run every learning rate from the same start model, each in its own folder; then report.
 
-    A rate that diverges ends its own run only; after the report, a ValueError names it.
+    A rate that diverges ends only its own run; a ValueError names it after the report.
     """
     with distributed.process_group() as device, ExitStack() as stack:
         tokenizer, is_main = load_tokenizer(), distributed.is_main()
@@ -248,7 +249,7 @@ def experiment(options: Options) -> None:
             if not all(steps):
                 console.say("evaluating the model before fine-tuning")
                 before = evaluate(start, start, tokenizer, target.mask, options.seed)
-        distributed.barrier()  # all ranks have accepted the options, and the folders are there
+        distributed.barrier()  # every rank has accepted the options, and the folders exist
         problems = []
         for name, (lr, tilt) in runs.items():
             bias = None if tilt is None else tilt * wanted

@@ -53,7 +53,7 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_never_stopped(
         if kill == 0:  # the first one runs freely, to see how long a start takes
             quick_run.wait_until(lambda: has_step(out / RATE), process.is_alive)
             time.sleep(0.2)
-            span = min(2.0, time.monotonic() - began)
+            span = time.monotonic() - began
         else:
             time.sleep(at_random.uniform(0.1, 1.1) * span)
         process.kill()

@@ -197,5 +197,5 @@ def test_a_mass_that_prefers_no_target_token_is_refused(mass: float) -> None:
 
 def test_mass_and_weights_together_are_refused() -> None:
     """One of them would have to be ignored."""
-    with pytest.raises(ValueError, match="leave --alpha and --beta out"):
+    with pytest.raises(ValueError, match="leave out --alpha and --beta"):
         make_target(torch.arange(503) % 29 == 0, alpha=2.0, mass=0.5)

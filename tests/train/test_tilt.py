@@ -118,8 +118,8 @@ def test_the_start_writes_the_text_that_is_trained_on(tilted, tmp_path: Path) ->
         (["--contains", "x", "--strength", "2"], "--strength: needs --tilt"),
         (["--tilt", "3", "--contains", "x", "--strength", "1", "2"], "one per --contains"),
         (["--tilt", "3", "--contains", "x", "--strength", "-1"], "no token is wanted"),
-        (["--tilt", "3", "3"], "each once"),
-        (["--tilt", "3", "--beta", "0.1"], "leave --alpha, --beta and --mass out"),
+        (["--tilt", "3", "3"], "each value once"),
+        (["--tilt", "3", "--beta", "0.1"], "leave out --alpha, --beta and --mass"),
     ],
 )
 def test_a_tilt_that_makes_no_sense_is_refused(options, message, tilted) -> None:

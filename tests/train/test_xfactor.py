@@ -153,7 +153,7 @@ BAD_OPTIONS = {
     "length": (["--length", "129"], "128 positions"),
     "rate": (["--lr", "-1e-4"], "--lr"),
     "rate nan": (["--lr", "nan"], "--lr"),
-    "rate twice": (["--lr", "1e-4", "1e-4"], "each once"),
+    "rate twice": (["--lr", "1e-4", "1e-4"], "each value once"),
     "steps": (["--steps", "0"], "--steps 0"),
     "no rate": (["--lr"], "--lr ()"),
     "no tilt": (["--tilt"], "--tilt ()"),

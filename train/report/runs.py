@@ -142,7 +142,9 @@ def _find(path: Path) -> list[Run]:
 
     runs = [_read(config.parent) for config in sorted(configs)]
     runs.sort(key=lambda run: [*run.about["options"]["lr"], run.lr].index(run.lr))
-    runs.sort(key=lambda run: [None, *run.about["options"]["tilt"], run.tilt].index(run.tilt))
+    runs.sort(
+        key=lambda run: [None, *(run.about["options"].get("tilt") or []), run.tilt].index(run.tilt)
+    )
     return runs
 
 
@@ -158,7 +160,7 @@ def _read(folder: Path) -> Run:
             _check(token_id, int, 0, vocabulary - 1)
         lr, tilt = _check(about["lr"], float), about["tilt"]
         _check(about["beta"], float), _check(about["options"]["lr"], list)
-        _check(about["options"].setdefault("tilt", []), list)
+        _check(about["options"].get("tilt") or [], list)
         label = f"lr {scientific(lr)}" if tilt is None else f"G = {_check(tilt, float):g}"
         run = Run(folder, model, about, lr, tilt, label)
     samples: dict[int, list[Sample]] = {}
