@@ -2,7 +2,9 @@
 
 import json
 import re
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,16 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 CELLS = json.loads((DOCS / "xfactor.ipynb").read_text(encoding="utf-8"))["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
+COLAB = {
+    "torch",
+    "numpy",
+    "matplotlib",
+    "safetensors",
+    "tqdm",
+    "pydantic",
+    "annotated-types",
+    "regex",
+}
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]\d+)?")
 
 
@@ -51,3 +63,18 @@ def test_every_figure_is_kept() -> None:
         pictures = [out for out in cell["outputs"] if "image/png" in out.get("data", {})]
         assert len(pictures) == "".join(cell["source"]).count("plt.show()")
         assert all(out["output_type"] != "error" for out in cell["outputs"])
+
+
+def test_the_first_cell_installs_all_that_colab_lacks() -> None:
+    """Every dependency of the project that the other cells load is Colab's or on the list."""
+    first, *rest = ("".join(cell["source"]) for cell in CODE)
+    imports = re.findall(r"^(?:import|from) .*$", "\n".join(rest), flags=re.M)
+    code = "\n".join([*imports, "load_tokenizer()", "import sys; print(*sys.modules)"])
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=DOCS.parent, capture_output=True, text=True, check=True
+    )
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
+    loaded = {name for name in names if name.replace("-", "_") in done.stdout.split()}
+    assert {"torch", "tiktoken", "tyro"} <= loaded
+    assert all(f'"{name}' in first for name in loaded - COLAB)
