@@ -216,16 +216,16 @@ def test_the_operators_pass_opcheck(path, kind):
     logits, upstream = random_logits(3, 40), random_logits(3, seed=1)
     target = TeacherTarget(random_logits(3, 40, seed=2), make_bias(kind, 40))
     packed = pack(target, 3, logits.dtype, path)
-    opcheck(kl_div_forward, (logits, *packed, path))
-    _, *of_rows = kl_div_forward(logits, *packed, path)
-    opcheck(kl_div_backward, (logits, *of_rows, upstream, *packed, path))
-    opcheck(kl_div_backward_, (logits, *of_rows, upstream, *packed, path))
+    opcheck(kl_div_forward, (logits, *packed))
+    _, *of_rows = kl_div_forward(logits, *packed)
+    opcheck(kl_div_backward, (logits, *of_rows, upstream, *packed))
+    opcheck(kl_div_backward_, (logits, *of_rows, upstream, *packed))
     hidden, weight = (x.detach() for x in hidden_and_head(3, vocab=40))
     teacher_weight = random_logits(40, 5, seed=3)
     target = TeacherTarget.from_parts(random_logits(3, 5, seed=2), target.bias)
-    options = None, None, True, True, True, 2, logits.dtype, teacher_weight
+    options = None, True, True, teacher_weight, 2, logits.dtype
     packed = pack(target, 3, logits.dtype, path)
-    opcheck(linear_kl_div, (hidden, weight, *options, *packed, path))
+    opcheck(linear_kl_div, (hidden, weight, *options, *packed))
     if path == "torch":
         teacher = TeacherTarget(random_logits(3, 40, seed=2).double(), make_bias(kind, 40))
         double = logits.double().requires_grad_()
