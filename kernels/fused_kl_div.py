@@ -127,8 +127,9 @@ def pack(target: Target, rows: int, dtype: torch.dtype, impl: str) -> Packed:
         table = target.bitmasks[vec] if for_triton else None
         return "two-level", target.mask, target.index, table, target.alpha, target.beta, impl
     if isinstance(target, TeacherTarget):
-        assert target.logits is not None
-        t, bias = _as_rows(target.logits, False), target.bias
+        t, bias = target.hidden if target.logits is None else target.logits, target.bias
+        assert t is not None
+        t = _as_rows(t, False)
         if bias is None:
             return "teacher", t, None, None, 0.0, 0.0, impl
         table = bias.tables[vec] if for_triton else bias.vector

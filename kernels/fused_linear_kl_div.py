@@ -141,15 +141,12 @@ def fused_linear_kl_div(
     early = sum_rows and dtype != torch.float16 and torch.is_grad_enabled()
     if weights is not None:
         weights = weights.to(compute_dtype(dtype))
-    teacher_weight = None
-    if isinstance(target, TeacherTarget) and target.hidden is not None:
-        assert target.weight is not None
-        teacher_weight = target.weight
-        products = _product_dtype(target.hidden, teacher_weight)
-        target = TeacherTarget.from_parts(target.hidden.to(products), target.bias)
-    packed = pack(target, rows.shape[0], dtype, impl)
+    kind, p, *packed = pack(target, rows.shape[0], dtype, impl)
+    teacher_weight = target.weight if isinstance(target, TeacherTarget) else None
+    if teacher_weight is not None:
+        p = p.to(_product_dtype(p, teacher_weight))
     loss, lse, norm, *_ = _LinearKlDiv.apply(
-        rows, weight, weights, early, sum_rows, teacher_weight, chunk_rows, dtype, *packed
+        rows, weight, weights, early, sum_rows, teacher_weight, chunk_rows, dtype, kind, p, *packed
     )
     loss = mean_of(loss, reduction, rows.shape[0], weights) if sum_rows else loss.view(leading)
     if not return_lse:

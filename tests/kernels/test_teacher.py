@@ -222,7 +222,9 @@ def test_the_operators_pass_opcheck(path, kind):
     opcheck(kl_div_backward_, (logits, *of_rows, upstream, *packed))
     hidden, weight = (x.detach() for x in hidden_and_head(3, vocab=40))
     teacher_weight = random_logits(40, 5, seed=3)
-    target = TeacherTarget.from_parts(random_logits(3, 5, seed=2), target.bias)
+    target = TeacherTarget.from_hidden(
+        random_logits(3, 5, seed=2), teacher_weight, make_bias(kind, 40)
+    )
     options = None, True, True, teacher_weight, 2, logits.dtype
     packed = pack(target, 3, logits.dtype, path)
     opcheck(linear_kl_div, (hidden, weight, *options, *packed))
