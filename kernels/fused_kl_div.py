@@ -36,7 +36,7 @@ from .arguments import (
     weighted,
 )
 from .reference import compute_dtype
-from .target import Target, TeacherTarget, TokenBias, TwoLevelTarget
+from .target import Target, TeacherTarget, TokenBias, TwoLevelTarget, check_floating
 
 PACKED = "str kind, Tensor p, Tensor? aux, Tensor? table, float alpha, float beta, str impl"
 Packed = tuple[str, Tensor, Tensor | None, Tensor | None, float, float, str]
@@ -76,9 +76,7 @@ def fused_kl_div(
         RuntimeError: the path asked for cannot run here (nothing falls back silently), or a second
             or a forward-mode derivative is asked for.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = getattr(logits, "dtype", type(logits).__name__)
-        raise TypeError(f"logits must be a floating-point tensor (..., V), got {got}")
+    check_floating("logits", logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     refuse_forward_mode("fused_kl_div", logits)

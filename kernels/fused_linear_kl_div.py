@@ -55,7 +55,7 @@ from .arguments import (
 )
 from .fused_kl_div import PACKED, empty_results, first_derivative, pack, unpack
 from .reference import compute_dtype
-from .target import Target, TeacherTarget
+from .target import Target, TeacherTarget, check_head
 
 CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
 CUDA_CHUNK_ROWS = 2048  # 412 MB: what a GPU needs to be busy with each product
@@ -105,15 +105,11 @@ def fused_linear_kl_div(
     Args:
         hidden: (..., C), the LM head's input.
         weight: (V, C), as F.linear takes it; of hidden's dtype, or any under autocast.
-        target: a TwoLevelTarget, a TeacherTarget, or probabilities (V,) or (..., V). No gradient
-            flows to it. Negative probabilities are refused as in fused_kl_div.
-        reduction: "batchmean" (mean over all rows), "sum", or "none" (one value per row, (...)).
+        target, reduction, row_weights: as in fused_kl_div, for logits (..., V).
         chunk_rows: rows whose logits exist at a time; None: 2,048 on CUDA, 512 elsewhere.
         impl: "triton" (the default for CUDA tensors) or "torch" (for all others).
         return_lse: return each row's log-sum-exp too, so that e^(z - lse) is the probability of any
             token whose logit z the caller computes. It carries no gradient.
-        row_weights: (...), a factor per row; 0 leaves a row out (padding), whatever is in it.
-            "batchmean" divides by their sum. No gradient flows to them.
 
     Returns:
         The loss in float32 (float64 for float64 arguments), first derivatives in reverse mode only.
@@ -126,6 +122,7 @@ def fused_linear_kl_div(
         RuntimeError: the path asked for cannot run here, or a second or a forward-mode derivative
             is asked for.
     """
+    check_head(hidden, weight)
     dtype = _product_dtype(hidden, weight)
     refuse_forward_mode("fused_linear_kl_div", hidden, weight)
     vocab, leading = weight.shape[0], hidden.shape[:-1]
@@ -157,18 +154,7 @@ def fused_linear_kl_div(
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which F.linear would multiply; TypeError or ValueError if it could not."""
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = getattr(x, "dtype", type(x).__name__)
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "hidden must be (..., C) and weight (V, C), as F.linear takes them; "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if hidden.device != weight.device:
-        raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}")
+    """The dtype in which F.linear would multiply; TypeError if it would not."""
     device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # "meta" would be an error
         return torch.get_autocast_dtype(device)

@@ -195,13 +195,9 @@ class TeacherTarget:
             bias: b (V,), as above.
         """
         target = cls.__new__(cls)
-        target.hidden = _constant("the teacher's hidden states", hidden)
+        check_head(hidden, weight, "the teacher's ")
+        target.hidden = _constant("the teacher's hidden", hidden)
         target.weight = _constant("the teacher's weight", weight)
-        if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
-            raise ValueError(
-                "the teacher's hidden states must be (..., C) and its weight (V, C); "
-                f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-            )
         target.shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
         target.device = hidden.device
         target.bias = _token_bias(bias, weight.shape[0], weight.device)
@@ -226,12 +222,30 @@ class TeacherTarget:
         return t.to(dtype) if self.bias is None else t.to(dtype) + self.bias.vector.to(dtype)
 
 
-def _constant(name: str, x: Tensor) -> Tensor:
-    """Check that x is floating-point and asks for no gradient; copy an inference tensor, which
-    autograd could not save."""
+def check_floating(name: str, x: Tensor) -> None:
+    """TypeError unless x is a floating-point tensor."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = getattr(x, "dtype", type(x).__name__)
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, whose: str = "") -> None:
+    """TypeError or ValueError unless F.linear takes these hidden states and this weight."""
+    check_floating(f"{whose}hidden", hidden)
+    check_floating(f"{whose}weight", weight)
+    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{whose}hidden must be (..., C) and weight (V, C), as F.linear takes them; "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if hidden.device != weight.device:
+        raise ValueError(f"{whose}hidden is on {hidden.device}, weight on {weight.device}")
+
+
+def _constant(name: str, x: Tensor) -> Tensor:
+    """Check that x is floating-point and asks for no gradient; copy an inference tensor, which
+    autograd could not save."""
+    check_floating(name, x)
     if x.requires_grad:
         raise ValueError(
             f"{name} must not require grad, for no gradient flows to a teacher; "
