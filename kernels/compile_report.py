@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+import tyro
 
 try:
     import triton
@@ -235,8 +236,6 @@ def _row_offset_bits(ptx: str) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: compile every kernel for each GPU and print the table."""
-    import tyro
-
     options = tyro.cli(
         Options,
         args=arguments,
