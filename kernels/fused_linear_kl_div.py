@@ -136,6 +136,7 @@ def fused_linear_kl_div(
     rows = hidden.reshape(math.prod(leading), hidden.shape[-1])  # (N, C)
     sum_rows = reduction != "none"
     early = sum_rows and dtype != torch.float16 and torch.is_grad_enabled()
+    needs = early and hidden.requires_grad, early and weight.requires_grad
     if weights is not None:
         weights = weights.to(compute_dtype(dtype))
     kind, p, *packed = pack(target, rows.shape[0], dtype, impl)
@@ -143,7 +144,7 @@ def fused_linear_kl_div(
     if teacher_weight is not None:
         p = p.to(_product_dtype(p, teacher_weight))
     loss, lse, norm, *_ = _LinearKlDiv.apply(
-        rows, weight, weights, early, sum_rows, teacher_weight, chunk_rows, dtype, kind, p, *packed
+        rows, weight, weights, sum_rows, *needs, teacher_weight, chunk_rows, dtype, kind, p, *packed
     )
     loss = mean_of(loss, reduction, rows.shape[0], weights) if sum_rows else loss.view(leading)
     if not return_lse:
@@ -274,29 +275,27 @@ class _LinearKlDiv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, row_weights: Tensor | None, early: bool, sum_rows: bool,
-        *options: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        needs = early and hidden.requires_grad, early and weight.requires_grad
-        loss, *rest = linear_kl_div(hidden, weight, row_weights, *needs, *options)
+        hidden: Tensor, weight: Tensor, row_weights: Tensor | None, sum_rows: bool, *options: Any
+    ) -> tuple[Tensor, ...]:
+        loss, *rest = linear_kl_div(hidden, weight, row_weights, *options)
         if row_weights is not None:
             loss = weighted(loss, row_weights)
         return loss.sum() if sum_rows else loss, *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        (hidden, weight, row_weights, ctx.is_early, _, teacher_weight, *ctx.numbers,
-         p, aux, table, alpha, beta, impl) = inputs  # fmt: skip
+        hidden, weight, row_weights, _, *needs, teacher_weight = inputs[:7]
+        *ctx.options, p, aux, table = inputs[7:13]
+        ctx.levels = inputs[13:]
         ctx.save_for_backward(hidden, weight, row_weights, teacher_weight, p, aux, table)
-        ctx.options = alpha, beta, impl
-        ctx.early = output[3:]
+        ctx.is_early, ctx.early = any(needs), output[3:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else backward gets zeros, as large as dW
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:  # nothing depends on the loss
-            return (None,) * 15
+            return (None,) * 16
         needs = ctx.needs_input_grad[:2]
         grads, ctx.early = ctx.early, None  # scaled in place, so one backward alone may have them
         late = torch.is_grad_enabled() or not ctx.is_early
@@ -307,9 +306,9 @@ class _LinearKlDiv(torch.autograd.Function):
                 g = upstream if g is None else g * upstream
             *_, grad_hidden, grad_weight = first_derivative(
                 "fused_linear_kl_div", linear_kl_div, hidden, weight, g, *needs, teacher_weight,
-                *ctx.numbers, *tensors, *ctx.options,
+                *ctx.options, *tensors, *ctx.levels,
             )  # fmt: skip
             grads = grad_hidden, grad_weight
         if not late:
             grads = [grad.mul_(grad_loss) for grad in grads]
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 13
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 14
