@@ -14,8 +14,6 @@ tensors and numbers only, so a target travels in parts (pack, unpack), and the p
     two-level    mask (V,)      target token ids     bitmask                   alpha      beta
     dense        P
     teacher      t (N, V)       mask of the bias     bias, or the kernels'     strength
-
-`impl` names the path: "triton", "triton-simple" or "torch".
 """
 
 from importlib import import_module
@@ -89,7 +87,7 @@ def fused_kl_div(
     weights = resolve_row_weights(row_weights, logits.shape[:-1], logits.device)
     impl = resolve_impl(impl, logits.device, logits.dtype)
     rows = _as_rows(logits, inplace_backward)
-    loss, *_ = _KlDiv.apply(rows, inplace_backward, *pack(target, rows.shape[0], rows.dtype, impl))
+    loss, *_ = _KlDiv.apply(rows, inplace_backward, *pack(target, rows.dtype, impl))
     if weights is not None:
         loss = weighted(loss, weights)
     if reduction == "none":
@@ -117,7 +115,7 @@ def _as_rows(logits: Tensor, inplace: bool) -> Tensor:
     )
 
 
-def pack(target: Target, rows: int, dtype: torch.dtype, impl: str) -> Packed:
+def pack(target: Target, dtype: torch.dtype, impl: str) -> Packed:
     """Take a target of logits (N, V) of this dtype apart, as the operators take it."""
     for_triton = impl != "torch"
     vec = 16 // dtype.itemsize
@@ -132,7 +130,7 @@ def pack(target: Target, rows: int, dtype: torch.dtype, impl: str) -> Packed:
             return "teacher", t, None, None, 0.0, 0.0, impl
         table = bias.tables[vec] if for_triton else bias.vector
         return "teacher", t, bias.mask, table, bias.strength, 0.0, impl
-    p = target if target.ndim == 1 else target.reshape(rows, target.shape[-1])
+    p = target if target.ndim == 1 else target.flatten(0, -2)
     return "dense", p, None, None, 0.0, 0.0, impl
 
 
@@ -152,7 +150,8 @@ def unpack(
 
 def launchers(impl: str, device: torch.device, kind: str) -> ModuleType:
     """Import the module that has forward(logits, target) -> loss, lse, norm and
-    backward(logits, lse, norm, target, grad_loss, out) for this kind of target."""
+    backward(logits, lse, norm, target, grad_loss, out) for this kind of target. Logits are (N, V)
+    with a contiguous last dimension, out may be the logits, and the target is on their device."""
     if impl == "torch":
         return torch_teacher if kind == "teacher" else torch_kl_div
     name = "triton_teacher" if kind == "teacher" else "triton_launch"

@@ -139,7 +139,7 @@ def fused_linear_kl_div(
     needs = early and hidden.requires_grad, early and weight.requires_grad
     if weights is not None:
         weights = weights.to(compute_dtype(dtype))
-    kind, p, *packed = pack(target, rows.shape[0], dtype, impl)
+    kind, p, *packed = pack(target, dtype, impl)
     teacher_weight = target.weight if isinstance(target, TeacherTarget) else None
     if teacher_weight is not None:
         p = p.to(_product_dtype(p, teacher_weight))

@@ -42,12 +42,7 @@ HUGE_PAGE = 2 << 20  # bytes
 
 
 def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, log-sum-exp and |P| per row, (N,) each, in the dtype of the arithmetic.
-
-    Args:
-        logits: (N, V), last dimension contiguous.
-        target: TwoLevelTarget, or probabilities (V,) or (N, V), on the device of the logits.
-    """
+    """Loss, log-sum-exp and |P| per row, (N,) each, in the dtype of the arithmetic."""
     loss = logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype))
     lse, sum_p = torch.empty_like(loss), torch.ones_like(loss)
     for rows, (scratch,) in tiles(logits, 1):

@@ -215,7 +215,7 @@ def test_the_operators_pass_opcheck(path, kind):
     """Schema, fake kernels, AOT dispatch with dynamic shapes; derivatives pass gradcheck."""
     logits, upstream = random_logits(3, 40), random_logits(3, seed=1)
     target = TeacherTarget(random_logits(3, 40, seed=2), make_bias(kind, 40))
-    packed = pack(target, 3, logits.dtype, path)
+    packed = pack(target, logits.dtype, path)
     opcheck(kl_div_forward, (logits, *packed))
     _, *of_rows = kl_div_forward(logits, *packed)
     opcheck(kl_div_backward, (logits, *of_rows, upstream, *packed))
@@ -226,7 +226,7 @@ def test_the_operators_pass_opcheck(path, kind):
         random_logits(3, 5, seed=2), teacher_weight, make_bias(kind, 40)
     )
     options = None, True, True, teacher_weight, 2, logits.dtype
-    packed = pack(target, 3, logits.dtype, path)
+    packed = pack(target, logits.dtype, path)
     opcheck(linear_kl_div, (hidden, weight, *options, *packed))
     if path == "torch":
         teacher = TeacherTarget(random_logits(3, 40, seed=2).double(), make_bias(kind, 40))
