@@ -109,7 +109,8 @@ def fused_linear_kl_div(
         chunk_rows: rows whose logits exist at a time; None: 2,048 on CUDA, 512 elsewhere.
         impl: "triton" (the default for CUDA tensors) or "torch" (for all others).
         return_lse: return each row's log-sum-exp too, so that e^(z - lse) is the probability of any
-            token whose logit z the caller computes. It carries no gradient.
+            token whose logit z the caller computes. It carries no gradient, and means nothing in a
+            row of weight 0.
 
     Returns:
         The loss in float32 (float64 for float64 arguments), first derivatives in reverse mode only.
@@ -189,8 +190,8 @@ def linear_kl_div(
     """loss, lse, norm per row, as kl_div_forward has them; dh and dW of (3) if needed, else (0,).
 
     hidden is (N, C); g is that of (2), (N,), None for 1; a row where it is 0 reaches no gradient,
-    whatever is in it. dtype is that of the products. With a teacher_weight, p is the teacher's
-    hidden states.
+    whatever is in it, and is left out on the CPU, where g can be looked at without waiting. dtype
+    is that of the products. With a teacher_weight, p is the teacher's hidden states.
     """
     (n, width), vocab = hidden.shape, weight.shape[0]
     padded = (vocab + 63) // 64 * 64
@@ -200,13 +201,17 @@ def linear_kl_div(
     # Unwritten until the first chunk; zero if there are no rows.
     grad_weight = (loss.new_empty if n else loss.new_zeros)((vocab, width) if need_weight else 0)
     upstream = loss.new_ones(1).expand(n) if g is None else g
+    chunks: Any = [slice(start, min(start + chunk_rows, n)) for start in range(0, n, chunk_rows)]
+    if g is not None and g.device.type == "cpu" and not g.all():
+        chunks = g.nonzero().squeeze(1).split(chunk_rows)
+        for x in (loss, lse, norm, grad_hidden):
+            x.zero_()
     with torch.autocast(hidden.device.type, enabled=False):
         w = weight.to(dtype)  # (V, C)
         if teacher_weight is not None:
             teacher_weight = teacher_weight.to(p.dtype)
             teacher_buffer = buffer.new_empty((len(buffer), padded), dtype=p.dtype)[:, :vocab]
-        for start in range(0, n, chunk_rows):
-            rows = slice(start, min(start + chunk_rows, n))
+        for i, rows in enumerate(chunks):
             h = hidden[rows].to(dtype)  # (R, C)
             p_rows = p[rows] if p.ndim == 2 else p
             if teacher_weight is not None:  # (R, C) -> (R, V)
@@ -218,11 +223,11 @@ def linear_kl_div(
             if need_hidden or need_weight:  # (2), over z
                 kernels.backward(z, lse[rows], norm[rows], target, upstream[rows], z)
             if need_hidden:
-                grad_hidden[rows] = _product(z, w)  # (3): (R, C)
+                grad_hidden[rows] = _product(z, w).to(hidden.dtype)  # (3): (R, C)
             if need_weight:
                 if g is not None:  # 0 * NaN would be NaN
                     h = h.masked_fill(g[rows, None] == 0, 0.0)
-                _add_product(grad_weight, z, h, first=start == 0)  # (3): (V, C)
+                _add_product(grad_weight, z, h, first=i == 0)  # (3): (V, C)
     return loss, lse, norm, grad_hidden, grad_weight.to(weight.dtype)
 
 
