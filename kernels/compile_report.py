@@ -234,11 +234,10 @@ def _row_offset_bits(ptx: str) -> int:
     return 32
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """The command line: compile every kernel for each GPU and print the table."""
     options = tyro.cli(
         Options,
-        args=arguments,
         prog="python -m kernels.compile_report",
         description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),

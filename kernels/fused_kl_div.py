@@ -37,7 +37,6 @@ from .reference import compute_dtype
 from .target import Target, TeacherTarget, TokenBias, TwoLevelTarget, check_floating
 
 PACKED = "str kind, Tensor p, Tensor? aux, Tensor? table, float alpha, float beta, str impl"
-Packed = tuple[str, Tensor, Tensor | None, Tensor | None, float, float, str]
 
 
 def fused_kl_div(
@@ -115,8 +114,8 @@ def _as_rows(logits: Tensor, inplace: bool) -> Tensor:
     )
 
 
-def pack(target: Target, dtype: torch.dtype, impl: str) -> Packed:
-    """Take a target of logits (N, V) of this dtype apart, as the operators take it."""
+def pack(target: Target, dtype: torch.dtype, impl: str) -> tuple[Any, ...]:
+    """Take a target of logits (N, V) of this dtype apart, as the operators take it: PACKED."""
     for_triton = impl != "torch"
     vec = 16 // dtype.itemsize
     if isinstance(target, TwoLevelTarget):

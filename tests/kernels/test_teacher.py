@@ -301,6 +301,7 @@ def test_bad_teachers_are_refused_by_name():
         (ValueError, "below \\+inf", lambda: TeacherTarget(logits, bias * torch.nan)),
         (ValueError, "for some token", lambda: TeacherTarget(logits, bias - INF)),
         (ValueError, r"weight \(V, C\)", lambda: TeacherTarget.from_hidden(hidden, weight.t())),
+        (ValueError, "is on", lambda: TeacherTarget.from_hidden(hidden, weight.to("meta"))),
         (
             ValueError,
             "shape of the student's",
