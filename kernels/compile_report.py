@@ -131,7 +131,6 @@ def report(
         load, store = r"(global|buffer|flat)_load", r"(global|buffer|flat)_store"
     loop = max(loops, key=lambda lines: sum(bool(re.search(load, line)) for line in lines))
     wide = [line for line in loop if re.search(r"\.128|dwordx4|_b128", line)]
-    narrow = [line for line in loop if line not in wide]
 
     def count(pattern: str, lines: list[str] = loop) -> int:
         return sum(bool(re.search(pattern, line)) for line in lines)
@@ -153,9 +152,9 @@ def report(
         "waits": dram_waits(loop),
         "cross_thread": count(cross_thread),
         "ld128": count(load, wide),
-        "ld_narrow": count(load, narrow),
+        "ld_narrow": count(load) - count(load, wide),
         "st128": count(store, wide),
-        "st_narrow": count(store, narrow),
+        "st_narrow": count(store) - count(store, wide),
         "row_offset_bits": _row_offset_bits(compiled.asm["ptx"]) if gpu.backend == "cuda" else None,
     }
 
