@@ -9,9 +9,9 @@ per row, and an upstream gradient g of each row's loss,
 
 Rows are taken in chunks. A chunk's logits lie in one buffer that all chunks reuse; the loss's
 backward writes dz over them, and two matrix products make dh and add to dW. Beside the results only
-one chunk is ever in memory, whatever N; a teacher given by its hidden states has a second one. (The
-idea is that of Liger's fused linear cross-entropy; Cut Cross-Entropy, Wijmans et al. 2024, goes
-further and keeps no chunk.)
+one chunk is ever in memory, whatever N; a second one for a teacher given by its hidden states, or
+for an (N, V) target of which rows of weight 0 are left out. (The idea is that of Liger's fused
+linear cross-entropy; Cut Cross-Entropy, Wijmans et al. 2024, goes further and keeps no chunk.)
 
 When the gradients are formed. For "batchmean" and "sum" the upstream gradient is one number, so the
 forward computes (2) and (3) with g = 1, or the row's weight, while the chunk's logits are at hand,
@@ -105,9 +105,8 @@ def fused_linear_kl_div(
     Args:
         hidden: (..., C), the LM head's input.
         weight: (V, C), as F.linear takes it; of hidden's dtype, or any under autocast.
-        target, reduction, row_weights: as in fused_kl_div, for logits (..., V).
+        target, reduction, impl, row_weights: as in fused_kl_div, for logits (..., V).
         chunk_rows: rows whose logits exist at a time; None: 2,048 on CUDA, 512 elsewhere.
-        impl: "triton" (the default for CUDA tensors) or "torch" (for all others).
         return_lse: return each row's log-sum-exp too, so that e^(z - lse) is the probability of any
             token whose logit z the caller computes. It carries no gradient, and means nothing in a
             row of weight 0.
@@ -119,9 +118,7 @@ def fused_linear_kl_div(
         target itself gives a token the probability e^(t + b - lse_target).
 
     Raises:
-        TypeError, ValueError: a bad argument: what was got, what was expected.
-        RuntimeError: the path asked for cannot run here, or a second or a forward-mode derivative
-            is asked for.
+        TypeError, ValueError, RuntimeError: as fused_kl_div.
     """
     check_head(hidden, weight)
     dtype = _product_dtype(hidden, weight)
