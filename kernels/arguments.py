@@ -69,6 +69,11 @@ def resolve_row_weights(
     return weights.reshape(-1)
 
 
+def weighted(loss: Tensor, weights: Tensor) -> Tensor:
+    """The loss of each row times its weight; 0 where that is 0, whatever the loss is."""
+    return torch.where(weights == 0, 0.0, loss * weights)
+
+
 def mean_of(total: Tensor, reduction: str, rows: int, weights: Tensor | None) -> Tensor:
     """Divide the summed loss by what "batchmean" divides by: the rows, or the sum of weights."""
     if reduction == "sum":

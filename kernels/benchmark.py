@@ -31,11 +31,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
+from tyro.conf import arg
 
 from . import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
 from .measure import copy_bandwidth, milliseconds, peak_megabytes
@@ -56,7 +58,8 @@ class Options:
     vocab: int = 50257  # V, tokens in the vocabulary
     width: int = 1024  # C, of the hidden states
     seconds: float = 15.0  # for each number of rows
-    plot: str = ""  # a file to draw time and memory in
+    plot: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """an image to draw time and memory in"""
     json: bool = False  # end with one line of JSON
 
 
@@ -109,38 +112,30 @@ for _name in ("unfused", "unfused, compiled", "fused", "linear + unfused", "fuse
     LOSSES[f"{_name}, teacher"] = replace(LOSSES[_name], target="teacher")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Device, dtype and sizes that all rows of the table share."""
-
-    device: torch.device
-    dtype: torch.dtype
-    vocab: int
-    width: int
-
-    def inputs(self, rows: int, head: bool, seed: int = 0) -> tuple[Tensor, ...]:
-        """Random logits, or hidden states and weight."""
-        shapes = {(rows, self.vocab): 3.0}
-        if head:
-            shapes = {(rows, self.width): 1.0, (self.vocab, self.width): 0.05}
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return tuple(
-            torch.randn(shape, generator=generator, device=self.device).mul_(scale).to(self.dtype)
-            for shape, scale in shapes.items()
-        )
+def make_inputs(options: Options, rows: int, head: bool, seed: int = 0) -> list[Tensor]:
+    """Random logits, or hidden states and weight."""
+    shapes = {(rows, options.vocab): 3.0}
+    if head:
+        shapes = {(rows, options.width): 1.0, (options.vocab, options.width): 0.05}
+    device, dtype = options.device, getattr(torch, options.dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    return [
+        torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
+        for shape, scale in shapes.items()
+    ]
 
 
-def make_target(kind: str, head: bool, rows: int, setting: Setting) -> tuple[Any, Any]:
+def make_target(options: Options, rows: int, kind: str, head: bool) -> tuple[Any, Any]:
     """A two-level target; its probabilities for each row, "dense"; "labels", one for each row; or a
     "teacher". With it the target of the first rows, as kl_div takes it."""
     if kind == "teacher":
         make = TeacherTarget.from_hidden if head else TeacherTarget
-        first, *rest = setting.inputs(rows, head, seed=1)
+        first, *rest = make_inputs(options, rows, head, seed=1)
         return make(first, *rest), make(first[:ERROR_ROWS].double(), *(x.double() for x in rest))
     if kind == "labels":
-        labels = torch.arange(rows, device=setting.device) % setting.vocab
-        return labels, F.one_hot(labels[:ERROR_ROWS], setting.vocab).double()
-    target = TwoLevelTarget(torch.arange(setting.vocab, device=setting.device) % 51 == 0)
+        labels = torch.arange(rows, device=options.device) % options.vocab
+        return labels, F.one_hot(labels[:ERROR_ROWS], options.vocab).double()
+    target = TwoLevelTarget(torch.arange(options.vocab, device=options.device) % 51 == 0)
     if kind == "two-level":
         return target, target
     return target.dense().expand(rows, -1).contiguous(), target
@@ -149,11 +144,11 @@ def make_target(kind: str, head: bool, rows: int, setting: Setting) -> tuple[Any
 class Case:
     """A loss, its inputs and its target, ready to be run."""
 
-    def __init__(self, loss: Loss, inputs: tuple[Tensor, ...], targets: tuple[Any, Any]) -> None:
+    def __init__(self, loss: Loss, inputs: list[Tensor], targets: tuple[Any, Any]) -> None:
         self.run = partial(loss.run, import_module(loss.needs)) if loss.needs else loss.run
         self.target, self.exact_target = targets
         self.in_place, self.originals = loss.in_place, inputs
-        self.inputs = tuple(x.clone() for x in inputs) if loss.in_place else inputs
+        self.inputs = [x.clone() for x in inputs] if loss.in_place else inputs
         teacher = loss.target == "teacher"  # as large as the student
         passes = 2 + teacher if loss.head else 3 + 2 * teacher
         self.bytes = passes * sum(x.nbytes for x in inputs)
@@ -202,17 +197,16 @@ def skip_reason(name: str, loss: Loss, device: torch.device) -> str:
     return ""
 
 
-def measure(
-    rows: int, setting: Setting, bandwidth: float, seconds: float, losses: Mapping[str, Loss]
-) -> list[Row]:
-    """All losses at this many rows, repetitions interleaved, for about this long."""
-    device = setting.device
-    inputs, targets = cache(setting.inputs), cache(make_target)
+def measure(options: Options, rows: int, bandwidth: float, losses: Mapping[str, Loss]) -> list[Row]:
+    """These losses at this many rows, repetitions interleaved, for half of the time."""
+    device = torch.device(options.device)
+    inputs, targets = cache(make_inputs), cache(make_target)
     table = [Row(name, rows, skip_reason(name, loss, device)) for name, loss in losses.items()]
     cases = []
     for row in (row for row in table if not row.skip_reason):
         loss = losses[row.name]
-        case = Case(loss, inputs(rows, loss.head), targets(loss.target, loss.head, rows, setting))
+        target = targets(options, rows, loss.target, loss.head)
+        case = Case(loss, inputs(options, rows, loss.head), target)
         case.forward()
         case.fwd_bwd()
         case.prepare()
@@ -220,9 +214,10 @@ def measure(
         row.error = case.error()
         case.prepare()
         cases.append((row, case))
-    start, repetitions = time.perf_counter(), 0
-    while repetitions < 3 or (time.perf_counter() - start < seconds and repetitions < 50):
-        repetitions += 1
+    end = time.perf_counter() + options.seconds / 2
+    for repetition in range(50):
+        if repetition >= 3 and time.perf_counter() > end:
+            break
         for row, case in cases:
             row.forward.append(milliseconds(case.forward, device)[0])
             on_device, on_host = milliseconds(case.fwd_bwd, device)
@@ -237,8 +232,6 @@ def measure(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: the table of each number of rows, then files and JSON where asked for."""
-    import tyro  # here: the losses do not need it
-
     options = tyro.cli(
         Options,
         args=arguments,
@@ -258,7 +251,6 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"error: --device {device}: got {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device.index or 0)
         hardware = torch.cuda.get_device_name()
-    setting = Setting(device, getattr(torch, options.dtype), options.vocab, options.width)
     bandwidth = copy_bandwidth(device)
     title = f"{device.type}, {hardware}, {options.dtype}, V = {options.vocab}, "
     title += f"C = {options.width}, torch {torch.__version__}"
@@ -267,10 +259,10 @@ def main(arguments: list[str] | None = None) -> None:
     for rows in options.rows:
         for head in (False, True):  # apart: see kernels/torch_kl_div.py on idle pages
             losses = {name: loss for name, loss in LOSSES.items() if loss.head == head}
-            table += measure(rows, setting, bandwidth, options.seconds / 2, losses)
+            table += measure(options, rows, bandwidth, losses)
     print(format_table(table))
     if options.plot:
-        plot(table, Path(options.plot), title)
+        plot(table, options.plot, title)
     if options.json:
         result = {"setting": title, "copy_gb_per_s": bandwidth / 1e9}
         print(json.dumps(result | {"table": [asdict(row) for row in table]}))

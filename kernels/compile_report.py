@@ -12,9 +12,9 @@ No kernel runs, so this needs no GPU. A row per kernel, target and dtype:
     ld128 ld<      loads from global memory in the main loop: of 128 bits, and narrower ones
     st128 st<      stores likewise
 
---json prints all that was counted, in one line; besides the above the instructions of the whole
-kernel and its shared memory. Padded, contiguous and
-misaligned logits share one compiled variant, because the kernels are specialised on no argument.
+--json prints the same in one line, and the shared memory and instructions of the whole kernel.
+Padded, contiguous and misaligned logits share one compiled variant, because the kernels are
+specialised on no argument.
 """
 
 import json
@@ -23,10 +23,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
+import tyro
 
 try:
     import triton
@@ -36,6 +37,7 @@ except ImportError:
     sys.exit("error: Triton is not installed; run: pip install triton")
 
 from . import bitmask, triton_kl_div, triton_launch, triton_simple, triton_teacher
+from .results import aligned
 
 # From a T4 to a B200; an MI300X and an RX 7900.
 GPU = Literal["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]
@@ -50,27 +52,12 @@ class Options:
     json: bool = False  # print all counts in one line of JSON
 
 
-@dataclass
-class Row:
-    """One compiled kernel: bytes of spills, shared memory and code, counts of its main loop."""
-
-    gpu: str
-    kernel: str
-    target: str
-    dtype: str
-    registers: int
-    spill: int
-    shared: int
-    code: int
-    loop_per_element: float
-    special: float
-    waits: int
-    cross_thread: int
-    ld128: int
-    ld_narrow: int
-    st128: int
-    st_narrow: int
-    row_offset_bits: int | None  # of the row's number times the stride; None where not PTX
+HEADS = {  # of the table, by the number's name
+    "gpu": "gpu", "kernel": "kernel", "target": "target", "dtype": "dtype", "registers": "regs",
+    "spill": "spill", "loop_per_element": "loop/el", "special": "special", "waits": "waits",
+    "cross_thread": "cross", "ld128": "ld128", "ld_narrow": "ld<", "st128": "st128",
+    "st_narrow": "st<",
+}  # fmt: skip
 
 
 def gpu_target(name: GPU) -> GPUTarget:
@@ -80,23 +67,21 @@ def gpu_target(name: GPU) -> GPUTarget:
     return GPUTarget("hip", name, 64 if name == "gfx942" else 32)
 
 
-def variants(gpu: GPUTarget, dtype: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+def variants(gpu: GPUTarget, dtype: torch.dtype) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """Kernel, target, function, and its constants and options, as the launchers have them."""
-    size = DTYPES[dtype].itemsize
     constants: dict[str, Any]
     for target, dense, p_align in (
         ("two-level", False, 16),
+        ("two-level, beta", False, 16),
         ("dense", True, 16),
         ("dense, unaligned", True, 4),
     ):
-        constants = triton_launch.meta(DTYPES[dtype], gpu, "forward", dense, p_align)
-        extra = {"BETA": False, "PTX": gpu.backend == "cuda"}
-        yield "forward", target, triton_kl_div.forward_kernel, constants | extra
-        if not dense:
-            extra["BETA"] = True
-            yield "forward", "two-level, beta", triton_kl_div.forward_kernel, constants | extra
-        constants = triton_launch.meta(DTYPES[dtype], gpu, "backward", dense, p_align)
-        yield "backward", target, triton_kl_div.backward_kernel, constants
+        constants = triton_launch.meta(dtype, gpu, "forward", dense, p_align)
+        constants |= {"BETA": "beta" in target, "PTX": gpu.backend == "cuda"}
+        yield "forward", target, triton_kl_div.forward_kernel, constants
+        if "beta" not in target:  # which the backward reads as a number
+            constants = triton_launch.meta(dtype, gpu, "backward", dense, p_align)
+            yield "backward", target, triton_kl_div.backward_kernel, constants
     simple = {"BLOCK": triton_simple.BLOCK, "num_warps": 4}
     yield "forward", "two-level, simple", triton_simple.forward_kernel, simple
     yield "backward", "two-level, simple", triton_simple.backward_kernel, simple
@@ -107,7 +92,7 @@ def variants(gpu: GPUTarget, dtype: str) -> Iterator[tuple[str, str, Any, dict[s
         ("teacher, unaligned", "none", True),
         ("teacher, bits, unaligned", "bits", True),
     ):
-        constants = triton_teacher.meta(DTYPES[dtype], gpu, bias, shift, size if shift else 16)
+        constants = triton_teacher.meta(dtype, gpu, bias, shift, dtype.itemsize if shift else 16)
         yield "forward", target, triton_teacher.forward_kernel, constants
         yield "backward", target, triton_teacher.backward_kernel, constants
 
@@ -130,45 +115,48 @@ def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[st
     return triton.compile(source, target=gpu, options=options)
 
 
-def report(name: GPU, kernel: str, target: str, dtype: str, compiled: Any) -> Row:
-    """Read one variant's numbers off its machine code."""
+def report(
+    name: GPU, dtype: str, kernel: str, target: str, function: Any, constants: dict[str, Any]
+) -> dict[str, Any]:
+    """Compile one variant and read its numbers off the machine code, counts off its main loop."""
     gpu = gpu_target(name)
+    compiled = compile_kernel(gpu, function, dtype, constants)
     if gpu.backend == "cuda":
-        usage, code, loops = _nvidia(compiled.asm["cubin"])
+        registers, spill, code, loops = _nvidia(compiled.asm["cubin"])
         special, cross_thread = r"MUFU", r"SHFL|BAR|REDUX|WARPSYNC"
         load, store = r"LDG", r"STG"
     else:
-        usage, code, loops = _amd(compiled.asm["amdgcn"])
+        registers, spill, code, loops = _amd(compiled.asm["amdgcn"])
         special, cross_thread = r"v_(exp|log)_", r"ds_|_dpp|s_barrier"
         load, store = r"(global|buffer|flat)_load", r"(global|buffer|flat)_store"
-    wide = r"\.128|dwordx4|_b128"
+    loop = max(loops, key=lambda lines: sum(bool(re.search(load, line)) for line in lines))
+    wide = [line for line in loop if re.search(r"\.128|dwordx4|_b128", line)]
 
-    def count(*patterns: str) -> int:
-        return sum(all(re.search(p, line) for p in patterns) for line in loop)
+    def count(pattern: str, lines: list[str] = loop) -> int:
+        return sum(bool(re.search(pattern, line)) for line in lines)
 
     elements = bitmask.PER_THREAD
     if "simple" in target:
         elements = triton_simple.BLOCK // (compiled.metadata.num_warps * gpu.warp_size)
-    loop = max(loops, key=lambda lines: sum(bool(re.search(load, line)) for line in lines))
-    return Row(
-        gpu=name,
-        kernel=kernel,
-        target=target,
-        dtype=dtype,
-        registers=usage[0],
-        spill=usage[1],
-        shared=compiled.metadata.shared,
-        code=code,
-        loop_per_element=round(len(loop) / elements, 2),
-        special=round(count(special) / elements, 2),
-        waits=dram_waits(loop),
-        cross_thread=count(cross_thread),
-        ld128=count(load, wide),
-        ld_narrow=count(load) - count(load, wide),
-        st128=count(store, wide),
-        st_narrow=count(store) - count(store, wide),
-        row_offset_bits=_row_offset_bits(compiled.asm["ptx"]) if gpu.backend == "cuda" else None,
-    )
+    return {
+        "gpu": name,
+        "kernel": kernel,
+        "target": target,
+        "dtype": dtype,
+        "registers": registers,
+        "spill": spill,
+        "shared": compiled.metadata.shared,
+        "code": len(code),
+        "loop_per_element": round(len(loop) / elements, 2),
+        "special": round(count(special) / elements, 2),
+        "waits": dram_waits(loop),
+        "cross_thread": count(cross_thread),
+        "ld128": count(load, wide),
+        "ld_narrow": count(load) - count(load, wide),
+        "st128": count(store, wide),
+        "st_narrow": count(store) - count(store, wide),
+        "row_offset_bits": _row_offset_bits(compiled.asm["ptx"]) if gpu.backend == "cuda" else None,
+    }
 
 
 def dram_waits(loop: list[str]) -> int:
@@ -198,8 +186,8 @@ def dram_waits(loop: list[str]) -> int:
     return waits
 
 
-def _nvidia(cubin: bytes) -> tuple[tuple[int, int], int, list[list[str]]]:
-    """(registers, spill bytes), number of instructions, and the loops, by Triton's cuobjdump."""
+def _nvidia(cubin: bytes) -> tuple[int, int, list[str], list[list[str]]]:
+    """Registers, spilled bytes, instructions, and the loops among them, by Triton's cuobjdump."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -215,11 +203,11 @@ def _nvidia(cubin: bytes) -> tuple[tuple[int, int], int, list[list[str]]]:
     starts = [(place[int(jump.group(1), 16)], end) for end, jump in jumps if jump]
     # The last instruction of every kernel is a jump to itself.
     loops = [code[start : end + 1] for start, end in starts if start < end]
-    return (int(numbers["REG"]), spill), len(code), loops
+    return int(numbers["REG"]), spill, code, loops
 
 
-def _amd(assembly: str) -> tuple[tuple[int, int], int, list[list[str]]]:
-    """The same of an AMD kernel: (vector registers, bytes of scratch memory), code, loops."""
+def _amd(assembly: str) -> tuple[int, int, list[str], list[list[str]]]:
+    """The same of an AMD kernel, whose spills are its scratch memory."""
     numbers = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly))
     code: list[str] = []
     labels: dict[str, int] = {}
@@ -232,8 +220,7 @@ def _amd(assembly: str) -> tuple[tuple[int, int], int, list[list[str]]]:
             jump = re.search(r"branch\w*\s+(\.LBB\w+)", line)
             if jump and jump.group(1) in labels:
                 loops.append(code[labels[jump.group(1)] :])
-    usage = int(numbers["vgpr_count"]), int(numbers["private_segment_fixed_size"])
-    return usage, len(code), loops
+    return int(numbers["vgpr_count"]), int(numbers["private_segment_fixed_size"]), code, loops
 
 
 def _row_offset_bits(ptx: str) -> int:
@@ -246,44 +233,30 @@ def _row_offset_bits(ptx: str) -> int:
     return 32
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """The command line: compile every kernel for each GPU and print the table."""
-    import tyro
-
     options = tyro.cli(
         Options,
-        args=arguments,
         prog="python -m kernels.compile_report",
         description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     if triton.knobs.runtime.interpret:
-        raise SystemExit("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
+        sys.exit("error: TRITON_INTERPRET is set, so nothing would be compiled; unset it")
+    if not options.gpu:
+        sys.exit(f"error: --gpu: expected one or more of {', '.join(get_args(GPU))}; got none")
     rows = [
-        report(
-            name,
-            kernel,
-            target,
-            dtype,
-            compile_kernel(gpu_target(name), function, dtype, constants),
-        )
+        report(name, dtype, *variant)
         for name in options.gpu
         for dtype in DTYPES
-        for kernel, target, function, constants in variants(gpu_target(name), dtype)
+        for variant in variants(gpu_target(name), DTYPES[dtype])
     ]
     if options.json:
-        print(json.dumps([asdict(r) for r in rows]))
+        print(json.dumps(rows))
         return
-    print(
-        "gpu     kernel   target                   dtype regs spill loop/el special waits cross "
-        "ld128 ld< st128 st<"
-    )
-    for r in rows:
-        print(
-            f"{r.gpu:7} {r.kernel:8} {r.target:24} {r.dtype:5} {r.registers:4} {r.spill:5} "
-            f"{r.loop_per_element:7.2f} {r.special:7.2f} {r.waits:5} {r.cross_thread:5} "
-            f"{r.ld128:5} {r.ld_narrow:3} {r.st128:5} {r.st_narrow:3}"
-        )
+    for row in rows:
+        row |= {key: f"{row[key]:.2f}" for key in ("loop_per_element", "special")}
+    print(aligned({head: [str(row[key]) for row in rows] for key, head in HEADS.items()}))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,12 @@ Three operators stand below it, all on logits of shape (N, V):
 
 They are registered with torch.library, each with a fake kernel (shapes only), so torch.compile sees
 one opaque call instead of breaking the graph, and losses run on the meta device. An operator takes
-tensors and numbers only, so a target travels in parts (pack):
+tensors and numbers only, so a target travels in parts (pack, unpack), and the path with it:
 
     kind         p              aux                  table                     alpha      beta
     two-level    mask (V,)      target token ids     bitmask                   alpha      beta
     dense        P
     teacher      t (N, V)       mask of the bias     bias, or the kernels'     strength
-
-`impl` names the path: "triton", "triton-simple" or "torch".
 """
 
 from importlib import import_module
@@ -33,11 +31,12 @@ from .arguments import (
     resolve_impl,
     resolve_row_weights,
     resolve_target,
+    weighted,
 )
 from .reference import compute_dtype
-from .target import Target, TeacherTarget, TokenBias, TwoLevelTarget
+from .target import Target, TeacherTarget, TokenBias, TwoLevelTarget, check_floating
 
-Packed = tuple[str, Tensor, Tensor | None, Tensor | None, float, float]
+PACKED = "str kind, Tensor p, Tensor? aux, Tensor? table, float alpha, float beta, str impl"
 
 
 def fused_kl_div(
@@ -74,9 +73,7 @@ def fused_kl_div(
         RuntimeError: the path asked for cannot run here (nothing falls back silently), or a second
             or a forward-mode derivative is asked for.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = getattr(logits, "dtype", type(logits).__name__)
-        raise TypeError(f"logits must be a floating-point tensor (..., V), got {got}")
+    check_floating("logits", logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     refuse_forward_mode("fused_kl_div", logits)
@@ -89,11 +86,9 @@ def fused_kl_div(
     weights = resolve_row_weights(row_weights, logits.shape[:-1], logits.device)
     impl = resolve_impl(impl, logits.device, logits.dtype)
     rows = _as_rows(logits, inplace_backward)
-    loss, *_ = _KlDiv.apply(
-        rows, inplace_backward, impl, *pack(target, rows.shape[0], rows.dtype, impl)
-    )
+    loss, *_ = _KlDiv.apply(rows, inplace_backward, *pack(target, rows.dtype, impl))
     if weights is not None:
-        loss = torch.where(weights == 0, 0.0, loss * weights)
+        loss = weighted(loss, weights)
     if reduction == "none":
         return loss.view(logits.shape[:-1])
     # Not loss.mean(): the gradient of a sum is one number, which the backward reads as such.
@@ -119,60 +114,56 @@ def _as_rows(logits: Tensor, inplace: bool) -> Tensor:
     )
 
 
-def pack(target: Target, rows: int, dtype: torch.dtype, impl: str) -> Packed:
-    """Take a target of logits (N, V) of this dtype apart, as the operators take it."""
+def pack(target: Target, dtype: torch.dtype, impl: str) -> tuple[Any, ...]:
+    """Take a target of logits (N, V) of this dtype apart, as the operators take it: PACKED."""
     for_triton = impl != "torch"
     vec = 16 // dtype.itemsize
     if isinstance(target, TwoLevelTarget):
         table = target.bitmasks[vec] if for_triton else None
-        return "two-level", target.mask, target.index, table, target.alpha, target.beta
+        return "two-level", target.mask, target.index, table, target.alpha, target.beta, impl
     if isinstance(target, TeacherTarget):
-        assert target.logits is not None
-        t, bias = _as_rows(target.logits, False), target.bias
+        t, bias = target.hidden if target.logits is None else target.logits, target.bias
+        assert t is not None
+        t = _as_rows(t, False)
         if bias is None:
-            return "teacher", t, None, None, 0.0, 0.0
+            return "teacher", t, None, None, 0.0, 0.0, impl
         table = bias.tables[vec] if for_triton else bias.vector
-        return "teacher", t, bias.mask, table, bias.strength, 0.0
-    p = target if target.ndim == 1 else target.reshape(rows, target.shape[-1])
-    return "dense", p, None, None, 0.0, 0.0
+        return "teacher", t, bias.mask, table, bias.strength, 0.0, impl
+    p = target if target.ndim == 1 else target.flatten(0, -2)
+    return "dense", p, None, None, 0.0, 0.0, impl
 
 
 def unpack(
-    dtype: torch.dtype,
-    kind: str,
-    p: Tensor,
-    aux: Tensor | None,
-    table: Tensor | None,
-    alpha: float,
-    beta: float,
-) -> Target:
-    """Put a target together again, with the one table that logits of this dtype need."""
-    if kind == "dense":
-        return p
-    tables = {} if table is None else {16 // dtype.itemsize: table}
+    logits: Tensor, kind: str, p: Tensor, aux: Any, table: Any, alpha: float, beta: float, impl: str
+) -> tuple[ModuleType, Target]:
+    """The launchers, and the target put together again with the one table that the logits need."""
+    tables = {16 // logits.dtype.itemsize: table}
+    target: Target = p
     if kind == "two-level":
-        assert aux is not None
-        return TwoLevelTarget.from_parts(p, aux, tables, alpha, beta)
-    bias = None if table is None else TokenBias(table, aux, alpha, tables)
-    return TeacherTarget.from_parts(p, bias)
+        target = TwoLevelTarget.from_parts(p, aux, tables, alpha, beta)
+    elif kind == "teacher":
+        bias = None if table is None else TokenBias(table, aux, alpha, tables)
+        target = TeacherTarget.from_parts(p, bias)
+    return launchers(impl, logits.device, kind), target
 
 
 def launchers(impl: str, device: torch.device, kind: str) -> ModuleType:
     """Import the module that has forward(logits, target) -> loss, lse, norm and
-    backward(logits, lse, norm, target, grad_loss, out) for this kind of target."""
+    backward(logits, lse, norm, target, grad_loss, out) for this kind of target. Logits are (N, V)
+    with a contiguous last dimension, out may be the logits, and the target is on their device."""
     if impl == "torch":
         return torch_teacher if kind == "teacher" else torch_kl_div
-    names = {"dense": "triton_launch", "two-level": "triton_launch", "teacher": "triton_teacher"}
+    name = "triton_teacher" if kind == "teacher" else "triton_launch"
     if impl == "triton-simple":
         if kind != "two-level":
             raise TypeError(
                 f'impl="triton-simple" takes a TwoLevelTarget, got a {kind} one; pass impl="triton"'
             )
-        names[kind] = "triton_simple"
+        name = "triton_simple"
     try:
         import triton  # here and not above: the package works without it
 
-        module = import_module(f".{names[kind]}", __package__)
+        module = import_module(f".{name}", __package__)
     except ImportError as error:
         raise RuntimeError(
             'impl="triton" needs Triton, which is not installed; install it or pass impl="torch"'
@@ -185,53 +176,44 @@ def launchers(impl: str, device: torch.device, kind: str) -> ModuleType:
     return module
 
 
-def new_norm(loss: Tensor, kind: str) -> Tensor:
-    """Uninitialised norm of the rows of this loss: (N, 3) for a teacher, else (N,)."""
-    return loss.new_empty((*loss.shape, 3) if kind == "teacher" else loss.shape)
+def empty_results(rows: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised loss, lse and norm of logits of this dtype: (N,) each, or (N, 3) for a
+    teacher's norm."""
+    n = rows.shape[0]
+    loss = rows.new_empty(n, dtype=compute_dtype(dtype))
+    return loss, torch.empty_like(loss), loss.new_empty((n, 3) if kind == "teacher" else n)
 
 
-@torch.library.custom_op("kernels::kl_div_forward", mutates_args=())
-def kl_div_forward(
-    logits: Tensor,
-    kind: str,
-    p: Tensor,
-    aux: Tensor | None,
-    table: Tensor | None,
-    alpha: float,
-    beta: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "kernels::kl_div_forward",
+    mutates_args=(),
+    schema=f"(Tensor logits, {PACKED}) -> (Tensor, Tensor, Tensor)",
+)
+def kl_div_forward(logits: Tensor, *packed: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and log-sum-exp per row, (N,) each; and norm, (N,), or (N, 3) for a teacher."""
-    target = unpack(logits.dtype, kind, p, aux, table, alpha, beta)
-    results = launchers(impl, logits.device, kind).forward(logits, target)
+    kernels, target = unpack(logits, *packed)
+    results = kernels.forward(logits, target)
     refuse_negative(results[0], target)
     return results
 
 
 @kl_div_forward.register_fake
 def _(logits: Tensor, kind: str, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    loss = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits.dtype))
-    return loss, torch.empty_like(loss), new_norm(loss, kind)
+    return empty_results(logits, logits.dtype, kind)
 
 
-@torch.library.custom_op("kernels::kl_div_backward", mutates_args=())
+@torch.library.custom_op(
+    "kernels::kl_div_backward",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor lse, Tensor norm, Tensor grad_loss, {PACKED}) -> Tensor",
+)
 def kl_div_backward(
-    logits: Tensor,
-    lse: Tensor,
-    norm: Tensor,
-    grad_loss: Tensor,
-    kind: str,
-    p: Tensor,
-    aux: Tensor | None,
-    table: Tensor | None,
-    alpha: float,
-    beta: float,
-    impl: str,
+    logits: Tensor, lse: Tensor, norm: Tensor, grad_loss: Tensor, *packed: Any
 ) -> Tensor:
     """The gradient of the logits as a new tensor (N, V), in their dtype."""
+    kernels, target = unpack(logits, *packed)
     out = torch_kl_div.empty_gradient(logits)
-    target = unpack(logits.dtype, kind, p, aux, table, alpha, beta)
-    launchers(impl, logits.device, kind).backward(logits, lse, norm, target, grad_loss, out)
+    kernels.backward(logits, lse, norm, target, grad_loss, out)
     return out
 
 
@@ -240,23 +222,17 @@ def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty_strided(logits.shape, torch_kl_div.gradient_strides(logits))
 
 
-@torch.library.custom_op("kernels::kl_div_backward_", mutates_args=("logits",))
+@torch.library.custom_op(
+    "kernels::kl_div_backward_",
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, Tensor lse, Tensor norm, Tensor grad_loss, {PACKED}) -> ()",
+)
 def kl_div_backward_(
-    logits: Tensor,
-    lse: Tensor,
-    norm: Tensor,
-    grad_loss: Tensor,
-    kind: str,
-    p: Tensor,
-    aux: Tensor | None,
-    table: Tensor | None,
-    alpha: float,
-    beta: float,
-    impl: str,
+    logits: Tensor, lse: Tensor, norm: Tensor, grad_loss: Tensor, *packed: Any
 ) -> None:
     """The gradient of the logits, over the logits."""
-    target = unpack(logits.dtype, kind, p, aux, table, alpha, beta)
-    launchers(impl, logits.device, kind).backward(logits, lse, norm, target, grad_loss, logits)
+    kernels, target = unpack(logits, *packed)
+    kernels.backward(logits, lse, norm, target, grad_loss, logits)
 
 
 class _KlDiv(torch.autograd.Function):
@@ -265,34 +241,37 @@ class _KlDiv(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Tensor, _: bool, impl: str, *packed: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return kl_div_forward(logits, *packed, impl)
+    def forward(logits: Tensor, inplace: bool, *packed: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return kl_div_forward(logits, *packed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, ctx.inplace, ctx.impl, ctx.kind, p, aux, table, *ctx.numbers = inputs
+        logits, ctx.inplace, ctx.kind, p, aux, table, *ctx.options = inputs
         ctx.save_for_backward(logits, *output[1:], p, aux, table)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, lse, norm, *tensors = ctx.saved_tensors
-        arguments = lse, norm, grad_loss, ctx.kind, *tensors, *ctx.numbers, ctx.impl
-        if torch.is_grad_enabled():  # create_graph=True, or torch.func.grad
-            if ctx.inplace:  # the graph would keep logits that are overwritten here
-                refuse_second_derivative("fused_kl_div")
-            grad = FirstDerivative.apply("fused_kl_div", kl_div_backward, logits, *arguments)
-        elif ctx.inplace:
+        arguments = lse, norm, grad_loss, ctx.kind, *tensors, *ctx.options
+        if not ctx.inplace:
+            grad = first_derivative("fused_kl_div", kl_div_backward, logits, *arguments)
+        elif torch.is_grad_enabled():  # the graph would keep logits that are overwritten here
+            refuse_second_derivative("fused_kl_div")
+        else:
             grad = logits.detach()
             kl_div_backward_(grad, *arguments)
-        else:
-            grad = kl_div_backward(logits, *arguments)
         return grad, *(None,) * 8
 
 
-class FirstDerivative(torch.autograd.Function):
-    """The results of an operator that computes a first derivative; their own is refused."""
+def first_derivative(name: str, operator: Any, *arguments: Any) -> Any:
+    """The results of an operator that computes a derivative; theirs is refused, not 0."""
+    if torch.is_grad_enabled():  # create_graph=True, or torch.func.grad
+        return _FirstDerivative.apply(name, operator, *arguments)
+    return operator(*arguments)
 
+
+class _FirstDerivative(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod

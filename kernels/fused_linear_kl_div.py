@@ -9,9 +9,9 @@ per row, and an upstream gradient g of each row's loss,
 
 Rows are taken in chunks. A chunk's logits lie in one buffer that all chunks reuse; the loss's
 backward writes dz over them, and two matrix products make dh and add to dW. Beside the results only
-one chunk is ever in memory, whatever N; a teacher given by its hidden states has a second one. (The
-idea is that of Liger's fused linear cross-entropy; Cut Cross-Entropy, Wijmans et al. 2024, goes
-further and keeps no chunk.)
+one chunk is ever in memory, whatever N; a second one for a teacher given by its hidden states, or
+for an (N, V) target of which rows of weight 0 are left out. (The idea is that of Liger's fused
+linear cross-entropy; Cut Cross-Entropy, Wijmans et al. 2024, goes further and keeps no chunk.)
 
 When the gradients are formed. For "batchmean" and "sum" the upstream gradient is one number, so the
 forward computes (2) and (3) with g = 1, or the row's weight, while the chunk's logits are at hand,
@@ -51,10 +51,11 @@ from .arguments import (
     resolve_impl,
     resolve_row_weights,
     resolve_target,
+    weighted,
 )
-from .fused_kl_div import FirstDerivative, launchers, pack, unpack
+from .fused_kl_div import PACKED, empty_results, first_derivative, pack, unpack
 from .reference import compute_dtype
-from .target import Target, TeacherTarget
+from .target import Target, TeacherTarget, check_head
 
 CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
 CUDA_CHUNK_ROWS = 2048  # 412 MB: what a GPU needs to be busy with each product
@@ -104,15 +105,11 @@ def fused_linear_kl_div(
     Args:
         hidden: (..., C), the LM head's input.
         weight: (V, C), as F.linear takes it; of hidden's dtype, or any under autocast.
-        target: a TwoLevelTarget, a TeacherTarget, or probabilities (V,) or (..., V). No gradient
-            flows to it. Negative probabilities are refused as in fused_kl_div.
-        reduction: "batchmean" (mean over all rows), "sum", or "none" (one value per row, (...)).
+        target, reduction, impl, row_weights: as in fused_kl_div, for logits (..., V).
         chunk_rows: rows whose logits exist at a time; None: 2,048 on CUDA, 512 elsewhere.
-        impl: "triton" (the default for CUDA tensors) or "torch" (for all others).
         return_lse: return each row's log-sum-exp too, so that e^(z - lse) is the probability of any
-            token whose logit z the caller computes. It carries no gradient.
-        row_weights: (...), a factor per row; 0 leaves a row out (padding), whatever is in it.
-            "batchmean" divides by their sum. No gradient flows to them.
+            token whose logit z the caller computes. It carries no gradient, and means nothing in a
+            row of weight 0.
 
     Returns:
         The loss in float32 (float64 for float64 arguments), first derivatives in reverse mode only.
@@ -121,10 +118,9 @@ def fused_linear_kl_div(
         target itself gives a token the probability e^(t + b - lse_target).
 
     Raises:
-        TypeError, ValueError: a bad argument: what was got, what was expected.
-        RuntimeError: the path asked for cannot run here, or a second or a forward-mode derivative
-            is asked for.
+        TypeError, ValueError, RuntimeError: as fused_kl_div.
     """
+    check_head(hidden, weight)
     dtype = _product_dtype(hidden, weight)
     refuse_forward_mode("fused_linear_kl_div", hidden, weight)
     vocab, leading = weight.shape[0], hidden.shape[:-1]
@@ -138,39 +134,26 @@ def fused_linear_kl_div(
     rows = hidden.reshape(math.prod(leading), hidden.shape[-1])  # (N, C)
     sum_rows = reduction != "none"
     early = sum_rows and dtype != torch.float16 and torch.is_grad_enabled()
+    needs = early and hidden.requires_grad, early and weight.requires_grad
     if weights is not None:
         weights = weights.to(compute_dtype(dtype))
-    teacher_weight = None
-    if isinstance(target, TeacherTarget) and target.hidden is not None:
-        assert target.weight is not None
-        teacher_weight = target.weight
-        products = _product_dtype(target.hidden, teacher_weight)
-        target = TeacherTarget.from_parts(target.hidden.to(products), target.bias)
-    packed = pack(target, rows.shape[0], dtype, impl)
-    loss, lse, lse_target, *_ = _LinearKlDiv.apply(
-        rows, weight, weights, early, sum_rows, chunk_rows, dtype, teacher_weight, *packed, impl
+    kind, p, *packed = pack(target, dtype, impl)
+    teacher_weight = target.weight if isinstance(target, TeacherTarget) else None
+    if teacher_weight is not None:
+        p = p.to(_product_dtype(p, teacher_weight))
+    loss, lse, norm, *_ = _LinearKlDiv.apply(
+        rows, weight, weights, sum_rows, *needs, teacher_weight, chunk_rows, dtype, kind, p, *packed
     )
     loss = mean_of(loss, reduction, rows.shape[0], weights) if sum_rows else loss.view(leading)
     if not return_lse:
         return loss
     if isinstance(target, TeacherTarget):
-        return loss, lse.view(leading), lse_target.view(leading)
+        return loss, lse.view(leading), norm[:, 0].view(leading)
     return loss, lse.view(leading)
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which F.linear would multiply; TypeError or ValueError if it could not."""
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = getattr(x, "dtype", type(x).__name__)
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "hidden must be (..., C) and weight (V, C), as F.linear takes them; "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if hidden.device != weight.device:
-        raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}")
+    """The dtype in which F.linear would multiply; TypeError if it would not."""
     device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # "meta" would be an error
         return torch.get_autocast_dtype(device)
@@ -181,73 +164,78 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-@torch.library.custom_op("kernels::linear_kl_div", mutates_args=())
+@torch.library.custom_op(
+    "kernels::linear_kl_div",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? g, bool need_hidden, bool need_weight, "
+    f"Tensor? teacher_weight, SymInt chunk_rows, ScalarType dtype, {PACKED}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def linear_kl_div(
     hidden: Tensor,
     weight: Tensor,
-    row_weights: Tensor | None,
-    upstream: Tensor | None,
-    sum_rows: bool,
+    g: Tensor | None,
     need_hidden: bool,
     need_weight: bool,
+    teacher_weight: Tensor | None,
     chunk_rows: int,
     dtype: torch.dtype,
-    teacher_weight: Tensor | None,
     kind: str,
     p: Tensor,
-    aux: Tensor | None,
-    table: Tensor | None,
-    alpha: float,
-    beta: float,
-    impl: str,
+    *packed: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, summed or per row (N,); lse (N,); lse_target, (N,) for a teacher, else (0,); dh and
-    dW of (3) if needed, else (0,).
+    """loss, lse, norm per row, as kl_div_forward has them; dh and dW of (3) if needed, else (0,).
 
-    hidden is (N, C); the g of (2) is row_weights (N,) times upstream (N,), each None for 1; dtype
+    hidden is (N, C); g is that of (2), (N,), None for 1; a row where it is 0 reaches no gradient,
+    whatever is in it, and is left out on the CPU, where g can be looked at without waiting. dtype
     is that of the products. With a teacher_weight, p is the teacher's hidden states.
     """
-    kernels = launchers(impl, hidden.device, kind)
     (n, width), vocab = hidden.shape, weight.shape[0]
     padded = (vocab + 63) // 64 * 64
     buffer = hidden.new_empty((min(chunk_rows, n), padded), dtype=dtype)[:, :vocab]
-    loss = hidden.new_empty(n, dtype=compute_dtype(dtype))
-    lse, lse_target = torch.empty_like(loss), loss.new_empty(n if kind == "teacher" else 0)
+    loss, lse, norm = empty_results(hidden, dtype, kind)
     grad_hidden = hidden.new_empty((n, width) if need_hidden else 0)
     # Unwritten until the first chunk; zero if there are no rows.
     grad_weight = (loss.new_empty if n else loss.new_zeros)((vocab, width) if need_weight else 0)
-    g = loss.new_ones(1).expand(n) if upstream is None else upstream
-    if row_weights is not None:
-        g = g * row_weights
+    upstream = loss.new_ones(1).expand(n) if g is None else g
+    chunks: Any = [slice(start, min(start + chunk_rows, n)) for start in range(0, n, chunk_rows)]
+    if g is not None and g.device.type == "cpu" and not g.all():
+        chunks = g.nonzero().squeeze(1).split(chunk_rows)
+        for x in (loss, lse, norm, grad_hidden):
+            x.zero_()
     with torch.autocast(hidden.device.type, enabled=False):
         w = weight.to(dtype)  # (V, C)
         if teacher_weight is not None:
             teacher_weight = teacher_weight.to(p.dtype)
             teacher_buffer = buffer.new_empty((len(buffer), padded), dtype=p.dtype)[:, :vocab]
-        for start in range(0, n, chunk_rows):
-            rows = slice(start, min(start + chunk_rows, n))
+        for i, rows in enumerate(chunks):
             h = hidden[rows].to(dtype)  # (R, C)
             p_rows = p[rows] if p.ndim == 2 else p
             if teacher_weight is not None:  # (R, C) -> (R, V)
                 p_rows = torch.mm(p_rows, teacher_weight.t(), out=teacher_buffer[: len(h)])
             z = torch.mm(h, w.t(), out=buffer[: len(h)])  # (1): (R, V)
-            target = unpack(dtype, kind, p_rows, aux, table, alpha, beta)
-            loss[rows], lse[rows], norm = kernels.forward(z, target)
+            kernels, target = unpack(z, kind, p_rows, *packed)
+            loss[rows], lse[rows], norm[rows] = kernels.forward(z, target)
             refuse_negative(loss[rows], target)
-            if kind == "teacher":
-                lse_target[rows] = norm[:, 0]
-            if need_hidden or need_weight:
-                kernels.backward(z, lse[rows], norm, target, g[rows], z)  # (2), over z
+            if need_hidden or need_weight:  # (2), over z
+                kernels.backward(z, lse[rows], norm[rows], target, upstream[rows], z)
             if need_hidden:
-                grad_hidden[rows] = _product(z, w)  # (3): (R, C)
+                grad_hidden[rows] = _product(z, w).to(hidden.dtype)  # (3): (R, C)
             if need_weight:
-                if row_weights is not None:  # 0 * NaN would be NaN
-                    h = h.masked_fill(row_weights[rows, None] == 0, 0.0)
-                _add_product(grad_weight, z, h, first=start == 0)  # (3): (V, C)
-    if row_weights is not None:
-        loss = torch.where(row_weights == 0, 0.0, loss * row_weights)
-    loss = loss.sum() if sum_rows else loss
-    return loss, lse, lse_target, grad_hidden, grad_weight.to(weight.dtype)
+                if g is not None:  # 0 * NaN would be NaN
+                    h = h.masked_fill(g[rows, None] == 0, 0.0)
+                _add_product(grad_weight, z, h, first=i == 0)  # (3): (V, C)
+    return loss, lse, norm, grad_hidden, grad_weight.to(weight.dtype)
+
+
+@linear_kl_div.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, g: Any, need_hidden: bool, need_weight: bool, *rest: Any
+) -> tuple[Tensor, ...]:
+    _, _, dtype, kind, *_ = rest
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
+    grad_weight = weight.new_empty(weight.shape if need_weight else 0)
+    return *empty_results(hidden, dtype, kind), grad_hidden, grad_weight
 
 
 def has_wide_products(x: Tensor) -> bool:
@@ -282,17 +270,6 @@ def _add_product(total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
                 total[block] += product.to(total.dtype)
 
 
-@linear_kl_div.register_fake
-def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _, _, sum_rows, need_hidden, need_weight, _, dtype, _, kind, *_ = rest
-    lse = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(dtype))
-    loss = lse.new_empty(() if sum_rows else lse.shape)
-    lse_target = lse.new_empty(lse.shape if kind == "teacher" else 0)
-    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
-    grad_weight = weight.new_empty(weight.shape if need_weight else 0)
-    return loss, lse, lse_target, grad_hidden, grad_weight
-
-
 class _LinearKlDiv(torch.autograd.Function):
     """The operator's autograd; not registered with it, because it scales outputs in place."""
 
@@ -300,41 +277,40 @@ class _LinearKlDiv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, row_weights: Tensor | None, early: bool, *rest: Any
+        hidden: Tensor, weight: Tensor, row_weights: Tensor | None, sum_rows: bool, *options: Any
     ) -> tuple[Tensor, ...]:
-        needs = early and hidden.requires_grad, early and weight.requires_grad
-        sum_rows, *options = rest
-        return linear_kl_div(hidden, weight, row_weights, None, sum_rows, *needs, *options)
+        loss, *rest = linear_kl_div(hidden, weight, row_weights, *options)
+        if row_weights is not None:
+            loss = weighted(loss, row_weights)
+        return loss.sum() if sum_rows else loss, *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        (hidden, weight, row_weights, ctx.is_early, _, ctx.chunk_rows, ctx.dtype, teacher_weight,
-         ctx.kind, p, aux, table, ctx.alpha, ctx.beta, ctx.impl) = inputs  # fmt: skip
+        hidden, weight, row_weights, _, *needs, teacher_weight = inputs[:7]
+        *ctx.options, p, aux, table = inputs[7:13]
+        ctx.levels = inputs[13:]
         ctx.save_for_backward(hidden, weight, row_weights, teacher_weight, p, aux, table)
-        ctx.early = output[3:]
+        ctx.is_early, ctx.early = any(needs), output[3:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else backward gets zeros, as large as dW
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:  # nothing depends on the loss
-            return (None,) * 15
+            return (None,) * 16
         needs = ctx.needs_input_grad[:2]
         grads, ctx.early = ctx.early, None  # scaled in place, so one backward alone may have them
-        once = torch.is_grad_enabled()  # create_graph=True, or torch.func.grad
-        late = once or not ctx.is_early
+        late = torch.is_grad_enabled() or not ctx.is_early
         if late or grads is None:
-            hidden, weight, row_weights, teacher_weight, *tensors = ctx.saved_tensors
-            upstream = grad_loss.expand(hidden.shape[0]) if late else None
-            arguments = (
-                hidden, weight, row_weights, upstream, True, *needs, ctx.chunk_rows, ctx.dtype,
-                teacher_weight, ctx.kind, *tensors, ctx.alpha, ctx.beta, ctx.impl,
+            hidden, weight, g, teacher_weight, *tensors = ctx.saved_tensors
+            if late:
+                upstream = grad_loss.expand(hidden.shape[0])
+                g = upstream if g is None else g * upstream
+            *_, grad_hidden, grad_weight = first_derivative(
+                "fused_linear_kl_div", linear_kl_div, hidden, weight, g, *needs, teacher_weight,
+                *ctx.options, *tensors, *ctx.levels,
             )  # fmt: skip
-            if once:
-                name = "fused_linear_kl_div"
-                grads = FirstDerivative.apply(name, linear_kl_div, *arguments)[3:]
-            else:
-                grads = linear_kl_div(*arguments)[3:]
+            grads = grad_hidden, grad_weight
         if not late:
             grads = [grad.mul_(grad_loss) for grad in grads]
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 13
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 14

@@ -48,9 +48,14 @@ def format_table(table: list[Row]) -> str:
         "error": [cell(row.error, ".1e") for row in table],
         "": [row.skip_reason for row in table],
     }
-    filled = [[head, *cells] for head, cells in columns.items() if cells]
-    aligned = [[text.ljust(max(map(len, column))) for text in column] for column in filled]
-    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+    return aligned({head: cells for head, cells in columns.items() if cells})
+
+
+def aligned(columns: dict[str, list[str]]) -> str:
+    """Lay the columns out side by side under their heads."""
+    whole = [[head, *cells] for head, cells in columns.items()]
+    padded = [[text.ljust(max(map(len, column))) for text in column] for column in whole]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
 
 
 def plot(table: list[Row], path: Path, title: str) -> None:

@@ -39,7 +39,6 @@ class TwoLevelTarget:
         index: int64 (|S|,), the ids of the target tokens, ascending.
         bitmasks: the tables of bitmask.py, by the elements in 16 bytes of logits.
         alpha, beta: the normalised probabilities.
-        sum_p_log_p: sum over the vocabulary of P log P in nats, with 0 log 0 = 0.
 
     Raises:
         TypeError: mask is not a bool tensor.
@@ -73,7 +72,9 @@ class TwoLevelTarget:
             )
         ratio = beta / alpha  # before any sum of weights, which could overflow
         total = size + (vocab - size) * ratio
-        self._set(mask, index, bitmasks, 1 / total, ratio / total)
+        self.alpha, self.beta = 1 / total, ratio / total
+        self.mask, self.index, self.bitmasks = mask, index, bitmasks
+        self._on_device: dict[torch.device, TwoLevelTarget] = {}
 
     @classmethod
     def from_parts(
@@ -81,18 +82,10 @@ class TwoLevelTarget:
     ) -> "TwoLevelTarget":
         """Build from these attributes, unchecked: no copy, no host synchronisation."""
         target = cls.__new__(cls)
-        target._set(mask, index, bitmasks, alpha, beta)
+        target.alpha, target.beta = alpha, beta
+        target.mask, target.index, target.bitmasks = mask, index, bitmasks
+        target._on_device = {}
         return target
-
-    def _set(
-        self, mask: Tensor, index: Tensor, bitmasks: dict[int, Tensor], alpha: float, beta: float
-    ) -> None:
-        self.mask, self.index, self.bitmasks = mask, index, bitmasks
-        self.alpha, self.beta = alpha, beta
-        others = self.vocab_size - self.size
-        beta_log_beta = beta * math.log(beta) if beta > 0 else 0.0
-        self.sum_p_log_p = self.size * alpha * math.log(alpha) + others * beta_log_beta
-        self._on_device: dict[torch.device, TwoLevelTarget] = {}
 
     @property
     def size(self) -> int:
@@ -103,6 +96,12 @@ class TwoLevelTarget:
     def vocab_size(self) -> int:
         """V, the number of tokens."""
         return self.mask.numel()
+
+    @property
+    def sum_p_log_p(self) -> float:
+        """The sum over the vocabulary of P log P in nats, with 0 log 0 = 0."""
+        levels = (self.size, self.alpha), (self.vocab_size - self.size, self.beta)
+        return sum(count * p * math.log(p) for count, p in levels if p > 0)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """P as a tensor (V,) on the device of the mask."""
@@ -116,13 +115,10 @@ class TwoLevelTarget:
             return self
         if device not in self._on_device:
             with torch.inference_mode(False):
-                self._on_device[device] = TwoLevelTarget.from_parts(
-                    self.mask.to(device),
-                    self.index.to(device),
-                    {vec: table.to(device) for vec, table in self.bitmasks.items()},
-                    self.alpha,
-                    self.beta,
-                )
+                mask, index = self.mask.to(device), self.index.to(device)
+                bitmasks = {vec: table.to(device) for vec, table in self.bitmasks.items()}
+            there = TwoLevelTarget.from_parts(mask, index, bitmasks, self.alpha, self.beta)
+            self._on_device[device] = there
         return self._on_device[device]
 
     def __repr__(self) -> str:
@@ -166,6 +162,7 @@ class TeacherTarget:
     Attributes:
         logits: t; None after from_hidden.
         hidden, weight: as given to from_hidden, else None.
+        shape, device: those of t.
         bias: TokenBias, a copy of b; None if b is None or 0 everywhere.
 
     Raises:
@@ -174,10 +171,13 @@ class TeacherTarget:
             a teacher); b has NaN or +inf, or is -inf everywhere.
     """
 
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+
     def __init__(self, logits: Tensor, bias: Tensor | None = None) -> None:
-        self.logits: Tensor | None = _constant("the teacher's logits", logits)
-        self.hidden: Tensor | None = None
-        self.weight: Tensor | None = None
+        self.logits = _constant("the teacher's logits", logits)
+        self.shape, self.device = logits.shape, logits.device
         if logits.ndim == 0 or logits.shape[-1] == 0:
             raise ValueError(f"the teacher's logits must be (..., V), got {tuple(logits.shape)}")
         self.bias = _token_bias(bias, logits.shape[-1], logits.device)
@@ -195,14 +195,11 @@ class TeacherTarget:
             bias: b (V,), as above.
         """
         target = cls.__new__(cls)
-        target.logits = None
-        target.hidden = _constant("the teacher's hidden states", hidden)
+        check_head(hidden, weight, "the teacher's ")
+        target.hidden = _constant("the teacher's hidden", hidden)
         target.weight = _constant("the teacher's weight", weight)
-        if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
-            raise ValueError(
-                "the teacher's hidden states must be (..., C) and its weight (V, C); "
-                f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-            )
+        target.shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
+        target.device = hidden.device
         target.bias = _token_bias(bias, weight.shape[0], weight.device)
         return target
 
@@ -210,24 +207,9 @@ class TeacherTarget:
     def from_parts(cls, logits: Tensor, bias: TokenBias | None) -> "TeacherTarget":
         """Build from these attributes, unchecked: no copy, no host synchronisation."""
         target = cls.__new__(cls)
-        target.logits, target.hidden, target.weight, target.bias = logits, None, None, bias
+        target.logits, target.bias = logits, bias
+        target.shape, target.device = logits.shape, logits.device
         return target
-
-    @property
-    def shape(self) -> torch.Size:
-        """(..., V), the shape of the teacher's logits."""
-        if self.logits is not None:
-            return self.logits.shape
-        assert self.hidden is not None
-        assert self.weight is not None
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the teacher's logits."""
-        x = self.hidden if self.logits is None else self.logits
-        assert x is not None
-        return x.device
 
     def whole_logits(self, dtype: torch.dtype) -> Tensor:
         """t + b of all rows, (..., V), in this dtype: for the definition, which keeps them."""
@@ -240,12 +222,30 @@ class TeacherTarget:
         return t.to(dtype) if self.bias is None else t.to(dtype) + self.bias.vector.to(dtype)
 
 
-def _constant(name: str, x: Tensor) -> Tensor:
-    """Check that x is floating-point and asks for no gradient; copy an inference tensor, which
-    autograd could not save."""
+def check_floating(name: str, x: Tensor) -> None:
+    """TypeError unless x is a floating-point tensor."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = getattr(x, "dtype", type(x).__name__)
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, whose: str = "") -> None:
+    """TypeError or ValueError unless F.linear takes these hidden states and this weight."""
+    check_floating(f"{whose}hidden", hidden)
+    check_floating(f"{whose}weight", weight)
+    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{whose}hidden must be (..., C) and weight (V, C), as F.linear takes them; "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if hidden.device != weight.device:
+        raise ValueError(f"{whose}hidden is on {hidden.device}, weight on {weight.device}")
+
+
+def _constant(name: str, x: Tensor) -> Tensor:
+    """Check that x is floating-point and asks for no gradient; copy an inference tensor, which
+    autograd could not save."""
+    check_floating(name, x)
     if x.requires_grad:
         raise ValueError(
             f"{name} must not require grad, for no gradient flows to a teacher; "

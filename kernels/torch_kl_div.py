@@ -42,14 +42,9 @@ HUGE_PAGE = 2 << 20  # bytes
 
 
 def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, log-sum-exp and |P| per row, (N,) each, in the dtype of the arithmetic.
-
-    Args:
-        logits: (N, V), last dimension contiguous.
-        target: TwoLevelTarget, or probabilities (V,) or (N, V), on the device of the logits.
-    """
+    """Loss, log-sum-exp and norm, |P|, per row, (N,) each, in the dtype of the arithmetic."""
     loss = logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype))
-    lse, sum_p = torch.empty_like(loss), torch.ones_like(loss)
+    lse, norm = torch.empty_like(loss), torch.ones_like(loss)
     for rows, (scratch,) in tiles(logits, 1):
         z = logits[rows]
         top = z.amax(-1, keepdim=True).to(loss.dtype)
@@ -63,17 +58,12 @@ def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tens
             # 0 log 0 = 0, and -inf costs nothing where P = 0: both are NaN before the fill.
             terms = torch.sub(p.log(), log_q, out=scratch).mul_(p).masked_fill_(p == 0, 0.0)  # (1)
             loss[rows] = terms.sum(-1)
-            sum_p[rows] = p.sum(-1)
-    return loss, lse, sum_p
+            norm[rows] = p.sum(-1)
+    return loss, lse, norm
 
 
 def backward(
-    logits: Tensor,
-    lse: Tensor,
-    sum_p: Tensor,
-    target: Probabilities,
-    grad_loss: Tensor,
-    out: Tensor,
+    logits: Tensor, lse: Tensor, norm: Tensor, target: Probabilities, grad_loss: Tensor, out: Tensor
 ) -> None:
     """Write grad_loss (N,) times (2) to out (N, V), which may be the logits themselves.
 
@@ -87,7 +77,7 @@ def backward(
             logits[rows], -1, dtype=dtype, out=out[rows] if out.dtype == dtype else scratch
         )
         g = (grad_loss[:1] if one_g else grad_loss[rows]).to(dtype).unsqueeze(-1)
-        scale = g * sum_p[rows, None] / q.sum(-1, keepdim=True)
+        scale = g * norm[rows, None] / q.sum(-1, keepdim=True)
         torch.addcmul(_rows_of(dense, rows, dtype) * -g, q, scale, out=out[rows])  # (2)
         if not one_g:
             out[rows].masked_fill_(g == 0, 0.0)  # 0 * NaN would be NaN

@@ -23,12 +23,7 @@ from .torch_kl_div import tiles
 
 def forward(logits: Tensor, target: TeacherTarget) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and log-sum-exp per row, (N,) each, in the dtype of the arithmetic; and norm, (N, 3),
-    whose first column is the log-sum-exp of u.
-
-    Args:
-        logits: (N, V), last dimension contiguous.
-        target: a teacher's logits (N, V), with a bias (V,) or None.
-    """
+    whose first column is the log-sum-exp of u."""
     loss = logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype))
     lse, norm = torch.empty_like(loss), loss.new_ones(len(loss), 3)
     for rows, (y, x, e) in tiles(logits, 3):

@@ -104,11 +104,11 @@ def test_derivatives_pass_gradcheck_and_second_ones_are_refused(kind):
 def test_the_operators_pass_opcheck(path, kind):
     """Schema, fake kernels, AOT dispatch with dynamic shapes; autograd is above the operators."""
     logits, upstream = random_logits(3, 40), random_logits(3, seed=1)
-    packed = pack(make_target(kind, logits.shape), 3, logits.dtype, path)
-    opcheck(kl_div_forward, (logits, *packed, path))
-    _, *of_rows = kl_div_forward(logits, *packed, path)
-    opcheck(kl_div_backward, (logits, *of_rows, upstream, *packed, path))
-    opcheck(kl_div_backward_, (logits, *of_rows, upstream, *packed, path))
+    packed = pack(make_target(kind, logits.shape), logits.dtype, path)
+    opcheck(kl_div_forward, (logits, *packed))
+    _, *of_rows = kl_div_forward(logits, *packed)
+    opcheck(kl_div_backward, (logits, *of_rows, upstream, *packed))
+    opcheck(kl_div_backward_, (logits, *of_rows, upstream, *packed))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import benchmark, fused_kl_div, fused_linear_kl_div, measure
-from kernels.benchmark import LOSSES, Case, Loss, Setting, make_target, skip_reason
+from kernels.benchmark import LOSSES, Case, Loss, Options, make_inputs, make_target, skip_reason
 from tests.kernels.kl_cases import DEVICE, two_level
 
 ROOT = Path(__file__).parents[2]
@@ -60,8 +60,8 @@ def test_the_triton_paths_run_in_the_benchmark(monkeypatch):
         "fused linear": Loss(partial(fused_linear_kl_div, impl="triton"), head=True),
     }
     monkeypatch.setattr(benchmark, "skip_reason", lambda *_: "")  # the simple kernels need CUDA
-    setting = Setting(torch.device(DEVICE), torch.float32, vocab=203, width=8)
-    for row in benchmark.measure(2, setting, 1e9, 0.0, losses):
+    options = Options(device=DEVICE, vocab=203, width=8, seconds=0.0)
+    for row in benchmark.measure(options, 2, 1e9, losses):
         assert row.error < 1e-5
 
 
@@ -94,13 +94,13 @@ LIBRARIES = {  # what each module of another library offers, in PyTorch
 
 def test_losses_of_other_libraries_are_called_as_they_are_written(monkeypatch):
     """Each with a stand-in for its module: the gradient is that of the target that it takes."""
-    setting = Setting(torch.device(DEVICE), torch.float32, vocab=203, width=8)
+    options = Options(device=DEVICE, vocab=203, width=8)
     assert {n for n, loss in LOSSES.items() if loss.needs not in ("", "triton")} == set(LIBRARIES)
     for name, contents in LIBRARIES.items():
         loss = LOSSES[name]
         monkeypatch.setitem(sys.modules, loss.needs, SimpleNamespace(**contents))
-        target = make_target(loss.target, loss.head, 3, setting)
-        case = Case(loss, setting.inputs(3, loss.head), target)
+        target = make_target(options, 3, loss.target, loss.head)
+        case = Case(loss, make_inputs(options, 3, loss.head), target)
         case.prepare()
         case.fwd_bwd()
         assert case.error() < 1e-5
@@ -231,6 +231,15 @@ def test_fused_losses_stay_within_their_memory():
     assert fused < buffer + spare
     assert linear < buffer / 2
     assert in_place < spare
+
+
+def test_help_says_in_words_that_no_figure_is_drawn(capsys):
+    """As the other options that have no value by default."""
+    with pytest.raises(SystemExit, match="0"):
+        benchmark.main(["--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "--plot FILE an image to draw time and memory in (default: none)" in words
+    assert "''" not in words
 
 
 def test_a_device_that_is_not_there_ends_in_one_line():

@@ -183,6 +183,15 @@ def test_the_report_explains_itself_without_compiling():
     assert "bytes of them spilled to memory" in result.stdout
 
 
+def test_gpu_without_a_name_is_an_error_in_one_line():
+    """Not a table without rows: the message lists the names."""
+    result = run_report(False, "--gpu")
+    assert result.returncode != 0
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: --gpu: expected one or more of sm_75, ")
+
+
 def test_the_report_refuses_to_run_interpreted():
     """Under TRITON_INTERPRET nothing is compiled, so there would be nothing to report."""
     result = run_report(interpret=True)

@@ -36,10 +36,10 @@ def test_gradients_come_only_where_they_are_asked_for(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], grad_hidden)
     loss = fused_linear_kl_div(hidden.detach(), weight, target)
     torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], grad_weight)
-    packed = pack(target, 9, hidden.dtype, "torch")
+    packed = pack(target, hidden.dtype, "torch")
     for needs in ((True, False), (False, True), (False, False)):
-        options = None, None, True, *needs, 4, hidden.dtype, None
-        *_, grad_hidden, grad_weight = linear_kl_div(hidden, weight, *options, *packed, "torch")
+        options = None, *needs, None, 4, hidden.dtype
+        *_, grad_hidden, grad_weight = linear_kl_div(hidden, weight, *options, *packed)
         grads = grad_hidden, grad_weight
         assert [g.numel() > 0 for g in grads] == list(needs)
     monkeypatch.setattr(launchers("torch", hidden.device, "two-level"), "backward", None)
@@ -83,13 +83,13 @@ def test_a_compiled_loss_is_one_graph_and_the_same(reduction):
             torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("flags", [(True, True, True), (False, True, False), (True, False, False)])
+@pytest.mark.parametrize("flags", [(True, True), (True, False), (False, False)])
 def test_the_operator_passes_opcheck(flags):
     """Schema, fake kernel, AOT dispatch with dynamic shapes; autograd is above the operator."""
     hidden, weight = (x.detach() for x in hidden_and_head(7, vocab=40))
-    packed = pack(two_level(40, 2.0, 1.0), 7, torch.float32, "torch")
-    options = None, None, *flags, 3, torch.float32, None
-    opcheck(linear_kl_div, (hidden, weight, *options, *packed, "torch"))
+    packed = pack(two_level(40, 2.0, 1.0), torch.float32, "torch")
+    options = None, *flags, None, 3, torch.float32
+    opcheck(linear_kl_div, (hidden, weight, *options, *packed))
 
 
 def test_an_exported_loss_and_one_on_the_meta_device_run():

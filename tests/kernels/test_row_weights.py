@@ -99,6 +99,28 @@ def test_nan_in_a_row_of_weight_zero_reaches_nothing(path, target):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA, looking at the weights would wait for it")
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_rows_of_weight_zero_are_not_computed(monkeypatch, reduction):
+    """Four of six rows reach the loss, in chunks of three, for a teacher's row each; with weights
+    of zero alone none do, and both gradients are zero."""
+    module = import_module("kernels.torch_teacher")
+    forward, seen = module.forward, []
+    monkeypatch.setattr(module, "forward", lambda z, p: seen.append(len(z)) or forward(z, p))
+    hidden, weight = hidden_and_head(2, 3)
+    target = TeacherTarget(random_logits(2, 3, 211))
+    options = {"chunk_rows": 3, "impl": "torch", "return_lse": True}
+    for weights, expected in ((WEIGHTS, [3, 1]), (torch.zeros(2, 3), [0])):
+        seen.clear()
+        loss, *of_rows = fused_linear_kl_div(
+            hidden, weight, target, "sum", row_weights=weights, **options
+        )
+        assert seen == expected
+        assert all((x[weights == 0] == 0).all() for x in of_rows)
+        for gradient in torch.autograd.grad(loss, (hidden, weight)):
+            assert gradient.any() == weights.any()
+
+
 def test_bad_weights_are_refused_by_name():
     """Another shape or device, not a tensor, or one that asks for a gradient."""
     logits, target = random_logits(2, 3, 8), two_level(8)

@@ -215,17 +215,19 @@ def test_the_operators_pass_opcheck(path, kind):
     """Schema, fake kernels, AOT dispatch with dynamic shapes; derivatives pass gradcheck."""
     logits, upstream = random_logits(3, 40), random_logits(3, seed=1)
     target = TeacherTarget(random_logits(3, 40, seed=2), make_bias(kind, 40))
-    packed = pack(target, 3, logits.dtype, path)
-    opcheck(kl_div_forward, (logits, *packed, path))
-    _, *of_rows = kl_div_forward(logits, *packed, path)
-    opcheck(kl_div_backward, (logits, *of_rows, upstream, *packed, path))
-    opcheck(kl_div_backward_, (logits, *of_rows, upstream, *packed, path))
+    packed = pack(target, logits.dtype, path)
+    opcheck(kl_div_forward, (logits, *packed))
+    _, *of_rows = kl_div_forward(logits, *packed)
+    opcheck(kl_div_backward, (logits, *of_rows, upstream, *packed))
+    opcheck(kl_div_backward_, (logits, *of_rows, upstream, *packed))
     hidden, weight = (x.detach() for x in hidden_and_head(3, vocab=40))
     teacher_weight = random_logits(40, 5, seed=3)
-    target = TeacherTarget.from_parts(random_logits(3, 5, seed=2), target.bias)
-    options = None, None, True, True, True, 2, logits.dtype, teacher_weight
-    packed = pack(target, 3, logits.dtype, path)
-    opcheck(linear_kl_div, (hidden, weight, *options, *packed, path))
+    target = TeacherTarget.from_hidden(
+        random_logits(3, 5, seed=2), teacher_weight, make_bias(kind, 40)
+    )
+    options = None, True, True, teacher_weight, 2, logits.dtype
+    packed = pack(target, logits.dtype, path)
+    opcheck(linear_kl_div, (hidden, weight, *options, *packed))
     if path == "torch":
         teacher = TeacherTarget(random_logits(3, 40, seed=2).double(), make_bias(kind, 40))
         double = logits.double().requires_grad_()
@@ -299,6 +301,7 @@ def test_bad_teachers_are_refused_by_name():
         (ValueError, "below \\+inf", lambda: TeacherTarget(logits, bias * torch.nan)),
         (ValueError, "for some token", lambda: TeacherTarget(logits, bias - INF)),
         (ValueError, r"weight \(V, C\)", lambda: TeacherTarget.from_hidden(hidden, weight.t())),
+        (ValueError, "is on", lambda: TeacherTarget.from_hidden(hidden, weight.to("meta"))),
         (
             ValueError,
             "shape of the student's",
