@@ -70,7 +70,7 @@ def summary(run_folders: Sequence[Path]) -> str:
               "Perplexity: of the samples, under the model before fine-tuning."]  # fmt: skip
     for (run, evaluation), row in rows:
         sample = typical(run, evaluation)[0]
-        text = "".join(piece.text for piece in pieces(sample.ids, run.target_tokens))
+        text = "".join(piece.text for piece in pieces(sample.ids, run.target_token_ids))
         lines += ["", f"{row['run']}: {printable(sample.prompt)}{text}"]
     folder = printable(shlex.quote(str(best(runs).folder)))
     return "\n".join([*lines, "", "Sample it:", f"    python -m train.sample --model {folder}"])
@@ -90,10 +90,11 @@ def _page(runs: Sequence[Run]) -> str:
     drawn = {name: [figures.curves([name], runs, theme, "svg") for theme in themes]
              for name in figures.CURVES}  # fmt: skip
     drawn["tradeoff"] = [figures.tradeoff(runs, theme, "svg") for theme in themes]
+    seconds = [sum(step.seconds for step in run.steps) for run in runs]
     settings = [
-        run.about | {"folder": run.folder, "seconds": f"{sum(run.seconds):,.1f}"}
-        | run.about["versions"] | run.about["options"]
-        for run in runs
+        run.about | {"folder": run.folder, "seconds": f"{total:,.1f}"}
+        | run.versions | run.about["options"]
+        for run, total in zip(runs, seconds, strict=True)
     ]  # fmt: skip
     names = dict.fromkeys(name for column in settings for name in column)
     return environment.get_template("report.html.jinja").render(

@@ -119,9 +119,9 @@ def _curve(axes: Axes, name: str, runs: Sequence[Run], theme: Theme) -> None:
 
 def _lines(name: str, run: Run) -> list[tuple[str, str, Sequence[float]]]:
     """Return a run's lines in one of CURVES: style, meaning, values."""
-    found = run.evaluations.values()
+    found, losses = run.evaluations.values(), [step.loss for step in run.steps]
     if name == "loss":
-        return [("-", "", run.losses)]
+        return [("-", "", losses)]
     if name == "r":
         top_k = [e.r_top_k for e in found]
         return [("-", "untruncated", [e.r for e in found]), ("--", "top-k", top_k)]
@@ -129,11 +129,12 @@ def _lines(name: str, run: Run) -> list[tuple[str, str, Sequence[float]]]:
         samples = [e.sample_perplexity for e in found]
         passage = [e.passage_perplexity for e in found]
         return [("-", "samples, start model", samples), ("--", "passage, this model", passage)]
-    bound = [math.exp(-max(loss, 0)) for loss in run.losses]
-    lines: list[tuple[str, str, Sequence[float]]] = [("-", "model", run.probabilities)]
+    bound = [math.exp(-max(loss, 0)) for loss in losses]
+    model = ("-", "model", [step.target_probability for step in run.steps])
     if run.tilt is not None:
-        return [*lines, ("--", "tilted teacher", run.predicted)]
-    return lines if run.about["beta"] else [*lines, (":", "lower bound exp(-KL)", bound)]
+        predicted = [step.predicted_probability for step in run.steps]
+        return [model, ("--", "tilted teacher", predicted)]
+    return [model] if run.beta else [model, (":", "lower bound exp(-KL)", bound)]
 
 
 def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
@@ -166,8 +167,8 @@ def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         if run.tilt is None:
             below = min(y, below - 0.06)
             _label(axes, run.label, x, below, colour, (9, -12), weight="bold")
-    starts = {run.before.samples: run.before for run in runs}  # once each
-    for x, y in [(start.sample_perplexity, start.r) for start in starts.values()]:
+    starts = [start for run, start in moments(runs) if start is run.before]
+    for x, y in [(start.sample_perplexity, start.r) for start in starts]:
         axes.plot(x, y, "D", color=theme.ink, markersize=7)
         _label(axes, "before", x, y, theme.ink, (6, -19), ha="right")
     axes.margins(x=0.16)
@@ -193,7 +194,7 @@ def _write_texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         colour = theme.ink if before else colours(runs, theme)[list(runs).index(run)]
         axes.text(0, top, title, color=colour, weight="bold", va="top")
         axes.text(1, top, f"R {evaluation.r:.1%}", color=theme.faint, va="top", ha="right")
-        written = pieces(typical(run, evaluation)[0].ids, run.target_tokens)
+        written = pieces(typical(run, evaluation)[0].ids, run.target_token_ids)
         for characters, ink in zip(_monospaced(written, 54), (theme.mark, theme.ink), strict=True):
             axes.text(0, top - 0.05, characters, color=ink, va="top", family="monospace",
                       size=10, linespacing=1.35, parse_math=False)  # fmt: skip

@@ -41,11 +41,11 @@ def measured(run: Run, evaluation: Evaluation) -> Row:
     if evaluation is run.before:
         return row | {"run": "before", "evaluated after": 0}
     return row | {
-        "run": run.label, "kind": run.kind, "updates": len(run.losses),
+        "run": run.label, "kind": run.kind, "updates": len(run.steps),
         "evaluated after": max(run.evaluations),
-        "loss first": run.losses[0], "loss last": run.losses[-1],
-        "target probability": run.probabilities[-1], "R predicted": run.predicted_r,
-        "ms per step": 1e3 * median(run.seconds),
+        "loss first": run.steps[0].loss, "loss last": run.steps[-1].loss,
+        "target probability": run.steps[-1].target_probability, "R predicted": run.predicted_r,
+        "ms per step": 1e3 * median(step.seconds for step in run.steps),
     }  # fmt: skip
 
 
