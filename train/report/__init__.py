@@ -4,9 +4,9 @@ The page stands alone: figures are embedded, nothing is fetched, no script runs.
 run follows from a measurement; what the original report claimed stands in rows of its own.
 """
 
-import base64
 import os
 import shlex
+from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,10 +33,10 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
 
     runs = read_runs(run_folders)
     files = {
-        "tradeoff.png": figures.tradeoff(runs, figures.LIGHT, "png"),
-        "tradeoff-dark.png": figures.tradeoff(runs, figures.DARK, "png"),
-        "curves.png": figures.curves(["loss", "probability"], runs, figures.LIGHT, "png"),
-        "evaluations.png": figures.curves(["r", "perplexity"], runs, figures.LIGHT, "png"),
+        "tradeoff.png": figures.draw(["tradeoff", "texts"], runs, figures.LIGHT, "png"),
+        "tradeoff-dark.png": figures.draw(["tradeoff", "texts"], runs, figures.DARK, "png"),
+        "curves.png": figures.draw(["loss", "probability"], runs, figures.LIGHT, "png"),
+        "evaluations.png": figures.draw(["r", "perplexity"], runs, figures.LIGHT, "png"),
         "table.csv": as_csv(runs).encode("utf-8", "backslashreplace"),
         "report.html": _page(runs).encode("utf-8", "backslashreplace"),  # its path is printed last
     }
@@ -87,9 +87,8 @@ def _page(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    drawn = {name: [figures.curves([name], runs, theme, "svg") for theme in themes]
-             for name in figures.CURVES}  # fmt: skip
-    drawn["tradeoff"] = [figures.tradeoff(runs, theme, "svg") for theme in themes]
+    drawn = {name: [b64encode(figures.draw([name], runs, theme, "svg")).decode()
+                    for theme in themes] for name in ("tradeoff", *figures.CURVES)}  # fmt: skip
     seconds = [sum(step.seconds for step in run.steps) for run in runs]
     settings = [
         run.about | {"folder": run.folder, "seconds": f"{total:,.1f}"}
@@ -100,9 +99,7 @@ def _page(runs: Sequence[Run]) -> str:
     return environment.get_template("report.html.jinja").render(
         runs=runs, best=best(runs), themes=themes, columns=list(FORMATS)[:-1],
         rows=[(moment, measured(*moment)) for moment in moments(runs)],
-        figures={name: [base64.b64encode(svg).decode("ascii") for svg in pair]
-                 for name, pair in drawn.items()},
-        colours=[figures.colours(runs, theme) for theme in themes],
+        figures=drawn, colours=[figures.colours(runs, theme) for theme in themes],
         settings={name: [column.get(name) for column in settings] for name in names
                   if name not in ("options", "versions", "target_token_ids")},
         shown=shown, typical=typical, pieces=pieces, opening=opening, count=count,
