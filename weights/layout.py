@@ -11,7 +11,6 @@ its number of heads, and in every official size a head is 64 wide.
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ class Layout:
         }
 
 
-def check_layout(found: Mapping[str, Shape], source: str) -> Layout:
+def check_layout(found: dict[str, Shape], source: str) -> Layout:
     """Read the sizes off the shapes in `found` and check every name and shape against them.
 
     Raises WeightsError that names `source` and the first few tensors that are missing, misshapen
@@ -100,35 +99,28 @@ def check_layout(found: Mapping[str, Shape], source: str) -> Layout:
     """
     # Counted, not the largest index: a hostile h.999999999 must not size anything.
     n_layer = len({m[1] for name in found if (m := re.match(r"h\.(\d+)\.", name))})
-    if not n_layer or not {"wte.weight", "wpe.weight"} <= found.keys():
+    wte, wpe = found.get("wte.weight", ()), found.get("wpe.weight", ())
+    if not n_layer or len(wte) != 2 or not wpe or 0 in wte + wpe or wte[1] % HEAD_DIM:
         names = ", ".join(repr(name[:40]) for name in list(found)[:4])
         raise WeightsError(
-            f"{source} is not a GPT-2: got {len(found)} tensors ({names}, ...), "
-            "expected wte.weight, wpe.weight, h.0.ln_1.weight, ..."
+            f"{source} is not a GPT-2: got {len(found)} tensors ({names}, ...), wte.weight {wte} "
+            f"and wpe.weight {wpe}, expected wte.weight, wpe.weight, h.0.ln_1.weight, ..., their "
+            f"width a multiple of {HEAD_DIM}"
         )
-    for name in "wte.weight", "wpe.weight":
-        if len(found[name]) != 2 or 0 in found[name]:
-            raise WeightsError(
-                f"{source} is not a GPT-2: {name}: got {found[name]}, expected a matrix"
-            )
-    vocab_size, n_embd = found["wte.weight"]
-    if n_embd % HEAD_DIM:
-        raise WeightsError(
-            f"{source} is not a GPT-2: wte.weight: got width {n_embd}, expected a multiple of "
-            f"{HEAD_DIM}, the width of a head"
-        )
-    layout = Layout(n_layer, n_embd, vocab_size, n_positions=found["wpe.weight"][0])
+    layout = Layout(n_layer, n_embd=wte[1], vocab_size=wte[0], n_positions=wpe[0])
     expected = layout.shapes()
-    problems = [f"{k}: missing, expected {v}" for k, v in expected.items() if k not in found]
-    for name, shape in found.items():
-        if name not in expected:
-            problems.append(f"{name[:80]!r}: got {shape}, expected no such tensor")
-        elif shape != expected[name]:
-            problems.append(f"{name}: got {shape}, expected {expected[name]}")
+    problems = [
+        f"{name[:80]!r}: got {found.get(name, 'nothing')}, expected "
+        f"{expected.get(name, 'no such tensor')}"
+        for name in expected | found
+        if found.get(name) != expected.get(name)
+    ]
     if problems:
-        hidden = len(problems) - MOST_PROBLEMS_SHOWN
-        shown = "; ".join(problems[:MOST_PROBLEMS_SHOWN] + [f"and {hidden} more"] * (hidden > 0))
-        raise WeightsError(f"{source} is not a complete GPT-2. Read as {layout}: {shown}")
+        shown, hidden = problems[:MOST_PROBLEMS_SHOWN], len(problems) - MOST_PROBLEMS_SHOWN
+        shown += [f"and {hidden} more"] * (hidden > 0)
+        raise WeightsError(
+            f"{source} is not a complete GPT-2. Read as {layout}: {'; '.join(shown)}"
+        )
     return layout
 
 
