@@ -57,20 +57,15 @@ class Layout:
 
     def shapes(self) -> dict[str, Shape]:
         """Return every parameter's shape by name; the head is `wte.weight`, so it has no entry."""
-        C = self.n_embd
-        affine = {"attn.c_attn": (C, 3 * C)}  # q, k, v in that order
-        affine |= {"attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-        shapes: dict[str, Shape] = {
-            "wte.weight": (self.vocab_size, C),
-            "wpe.weight": (self.n_positions, C),
-            "ln_f.weight": (C,),
-            "ln_f.bias": (C,),
-        }
-        for n in range(self.n_layer):
-            for name in "ln_1", "ln_2":
-                shapes |= {f"h.{n}.{name}.weight": (C,), f"h.{n}.{name}.bias": (C,)}
-            for name, shape in affine.items():
-                shapes |= {f"h.{n}.{name}.weight": shape, f"h.{n}.{name}.bias": shape[1:]}
+        C, n_layer = self.n_embd, self.n_layer
+        block: dict[str, Shape] = {"ln_1": (C,), "ln_2": (C,)}
+        block |= {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}  # q, k, v in that order
+        block |= {"mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+        layers = {f"h.{n}.{name}": shape for n in range(n_layer) for name, shape in block.items()}
+        shapes: dict[str, Shape] = {"wte.weight": (self.vocab_size, C)}
+        shapes["wpe.weight"] = (self.n_positions, C)
+        for name, shape in {"ln_f": (C,), **layers}.items():
+            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
         return shapes
 
     def config(self) -> dict[str, Any]:
@@ -130,12 +125,10 @@ def check_config(path: Path, layout: Layout) -> None:
     Raises WeightsError that lists the keys. Without such a file there is nothing to check.
     """
     try:
-        config = json.loads(path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
+        config = {**json.loads(path.read_bytes())}
     except FileNotFoundError:
         return
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}. Repair or remove it") from error
     C = layout.n_embd
     allowed = {key: (value,) for key, value in layout.config().items()} | {

@@ -26,7 +26,7 @@ from model.gpt2 import HEAD_DIM
 from model.tokenizer import load_tokenizer
 from train.checkpoint import is_due, read_tensors, write_tensors
 from train.console import command, progress, say, validated
-from train.pretrain.shared_vocabulary import SharedVocabulary, backpropagate_cross_entropy
+from train.pretrain.shared_vocabulary import backpropagate_cross_entropy, share
 from weights import save_weights
 from weights.layout import expand
 
@@ -114,15 +114,15 @@ def learning_rate(options: Options, step: int) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT2, vocabulary: SharedVocabulary, ids: Tensor) -> float:
-    """Return nats per token of GPT-2's ids (n,), in float32, over windows that do not overlap."""
+def held_out_loss(model: GPT2, bias: Tensor, ids: Tensor) -> float:
+    """Return nats per token of GPT-2 on shared ids (n,), in float32, over windows side by side."""
     model.eval()
     T, total = model.config.n_positions, 0.0
     for start in tqdm(range(0, len(ids) - 1, T), "held-out loss", leave=False, disable=None):
-        window = vocabulary.compact(ids[start : start + T + 1])  # (T + 1,)
-        logits = model(window[None, :-1])[0] + vocabulary.bias  # (T, size)
+        window = ids[start : start + T + 1]  # (T + 1,)
+        logits = model(window[None, :-1])[0] + bias  # (T, size)
         total += float(F.cross_entropy(logits, window[1:], reduction="sum"))
-        total += float(vocabulary.bias[window[1:]].sum())  # an unused token is one of n_unused
+        total += float(bias[window[1:]].sum())  # an unused token is one of n_unused
     return total / (len(ids) - 1)
 
 
@@ -133,12 +133,12 @@ def pretrain(options: Options) -> None:
     """
     B, T, out = options.batch, options.n_positions, expand(options.out)
     text, held_out = read_ids(options.text, T), read_ids(options.held_out, 1)
-    vocabulary = SharedVocabulary(text, load_tokenizer().n_vocab)
-    corpus = vocabulary.compact(text)
-    model, optimizer = make_model(options, vocabulary.size)
+    new_ids, bias = share(text, load_tokenizer().n_vocab)
+    corpus, held_out = new_ids[text], new_ids[held_out]
+    model, optimizer = make_model(options, len(bias))
     state = named_state(model, optimizer)
     log = resume(out / "state.safetensors", state)
-    buffer = torch.empty(B * T, vocabulary.size, dtype=torch.bfloat16)
+    buffer = torch.empty(B * T, len(bias), dtype=torch.bfloat16)
     losses = []
     out.mkdir(parents=True, exist_ok=True)
     with progress("pretrain", int(log[-1]["step"]) if log else 0, options.steps) as bar:
@@ -149,7 +149,7 @@ def pretrain(options: Options) -> None:
             windows = corpus[starts + torch.arange(T + 1)]  # (B, T + 1)
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = model.hidden_states(windows[:, :-1])  # (B, T, C)
-            wte, bias, targets = model.wte.weight, vocabulary.bias, windows[:, 1:]
+            wte, targets = model.wte.weight, windows[:, 1:]
             optimizer.zero_grad(set_to_none=False)
             losses.append(backpropagate_cross_entropy(hidden, wte, bias, targets, buffer))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -159,14 +159,14 @@ def pretrain(options: Options) -> None:
             bar.update()
             if not is_due(done := step + 1, options.eval_every, options.steps):
                 continue
-            mean, nats = torch.stack(losses).mean(), held_out_loss(model, vocabulary, held_out)
+            mean, nats = torch.stack(losses).mean(), held_out_loss(model, bias, held_out)
             losses.clear()
             bar.clear()
             if not math.isfinite(nats):
                 raise ValueError(f"step {done}: the held-out loss is {nats}; try a smaller --lr")
             if nats < min((record["held_out"] for record in log), default=math.inf):
                 best = {name: p.half() for name, p in model.state_dict().items()}
-                save_weights(best | {"wte.weight": vocabulary.expand(best["wte.weight"])}, out)
+                save_weights(best | {"wte.weight": best["wte.weight"][new_ids]}, out)
             log.append({"step": done, "training": mean.item(), "held_out": nats})
             write_tensors(out / "state.safetensors", state, {"log": json.dumps(log)})
             (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))

@@ -15,27 +15,18 @@ import torch
 from torch import Tensor
 
 
-class SharedVocabulary:
-    """The ids of a corpus, renumbered from 0; the last id stands for every token it lacks.
+def share(corpus: Tensor, n_vocab: int) -> tuple[Tensor, Tensor]:
+    """Renumber the tokens of a corpus from 0; all that it lacks share the last id.
 
-    `bias`, (size,), is added to the logits: n_unused e^z = e^(z + log n_unused).
+    Returns the new id of every token, (n_vocab,), and what is added to the logits, (size,): zeros,
+    and for the shared id log n_unused, as n_unused e^z = e^(z + log n_unused).
     """
-
-    def __init__(self, corpus: Tensor, n_vocab: int) -> None:
-        used = corpus.unique()
-        self.size = len(used) + 1
-        self.bias = torch.zeros(self.size)
-        self.bias[-1] = math.log(n_vocab - len(used))
-        self._index = torch.full((n_vocab,), self.size - 1)
-        self._index[used] = torch.arange(self.size - 1)
-
-    def compact(self, ids: Tensor) -> Tensor:
-        """Map GPT-2's ids to shared ids."""
-        return self._index[ids]
-
-    def expand(self, wte: Tensor) -> Tensor:
-        """Give every token its own row: (size, C) -> (n_vocab, C)."""
-        return wte[self._index]
+    used = corpus.unique()
+    shared = len(used)
+    new_ids, bias = torch.full((n_vocab,), shared), torch.zeros(shared + 1)
+    new_ids[used] = torch.arange(shared)
+    bias[shared] = math.log(n_vocab - shared)
+    return new_ids, bias
 
 
 def backpropagate_cross_entropy(
