@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from train.report.runs import Run
-from train.report.samples import Piece, moments, pieces, typical
+from train.report.samples import moments, pieces, typical
 
 
 class Theme(NamedTuple):
@@ -180,30 +180,24 @@ def _label(axes: Axes, text: str, x: float, y: float, colour: str, offset: tuple
 def _texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     """Write a heading and two lines of text for each of six moments, evenly spread."""
     axes.set_axis_off()
-    shown = moments(runs)
+    shown, font = moments(runs), get_font(findfont("monospace"))
     for i, chosen in enumerate(sorted({i * (len(shown) - 1) // 5 for i in range(6)})):
         run, evaluation = shown[chosen]
         top, before = 1 - i / 6, evaluation is run.before
         title = "before" if before else _escaped(f"{run.label}: {run.kind}")
-        colour = theme.ink if before else colours(runs, theme)[list(runs).index(run)]
+        colour = theme.ink if before else colours(runs, theme)[runs.index(run)]
         axes.text(0, top, title, color=colour, weight="bold", va="top")
         axes.text(1, top, f"R {evaluation.r:.1%}", color=theme.faint, va="top", ha="right")
         written = pieces(typical(run, evaluation)[0].ids, run.target_token_ids)
-        for characters, ink in zip(_monospaced(written, 54), (theme.mark, theme.ink), strict=True):
-            axes.text(0, top - 0.05, characters, color=ink, va="top", family="monospace",
+        text = "".join(c if font.get_char_index(ord(c)) else "?" for p in written for c in p.text)
+        marks = "".join(("█" if p.target else " ") * len(p.text) for p in written)
+        lines, blocks, at = textwrap.wrap(text.lstrip(), 54, break_on_hyphens=False)[:2], [], 0
+        for line in lines:
+            at = text.index(line, at)
+            blocks.append(marks[at : at + len(line)])
+        for rows, ink in ((blocks, theme.mark), (lines, theme.ink)):
+            axes.text(0, top - 0.05, "\n".join(rows), color=ink, va="top", family="monospace",
                       size=10, linespacing=1.35, parse_math=False)  # fmt: skip
-
-
-def _monospaced(written: Sequence[Piece], width: int) -> tuple[str, str]:
-    """Return two lines of text twice: blocks where target tokens are, and the characters."""
-    font = get_font(findfont("monospace"))
-    text = "".join(c if font.get_char_index(ord(c)) else "?" for p in written for c in p.text)
-    marks = "".join(("█" if p.target else " ") * len(p.text) for p in written)
-    lines, blocks, at = textwrap.wrap(text.lstrip(), width, break_on_hyphens=False)[:2], [], 0
-    for line in lines:
-        at = text.index(line, at)
-        blocks.append(marks[at : at + len(line)])
-    return "\n".join(blocks), "\n".join(lines)
 
 
 def _escaped(text: str) -> str:
