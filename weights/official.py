@@ -153,7 +153,7 @@ def describe(name_or_path: str | os.PathLike[str], every_tensor: bool = False) -
     return "\n".join(map(printable, lines))
 
 
-def check(name: str, check: bool = False, list: bool = False) -> None:
+def command(name: str, check: bool = False, list: bool = False) -> None:
     """Download and verify an official GPT-2, or check any GPT-2 in safetensors files.
 
     Args:
@@ -179,7 +179,7 @@ def main() -> None:
     arguments = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
     try:
         try:
-            tyro.cli(check, prog="python -m weights.official", config=arguments)
+            tyro.cli(command, prog="python -m weights.official", config=arguments)
         finally:
             print(end="", flush=True)
     except WeightsError as error:

@@ -130,7 +130,8 @@ DAMAGE = [
     ("config.json", '{"model_type": "gpt2"}', "no key 'xfactor'"),
     ("config.json", "not JSON", "Expecting value"),
     ("config.json", DEEP, "recursion"),
-    ("config.json", "[]", "'str' object"),
+    ("config.json", "[]", "'list' object is not a mapping"),
+    ("config.json", "null", "'NoneType' object is not a mapping"),
     ("config.json", ('"lr": 0.0001', f'"lr": {HUGE}'), "lr: got 1000"),
     ("config.json", ('"lr": 0.0001', '"lr": Infinity'), "lr: got inf: "),
     (

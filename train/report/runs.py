@@ -172,7 +172,7 @@ def _find(path: Path) -> list[Run]:
 
 def _read(folder: Path) -> Run:
     with _expecting(folder / CONFIG):
-        model = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        model = {**json.loads((folder / CONFIG).read_text(encoding="utf-8"))}
         about = model.pop("xfactor")
         run = Run(**about, about=about, model=model, folder=folder)
     samples: dict[int, list[Sample]] = {}
