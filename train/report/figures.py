@@ -64,17 +64,18 @@ def draw(panels: Sequence[str], runs: Sequence[Run], theme: Theme, kind: str) ->
         ratios = [4 if panel == "texts" else 5 for panel in panels]
         row = figure.subplots(1, len(panels), width_ratios=ratios, squeeze=False)[0]
         for axes, panel in zip(row, panels, strict=True):
-            if panel in CURVES:
-                _curve(axes, panel, runs, theme)
+            if panel == "tradeoff":
+                _tradeoff(axes, runs, theme)
+            elif panel == "texts":
+                _texts(axes, runs, theme)
             else:
-                (_texts if panel == "texts" else _tradeoff)(axes, runs, theme)
+                _curve(axes, panel, runs, theme)
         if panels[0] in CURVES:
             lines = [Line2D([], [], color=colour) for colour in colours(runs, theme)]
             labels = [_escaped(run.label) for run in runs]
             figure.legend(lines, labels, loc="outside upper left", ncols=5)
-        image, svg = io.BytesIO(), kind == "svg"
-        metadata: Any = {"Date": None} if svg else None
-        figure.savefig(image, format=kind, dpi=200, transparent=svg, metadata=metadata)
+        figure.savefig(image := io.BytesIO(), format=kind, dpi=200, transparent=kind == "svg",
+                       metadata={"Date": None})  # fmt: skip
         return image.getvalue()
 
 
