@@ -27,10 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .layout import MASK, Layout, Shape, WeightsError, check_config, check_layout, expand
+from .layout import FILE_NAME, MASK, Layout, WeightsError, check_config, check_layout, find_files
 
-TINY = Path(__file__).parent / "tiny"
-FILE_NAME, INDEX_SUFFIX = "model.safetensors", ".index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MASK_DTYPES = DTYPES | {"BOOL": torch.bool, "U8": torch.uint8}
 PREFIX = re.compile(r"((_orig_mod|module|model|transformer)\.)*")  # compile, DDP, Lightning, HF
@@ -49,43 +47,7 @@ class Entry(NamedTuple):
     path: Path
     begin: int  # its first byte in that file
     dtype: str
-    shape: Shape
-
-
-def find_files(name_or_path: str | os.PathLike[str]) -> list[Path]:
-    """Return a checkpoint's files: "tiny", a file, a folder's model.safetensors or its shards.
-
-    Raises WeightsError if there are none.
-    """
-    path = TINY if name_or_path == "tiny" else expand(name_or_path)
-    try:
-        if path.is_dir():
-            names = FILE_NAME, FILE_NAME + INDEX_SUFFIX, "pytorch_model.bin"
-            path = next((path / name for name in names if (path / name).exists()), path)
-        found = path.is_file()
-    except OSError as error:
-        raise WeightsError(f"no weights at {path!s:.200}: {error.strerror}") from error
-    if not found:
-        raise WeightsError(
-            f"no weights at {path}: expected gpt2, gpt2-medium, gpt2-xl, tiny, a .safetensors "
-            f"file or a folder that holds a {FILE_NAME}"
-        )
-    if path.suffix in (".bin", ".pt", ".pth"):
-        raise WeightsError(
-            f"{path} is a pickle, expected safetensors. Convert it: "
-            f'python -c "import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v '
-            f"in torch.load({str(path)!r}, weights_only=True).items()}}, "
-            f'{str(path.with_name(FILE_NAME))!r})"'
-        )
-    if not path.name.endswith(INDEX_SUFFIX):
-        return [path]
-    try:
-        shards = set(json.loads(path.read_bytes())["weight_map"].values())
-        if not shards or any(Path(shard).name != shard for shard in shards):
-            raise ValueError("expected names of files beside it")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{path} is not an index of shards: {error!r:.200}") from error
-    return [path.with_name(shard) for shard in sorted(shards)]
+    shape: tuple[int, ...]
 
 
 def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
@@ -205,8 +167,8 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
             raise WeightsError(f"state_dict: {name}: got {tensor.dtype}, expected one of {allowed}")
         tensors[name] = tensor.detach().cpu().contiguous()
         _check_finite(tensors[name].float(), f"state_dict: {name}")
-    folder = expand(folder)
     try:
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(layout.config(), indent=2) + "\n")

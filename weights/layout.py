@@ -1,4 +1,4 @@
-"""The tensors of a GPT-2 checkpoint: their official names and shapes, and the checks against them.
+"""A GPT-2 checkpoint: its files, the official names and shapes, and the checks against them.
 
     C  n_embd       width of the residual stream: 64 times the number of heads
     V  vocab_size   number of tokens
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+TINY = Path(__file__).parent / "tiny"
+FILE_NAME, INDEX_SUFFIX = "model.safetensors", ".index.json"
 HEAD_DIM = 64
 MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks: constants that some files carry
 MOST_PROBLEMS_SHOWN = 5
@@ -44,6 +46,42 @@ def expand(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise WeightsError(f"{os.fspath(path)}: {error}") from error
+
+
+def find_files(name_or_path: str | os.PathLike[str]) -> list[Path]:
+    """Return a checkpoint's files: "tiny", a file, a folder's model.safetensors or its shards.
+
+    Raises WeightsError if there are none.
+    """
+    path = TINY if name_or_path == "tiny" else expand(name_or_path)
+    try:
+        if path.is_dir():
+            names = FILE_NAME, FILE_NAME + INDEX_SUFFIX, "pytorch_model.bin"
+            path = next((path / name for name in names if (path / name).exists()), path)
+        found = path.is_file()
+    except OSError as error:
+        raise WeightsError(f"no weights at {path!s:.200}: {error.strerror}") from error
+    if not found:
+        raise WeightsError(
+            f"no weights at {path}: expected gpt2, gpt2-medium, gpt2-xl, tiny, a .safetensors "
+            f"file or a folder that holds a {FILE_NAME}"
+        )
+    if path.suffix in (".bin", ".pt", ".pth"):
+        raise WeightsError(
+            f"{path} is a pickle, expected safetensors. Convert it: "
+            f'python -c "import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v '
+            f"in torch.load({str(path)!r}, weights_only=True).items()}}, "
+            f'{str(path.with_name(FILE_NAME))!r})"'
+        )
+    if not path.name.endswith(INDEX_SUFFIX):
+        return [path]
+    try:
+        shards = set(json.loads(path.read_bytes())["weight_map"].values())
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise ValueError("expected names of files beside it")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} is not an index of shards: {error!r:.200}") from error
+    return [path.with_name(shard) for shard in sorted(shards)]
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import FILE_NAME, read_entries, read_tensors
-from .layout import HEAD_DIM, Layout, WeightsError, printable
+from .checkpoint import read_entries, read_tensors
+from .layout import FILE_NAME, HEAD_DIM, Layout, WeightsError, printable
 
 TIMEOUT = 3  # seconds to wait for the hub's first answer
 
