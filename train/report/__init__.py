@@ -21,6 +21,7 @@ from train.report.samples import count, moments, opening, pieces, typical
 from weights.layout import printable
 
 Row = dict[str, str | float | None]
+Rows = list[tuple[Run, Evaluation, Row]]
 
 
 def plain(value: float) -> str:
@@ -53,16 +54,19 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
     from train.report.figures import DARK, LIGHT, draw  # here: half a second, and only for files
 
     runs = read_runs(run_folders)
+    rows = _rows(runs)
     writer = csv.DictWriter(table := io.StringIO(), FORMATS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row for *_, row in _rows(runs))  # in full precision
+    writer.writerows(row for *_, row in rows)  # in full precision
     files = {
         "tradeoff.png": draw(["tradeoff", "texts"], runs, LIGHT, "png"),
         "tradeoff-dark.png": draw(["tradeoff", "texts"], runs, DARK, "png"),
         "curves.png": draw(["loss", "probability"], runs, LIGHT, "png"),
         "evaluations.png": draw(["r", "perplexity"], runs, LIGHT, "png"),
         "table.csv": table.getvalue().encode("utf-8", "backslashreplace"),
-        "report.html": _page(runs).encode("utf-8", "backslashreplace"),  # its path is printed last
+        "report.html": _page(runs, rows).encode(
+            "utf-8", "backslashreplace"
+        ),  # its path is printed last
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +104,7 @@ def summary(run_folders: Sequence[Path]) -> str:
     return "\n".join([*lines, "", "Sample it:", f"    python -m train.sample --model {folder}"])
 
 
-def _rows(runs: Sequence[Run]) -> list[tuple[Run, Evaluation, Row]]:
+def _rows(runs: Sequence[Run]) -> Rows:
     """Return a row of the table per run, ahead of it one for the model before fine-tuning."""
     rows = []
     for run, evaluation in moments(runs):
@@ -131,7 +135,7 @@ def _shown(row: Row, name: str) -> str:
     return "" if value is None else FORMATS[name](value)
 
 
-def _page(runs: Sequence[Run]) -> str:
+def _page(runs: Sequence[Run], rows: Rows) -> str:
     from train.report.figures import CURVES, DARK, LIGHT, colours, draw
 
     environment = Environment(
@@ -143,16 +147,15 @@ def _page(runs: Sequence[Run]) -> str:
     )
     drawn = {name: [b64encode(draw([name], runs, theme, "svg")).decode()
                     for theme in (LIGHT, DARK)] for name in ("tradeoff", *CURVES)}  # fmt: skip
-    seconds = [sum(step.seconds for step in run.steps) for run in runs]
-    settings = [
-        run.about | {"folder": run.folder, "seconds": f"{total:,.1f}"}
-        | run.versions | run.about["options"]
-        for run, total in zip(runs, seconds, strict=True)
-    ]  # fmt: skip
+    settings = []
+    for run in runs:
+        seconds = sum(step.seconds for step in run.steps)
+        where = {"folder": run.folder, "seconds": f"{seconds:,.1f}"}
+        settings.append(run.about | where | run.versions | run.about["options"])
     names = dict.fromkeys(name for column in settings for name in column)
     return environment.get_template("report.html.jinja").render(
         runs=runs, best=best(runs), themes=(LIGHT, DARK), columns=list(FORMATS)[:-1],
-        rows=_rows(runs), figures=drawn, colours=[colours(runs, theme) for theme in (LIGHT, DARK)],
+        rows=rows, figures=drawn, colours=[colours(runs, theme) for theme in (LIGHT, DARK)],
         settings={name: [column.get(name) for column in settings] for name in names
                   if name not in ("options", "versions", "target_token_ids")},
         shown=_shown, typical=typical, pieces=pieces, opening=opening, count=count,
