@@ -7,7 +7,6 @@ no masks, no `lm_head`), in the official layout: affine weights are (in, out).
 import os
 import re
 import sys
-from pathlib import Path
 
 # Python leaves sys.argv[0] at "-m" while it looks for the module to run.
 if sys.argv[:1] == ["-m"] and re.search(
@@ -18,11 +17,9 @@ if sys.argv[:1] == ["-m"] and re.search(
 from torch import Tensor
 
 from .checkpoint import read_entries, read_tensors, save_weights
-from .layout import Layout, WeightsError, expand
+from .layout import Layout, WeightsError
 
 __all__ = ["Layout", "WeightsError", "layout_of", "load_weights", "save_weights"]
-
-TINY = Path(__file__).parent / "tiny"
 
 
 def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -43,7 +40,7 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     if name_or_path in OFFICIAL:
         return dict(read_official(str(name_or_path)))
-    return dict(read_tensors(_path(name_or_path)))
+    return dict(read_tensors(name_or_path))
 
 
 def layout_of(name_or_path: str | os.PathLike[str]) -> Layout:
@@ -55,8 +52,4 @@ def layout_of(name_or_path: str | os.PathLike[str]) -> Layout:
 
     if name_or_path in OFFICIAL:
         return OFFICIAL[str(name_or_path)].layout
-    return read_entries(_path(name_or_path))[1]
-
-
-def _path(name_or_path: str | os.PathLike[str]) -> Path:
-    return TINY if name_or_path == "tiny" else expand(name_or_path)
+    return read_entries(name_or_path)[1]

@@ -10,7 +10,6 @@ Nothing is ever unpickled.
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -28,13 +27,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import FILE_NAME, find_files
-from .layout import MASK, Layout, Shape, WeightsError, check_config, check_layout, expand
+from .layout import FILE_NAME, MASK, Layout, WeightsError, check_config, check_layout, find_files
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MASK_DTYPES = DTYPES | {"BOOL": torch.bool, "U8": torch.uint8}
 PREFIX = re.compile(r"((_orig_mod|module|model|transformer)\.)*")  # compile, DDP, Lightning, HF
 HEAD = "lm_head.weight"
+OTHER_FILES = {
+    rb"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
+    rb"<(!doctype|html)": "an HTML page, not the file itself: download from a link with /resolve/",
+}
 MOST_TENSORS = 20_000  # more than 1,000 blocks
 NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
 
@@ -45,19 +47,20 @@ class Entry(NamedTuple):
     path: Path
     begin: int  # its first byte in that file
     dtype: str
-    shape: Shape
+    shape: tuple[int, ...]
 
 
 def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
     """Yield the tensors of a safetensors file in the order of their bytes, prefixes stripped.
 
-    Raises WeightsError for a file that is not safetensors or not complete, and at a dtype that no
-    GPT-2 file holds.
+    Raises WeightsError for a file that is not complete or holds a dtype that no GPT-2 has.
     """
-    start = b""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
+        for begins, problem in OTHER_FILES.items():
+            if re.match(begins, start.lstrip().lower()):
+                raise WeightsError(f"{path} is {problem}")
         # Opening checks the header: its JSON, shape x dtype = bytes, and offsets without a gap.
         # So sizes alone give the offsets, and a second parser that might disagree is not needed.
         with safe_open(path, framework="numpy") as tensors:
@@ -76,26 +79,18 @@ def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
                 yield name, Entry(path, begin, dtype, shape)
                 begin += math.prod(shape) * allowed[dtype].itemsize
     except (OSError, SafetensorError) as error:
-        problem = (
-            f"cannot be read as a complete safetensors file: {error!s:.200}. "
+        raise WeightsError(
+            f"{path} cannot be read as a complete safetensors file: {error!s:.200}. "
             "Remove it and download or save it again"
-        )
-        text = start.lstrip().lower()
-        if text.startswith(b"version https://git-lfs"):
-            problem = "is a Git LFS pointer, not the file itself: run git lfs pull"
-        elif text.startswith((b"<!doctype", b"<html")):
-            problem = "is an HTML page, not the file itself: download from a link with /resolve/"
-        raise WeightsError(f"{path} {problem}") from error
+        ) from error
 
 
-def read_entries(path: Path) -> tuple[dict[str, Entry], Layout]:
-    """Return every stored tensor of a GPT-2 by its official name, in file order, and the sizes.
-
-    `path` is a file or a folder. Masks and `lm_head.weight` are included.
+def read_entries(name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Entry], Layout]:
+    """Return every stored tensor of a GPT-2, masks and head too, by its official name; the sizes.
 
     Raises WeightsError if names, shapes, dtypes or a config.json beside them are not a GPT-2's.
     """
-    files = find_files(path)
+    files = find_files(name_or_path)
     entries: dict[str, Entry] = {}
     for file in files:
         for name, entry in read_header(file):
@@ -104,52 +99,44 @@ def read_entries(path: Path) -> tuple[dict[str, Entry], Layout]:
             entries[name] = entry
     shapes = {name: e.shape for name, e in entries.items() if not MASK.fullmatch(name)}
     head = shapes.pop(HEAD, None)
-    layout = check_layout(shapes, str(path))
-    if head is not None and head != shapes["wte.weight"]:
-        raise WeightsError(f"{path}: {HEAD}: got {head}, expected {shapes['wte.weight']}")
+    layout = check_layout(shapes, str(name_or_path))
+    if head not in (None, shapes["wte.weight"]):
+        raise WeightsError(f"{files[0]}: {HEAD}: got {head}, expected {shapes['wte.weight']}")
     check_config(files[0].with_name("config.json"), layout)
     return entries, layout
 
 
-def read_tensors(path: Path, digest: "hashlib._Hash | None" = None) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(name_or_path: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter as (official name, float32 tensor in its own 64-byte aligned memory).
-
-    A `digest` is updated with every byte of the file as it is read.
 
     Raises WeightsError as `read_entries` does, at a value that is NaN or infinite, at a file that
     ends early, and at an `lm_head.weight` that is not equal to `wte.weight`.
     """
-    entries, _ = read_entries(path)
+    entries, _ = read_entries(name_or_path)
     parameters = [(name, e) for name, e in entries.items() if not MASK.fullmatch(name)]
     tied: dict[str, Tensor] = {}
     try:
         for part, group in groupby(parameters, key=lambda item: item[1].path):
             with open(part, "rb") as file:
                 for name, entry in group:
-                    if digest is None:
-                        file.seek(entry.begin)
-                    else:  # what lies before it: the header or a mask
-                        digest.update(file.read(entry.begin - file.tell()))
                     stored = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
                     buffer = stored.view(-1).view(torch.uint8).numpy().data
+                    file.seek(entry.begin)
                     # readinto continues where the system stops short, as Linux does after 2 GiB
                     if file.readinto(buffer) != len(buffer):
                         raise WeightsError(f"{part}: {name}: the file ended early")
-                    if digest is not None:
-                        digest.update(buffer)
                     tensor = stored.float()  # float32 stays as it is
                     _check_finite(tensor, f"{part}: {name}")
                     if name in ("wte.weight", HEAD):
                         tied[name] = tensor
                     if name != HEAD:
                         yield name, tensor
-                if digest is not None:
-                    digest.update(file.read())
     except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error}") from error
+        raise WeightsError(f"cannot read {name_or_path}: {error}") from error
     if HEAD in tied and not torch.equal(tied[HEAD], tied["wte.weight"]):
         raise WeightsError(
-            f"{path}: {HEAD}: got values that differ from wte.weight, expected GPT-2's tied head"
+            f"{name_or_path}: {HEAD}: got values that differ from wte.weight, expected GPT-2's "
+            "tied head"
         )
 
 
@@ -180,8 +167,8 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
             raise WeightsError(f"state_dict: {name}: got {tensor.dtype}, expected one of {allowed}")
         tensors[name] = tensor.detach().cpu().contiguous()
         _check_finite(tensors[name].float(), f"state_dict: {name}")
-    folder = expand(folder)
     try:
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(layout.config(), indent=2) + "\n")

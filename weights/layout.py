@@ -1,4 +1,4 @@
-"""The tensors of a GPT-2 checkpoint: their official names and shapes, and the checks against them.
+"""A GPT-2 checkpoint: its files, the official names and shapes, and the checks against them.
 
     C  n_embd       width of the residual stream: 64 times the number of heads
     V  vocab_size   number of tokens
@@ -11,11 +11,12 @@ its number of heads, and in every official size a head is 64 wide.
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+TINY = Path(__file__).parent / "tiny"
+FILE_NAME, INDEX_SUFFIX = "model.safetensors", ".index.json"
 HEAD_DIM = 64
 MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks: constants that some files carry
 MOST_PROBLEMS_SHOWN = 5
@@ -47,6 +48,42 @@ def expand(path: str | os.PathLike[str]) -> Path:
         raise WeightsError(f"{os.fspath(path)}: {error}") from error
 
 
+def find_files(name_or_path: str | os.PathLike[str]) -> list[Path]:
+    """Return a checkpoint's files: "tiny", a file, a folder's model.safetensors or its shards.
+
+    Raises WeightsError if there are none.
+    """
+    path = TINY if name_or_path == "tiny" else expand(name_or_path)
+    try:
+        if path.is_dir():
+            names = FILE_NAME, FILE_NAME + INDEX_SUFFIX, "pytorch_model.bin"
+            path = next((path / name for name in names if (path / name).exists()), path)
+        found = path.is_file()
+    except OSError as error:
+        raise WeightsError(f"no weights at {path!s:.200}: {error.strerror}") from error
+    if not found:
+        raise WeightsError(
+            f"no weights at {path}: expected gpt2, gpt2-medium, gpt2-xl, tiny, a .safetensors "
+            f"file or a folder that holds a {FILE_NAME}"
+        )
+    if path.suffix in (".bin", ".pt", ".pth"):
+        raise WeightsError(
+            f"{path} is a pickle, expected safetensors. Convert it: "
+            f'python -c "import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v '
+            f"in torch.load({str(path)!r}, weights_only=True).items()}}, "
+            f'{str(path.with_name(FILE_NAME))!r})"'
+        )
+    if not path.name.endswith(INDEX_SUFFIX):
+        return [path]
+    try:
+        shards = set(json.loads(path.read_bytes())["weight_map"].values())
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise ValueError("expected names of files beside it")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} is not an index of shards: {error!r:.200}") from error
+    return [path.with_name(shard) for shard in sorted(shards)]
+
+
 @dataclass(frozen=True)
 class Layout:
     """The sizes of a GPT-2, which determine every name and shape in its checkpoint."""
@@ -58,20 +95,15 @@ class Layout:
 
     def shapes(self) -> dict[str, Shape]:
         """Return every parameter's shape by name; the head is `wte.weight`, so it has no entry."""
-        C = self.n_embd
-        affine = {"attn.c_attn": (C, 3 * C)}  # q, k, v in that order
-        affine |= {"attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-        shapes: dict[str, Shape] = {
-            "wte.weight": (self.vocab_size, C),
-            "wpe.weight": (self.n_positions, C),
-            "ln_f.weight": (C,),
-            "ln_f.bias": (C,),
-        }
-        for n in range(self.n_layer):
-            for name in "ln_1", "ln_2":
-                shapes |= {f"h.{n}.{name}.weight": (C,), f"h.{n}.{name}.bias": (C,)}
-            for name, shape in affine.items():
-                shapes |= {f"h.{n}.{name}.weight": shape, f"h.{n}.{name}.bias": shape[1:]}
+        C, n_layer = self.n_embd, self.n_layer
+        block: dict[str, Shape] = {"ln_1": (C,), "ln_2": (C,)}
+        block |= {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}  # q, k, v in that order
+        block |= {"mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+        layers = {f"h.{n}.{name}": shape for n in range(n_layer) for name, shape in block.items()}
+        shapes: dict[str, Shape] = {"wte.weight": (self.vocab_size, C)}
+        shapes["wpe.weight"] = (self.n_positions, C)
+        for name, shape in {"ln_f": (C,), **layers}.items():
+            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
         return shapes
 
     def config(self) -> dict[str, Any]:
@@ -92,7 +124,7 @@ class Layout:
         }
 
 
-def check_layout(found: Mapping[str, Shape], source: str) -> Layout:
+def check_layout(found: dict[str, Shape], source: str) -> Layout:
     """Read the sizes off the shapes in `found` and check every name and shape against them.
 
     Raises WeightsError that names `source` and the first few tensors that are missing, misshapen
@@ -100,35 +132,28 @@ def check_layout(found: Mapping[str, Shape], source: str) -> Layout:
     """
     # Counted, not the largest index: a hostile h.999999999 must not size anything.
     n_layer = len({m[1] for name in found if (m := re.match(r"h\.(\d+)\.", name))})
-    if not n_layer or not {"wte.weight", "wpe.weight"} <= found.keys():
+    wte, wpe = found.get("wte.weight", ()), found.get("wpe.weight", ())
+    if not n_layer or len(wte) != 2 or not wpe or 0 in wte + wpe or wte[1] % HEAD_DIM:
         names = ", ".join(repr(name[:40]) for name in list(found)[:4])
         raise WeightsError(
-            f"{source} is not a GPT-2: got {len(found)} tensors ({names}, ...), "
-            "expected wte.weight, wpe.weight, h.0.ln_1.weight, ..."
+            f"{source} is not a GPT-2: got {len(found)} tensors ({names}, ...), wte.weight {wte} "
+            f"and wpe.weight {wpe}, expected wte.weight, wpe.weight, h.0.ln_1.weight, ..., their "
+            f"width a multiple of {HEAD_DIM}"
         )
-    for name in "wte.weight", "wpe.weight":
-        if len(found[name]) != 2 or 0 in found[name]:
-            raise WeightsError(
-                f"{source} is not a GPT-2: {name}: got {found[name]}, expected a matrix"
-            )
-    vocab_size, n_embd = found["wte.weight"]
-    if n_embd % HEAD_DIM:
-        raise WeightsError(
-            f"{source} is not a GPT-2: wte.weight: got width {n_embd}, expected a multiple of "
-            f"{HEAD_DIM}, the width of a head"
-        )
-    layout = Layout(n_layer, n_embd, vocab_size, n_positions=found["wpe.weight"][0])
+    layout = Layout(n_layer, n_embd=wte[1], vocab_size=wte[0], n_positions=wpe[0])
     expected = layout.shapes()
-    problems = [f"{k}: missing, expected {v}" for k, v in expected.items() if k not in found]
-    for name, shape in found.items():
-        if name not in expected:
-            problems.append(f"{name[:80]!r}: got {shape}, expected no such tensor")
-        elif shape != expected[name]:
-            problems.append(f"{name}: got {shape}, expected {expected[name]}")
+    problems = [
+        f"{name[:80]!r}: got {found.get(name, 'nothing')}, expected "
+        f"{expected.get(name, 'no such tensor')}"
+        for name in expected | found
+        if found.get(name) != expected.get(name)
+    ]
     if problems:
-        hidden = len(problems) - MOST_PROBLEMS_SHOWN
-        shown = "; ".join(problems[:MOST_PROBLEMS_SHOWN] + [f"and {hidden} more"] * (hidden > 0))
-        raise WeightsError(f"{source} is not a complete GPT-2. Read as {layout}: {shown}")
+        shown, hidden = problems[:MOST_PROBLEMS_SHOWN], len(problems) - MOST_PROBLEMS_SHOWN
+        shown += [f"and {hidden} more"] * (hidden > 0)
+        raise WeightsError(
+            f"{source} is not a complete GPT-2. Read as {layout}: {'; '.join(shown)}"
+        )
     return layout
 
 
@@ -138,12 +163,10 @@ def check_config(path: Path, layout: Layout) -> None:
     Raises WeightsError that lists the keys. Without such a file there is nothing to check.
     """
     try:
-        config = json.loads(path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
+        config = {**json.loads(path.read_bytes())}
     except FileNotFoundError:
         return
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}. Repair or remove it") from error
     C = layout.n_embd
     allowed = {key: (value,) for key, value in layout.config().items()} | {

@@ -6,10 +6,11 @@
 
 A file is looked for in the local cache of huggingface_hub under both of its names, and if it is not
 there, downloaded at the pinned revision. The hub's library checks a download's size only, so every
-load hashes the file as it reads it: the tensors that come out are those that were verified.
+load hashes the file first.
 """
 
 import hashlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,8 +21,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .checkpoint import read_entries, read_tensors
-from .files import FILE_NAME
-from .layout import HEAD_DIM, Layout, WeightsError, expand, printable
+from .layout import FILE_NAME, HEAD_DIM, Layout, WeightsError, printable
 
 TIMEOUT = 3  # seconds to wait for the hub's first answer
 
@@ -62,19 +62,28 @@ OFFICIAL = {
 
 
 def read_official(name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of an official model, downloaded with a progress bar if need be.
+    """Read the tensors of an official model, downloaded with a progress bar if need be.
 
     Raises WeightsError as `read_tensors` does, if the file is not cached and cannot be downloaded,
-    and at the end if its hash is wrong; the file then stays where it is.
+    and if its hash is wrong; the file then stays where it is.
     """
-    official, digest = OFFICIAL[name], hashlib.sha256()
+    official = OFFICIAL[name]
     path = cached(official) or _download(name, official)
-    yield from read_tensors(path, digest)
-    if digest.hexdigest() != official.sha256:
+    if (got := sha256(path)) != official.sha256:
         raise WeightsError(
-            f"{path}: got sha256 {digest.hexdigest()}, expected {official.sha256}: it is not the "
-            "official file. Remove it to download it again, or pass its path to load it anyway"
+            f"{path}: got sha256 {got}, expected {official.sha256}: it is not the official file. "
+            "Remove it to download it again, or pass its path to load it anyway"
         )
+    return read_tensors(path)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file; raise WeightsError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error}") from error
 
 
 def cached(official: Official) -> Path | None:
@@ -116,13 +125,13 @@ def _download(name: str, official: Official) -> Path:
         ) from error
 
 
-def describe(path: Path, every_tensor: bool = False) -> str:
+def describe(name_or_path: str | os.PathLike[str], every_tensor: bool = False) -> str:
     """Return the text of `--check`: sizes, hash and official name, once every value is checked.
 
     Raises WeightsError as `load_weights` does.
     """
-    entries, layout = read_entries(path)
-    n_parameters = sum(tensor.numel() for _, tensor in read_tensors(path))
+    entries, layout = read_entries(name_or_path)
+    n_parameters = sum(tensor.numel() for _, tensor in read_tensors(name_or_path))
     dtypes = Counter(e.dtype for e in entries.values())
     lines = [
         f"model:       GPT-2, {layout.n_layer} blocks, {layout.n_embd} wide, "
@@ -132,12 +141,11 @@ def describe(path: Path, every_tensor: bool = False) -> str:
         f"tensors:     {len(entries)} ({', '.join(f'{n} {k}' for k, n in dtypes.items())})",
     ]
     for file in dict.fromkeys(e.path for e in entries.values()):
-        with open(file, "rb") as opened:
-            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-        names = [name for name, official in OFFICIAL.items() if official.sha256 == sha256]
+        digest = sha256(file)
+        names = [name for name, known in OFFICIAL.items() if known.sha256 == digest]
         lines += [
             f"file:        {file}, {file.stat().st_size:,} bytes",
-            f"sha256:      {sha256}",
+            f"sha256:      {digest}",
             f"official:    {names[0] if names else 'none of ' + ', '.join(OFFICIAL)}",
         ]
     if every_tensor:
@@ -145,36 +153,39 @@ def describe(path: Path, every_tensor: bool = False) -> str:
     return "\n".join(map(printable, lines))
 
 
-@dataclass(frozen=True)
-class Options:
-    """Download and verify an official GPT-2, or check any GPT-2 in safetensors files."""
+def command(name: str, check: bool = False, list: bool = False) -> None:
+    """Download and verify an official GPT-2, or check any GPT-2 in safetensors files.
 
-    name: str  # gpt2, gpt2-medium or gpt2-xl; with --check a file or folder
-    check: bool = False  # read every value and print the sizes and the hash
-    list: bool = False  # the same, and every tensor
+    Args:
+        name: gpt2, gpt2-medium or gpt2-xl; with --check a file or folder
+        check: read every value and print the sizes and the hash
+        list: the same, and every tensor
+    """
+    if check or list:
+        print(describe(name, list))
+    elif name in OFFICIAL:
+        for _ in read_official(name):
+            pass
+        print(f"{name} verified: {cached(OFFICIAL[name])}")
+    else:
+        known = ", ".join(OFFICIAL)
+        raise WeightsError(f"{name}: expected one of {known}, or --check and a path")
 
 
 def main() -> None:
     """Run the command line: without valid weights, exit with status 1 and the reason."""
     import tyro
 
-    options = tyro.cli(
-        Options,
-        prog="python -m weights.official",
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
-    )
+    arguments = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
     try:
-        if options.check or options.list:
-            print(describe(expand(options.name), options.list))
-        elif options.name in OFFICIAL:
-            for _ in read_official(options.name):
-                pass
-            print(f"{options.name} verified: {cached(OFFICIAL[options.name])}")
-        else:
-            known = ", ".join(OFFICIAL)
-            raise WeightsError(f"{options.name}: expected one of {known}, or --check and a path")
+        try:
+            tyro.cli(command, prog="python -m weights.official", config=arguments)
+        finally:
+            print(end="", flush=True)
     except WeightsError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # the reader of the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

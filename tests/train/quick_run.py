@@ -50,7 +50,7 @@ def run(arguments: list[str], log: Path, function=None) -> tuple[int, str]:
 def command(arguments: list[str]) -> None:
     """Run `python -m train.xfactor` with these arguments; short evaluations, empty pictures."""
     with (
-        patch.object(train.report.figures, "_saved", lambda *_: b""),
+        patch.object(train.report.figures, "draw", lambda *_: b""),
         patch.multiple(train.evaluate, NEW_TOKENS=2, SAMPLES=1),
         patch.object(sys, "argv", ["train.xfactor", *arguments]),
     ):

@@ -1,4 +1,4 @@
-"""How the embedded checkpoint is made: the loss, the shared vocabulary, stopping and resuming."""
+"""How the embedded checkpoint is made: the shared vocabulary, stopping and resuming."""
 
 import dataclasses
 import json
@@ -17,7 +17,6 @@ from model import GPT2
 from model.tokenizer import load_tokenizer
 from tests.model.oracle import shake
 from train.pretrain import __main__ as pretrain
-from train.pretrain.shared_vocabulary import SharedVocabulary, backpropagate_cross_entropy
 from weights import load_weights
 
 STORY = "The fox said to the fox: a box of six foxes is a box of foxes. " * 12
@@ -48,21 +47,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_cross_entropy_and_its_gradients_are_those_of_pytorch() -> None:
-    """Against F.cross_entropy in float64; the buffer's float32 sets the tolerance."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 37, 16, generator=generator, requires_grad=True)
-    weight = torch.randn(101, 16, generator=generator, requires_grad=True)
-    bias = torch.randn(101, generator=generator)
-    target = torch.randint(101, (1, 37), generator=generator)
-    loss = backpropagate_cross_entropy(hidden, weight, bias, target, torch.empty(37, 101))
-    exact = F.cross_entropy((hidden.double() @ weight.double().T + bias.double())[0], target[0])
-    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
-    inputs = (hidden, weight)
-    for ours, theirs in zip(inputs, torch.autograd.grad(exact, inputs), strict=True):
-        torch.testing.assert_close(ours.grad, theirs, atol=1e-5, rtol=1e-4)
-
-
 def test_the_shared_row_counts_as_all_unused_tokens() -> None:
     """The held-out loss with one row for all unused tokens equals that of the expanded model.
 
@@ -72,27 +56,25 @@ def test_the_shared_row_counts_as_all_unused_tokens() -> None:
         torch.tensor(load_tokenizer().encode(text))
         for text in (STORY, "The fox met a dragon; the box is new.")
     )
-    vocabulary = SharedVocabulary(ids, 50257)
-    model, _ = pretrain.make_model(OPTIONS, vocabulary.size)
+    new_ids, bias = pretrain.share(ids, 50257)
+    model, _ = pretrain.make_model(OPTIONS, len(bias))
     shake(model, seed=0)
     state = model.state_dict()
-    full = GPT2.from_state_dict(state | {"wte.weight": vocabulary.expand(state["wte.weight"])})
+    full = GPT2.from_state_dict(state | {"wte.weight": state["wte.weight"][new_ids]})
     assert full.config.vocab_size == 50257
     with torch.no_grad():
         exact = F.cross_entropy(full(held_out[None, :-1])[0], held_out[1:])
-    got = pretrain.held_out_loss(model, vocabulary, held_out)
+    got = pretrain.held_out_loss(model, bias, new_ids[held_out])
     assert got == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_the_shared_vocabulary_numbers_the_tokens_that_occur() -> None:
     """Each token that occurs has its own id; all others share the last id, and the last row."""
-    vocabulary = SharedVocabulary(torch.tensor([7, 3, 7, 9]), 12)
-    assert vocabulary.size == 4
-    assert vocabulary.bias.tolist() == pytest.approx([0, 0, 0, math.log(9)])
-    assert vocabulary.compact(torch.tensor([3, 7, 9, 0, 11])).tolist() == [0, 1, 2, 3, 3]
-    wte = torch.tensor([[3.0], [7.0], [9.0], [-1.0]])
-    expanded = vocabulary.expand(wte)[:, 0].tolist()
-    assert expanded == [-1, -1, -1, 3, -1, -1, -1, 7, -1, 9, -1, -1]
+    new_ids, bias = pretrain.share(torch.tensor([7, 3, 7, 9]), 12)
+    assert bias.tolist() == pytest.approx([0, 0, 0, math.log(9)])
+    assert new_ids[torch.tensor([3, 7, 9, 0, 11])].tolist() == [0, 1, 2, 3, 3]
+    wte = torch.tensor([3.0, 7.0, 9.0, -1.0])
+    assert wte[new_ids].tolist() == [-1, -1, -1, 3, -1, -1, -1, 7, -1, 9, -1, -1]
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth() -> None:

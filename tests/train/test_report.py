@@ -253,7 +253,7 @@ def test_collapsed_and_overflowing_numbers_are_drawn(tmp_path: Path) -> None:
     metrics = re.sub(r'"seconds": [0-9.]+', '"seconds": 0', metrics)
     (run / "metrics.jsonl").write_text(metrics)
     (found,) = read_runs([run])
-    assert (found.losses, found.seconds) == ([0.0], [0.0])
+    assert [(step.loss, step.seconds) for step in found.steps] == [(0.0, 0.0)]
     write_report([run], tmp_path / "out")
     summary([run])
 

@@ -48,16 +48,16 @@ def test_a_killed_run_is_read_as_far_as_it_got(tmp_path: Path, log: str) -> None
     write_run(tmp_path / "lr-a", 1e-5, steps=2, eval_every=2, texts=[" fox"])
     run = write_run(tmp_path / "lr-b", 1e-4, steps=3, eval_every=2, texts=[" fox"])
     whole = (run / log).read_bytes()
-    losses = read_runs([run])[0].losses
+    steps = read_runs([run])[0].steps
     seen = set()
     for length in range(len(whole) + 1):
         (run / log).write_bytes(whole[:length])
         first, *rest = read_runs([tmp_path])
-        assert len(first.losses) == 2
+        assert len(first.steps) == 2
         for cut in rest:
-            assert cut.losses == losses[: len(cut.losses)]
+            assert cut.steps == steps[: len(cut.steps)]
             assert 0 in cut.evaluations
-            seen.add((len(cut.losses), max(cut.evaluations)))
+            seen.add((len(cut.steps), max(cut.evaluations)))
     expected = {(1, 0), (2, 0), (2, 2), (3, 2), (3, 3)} if log == "metrics.jsonl" else {
         (3, 0), (3, 2), (3, 3)
     }  # fmt: skip
@@ -130,25 +130,42 @@ DAMAGE = [
     ("config.json", '{"model_type": "gpt2"}', "no key 'xfactor'"),
     ("config.json", "not JSON", "Expecting value"),
     ("config.json", DEEP, "recursion"),
-    ("config.json", "[]", "got [], expected dict"),
-    ("config.json", ('"lr": 0.0001', f'"lr": {HUGE}'), "expected float from"),
-    ("config.json", ('"lr": 0.0001', '"lr": Infinity'), "got Infinity"),
-    ("config.json", ('"device": "CPU"', '"device": ["CPU"]'), 'got ["CPU"], expected str'),
-    ("config.json", ('"target_token_ids": [', '"target_token_ids": [50257, '), "got 50257"),
-    ("config.json", ('"beta": 0.0, ', ""), "no key 'beta'"),
-    ("config.json", ('"lr": [0.0001]', '"lr": 0.0001'), "expected list"),
-    ("metrics.jsonl", STEP.replace('"loss": 1, ', ""), "line 1: no key 'loss'"),
+    ("config.json", "[]", "'list' object is not a mapping"),
+    ("config.json", "null", "'NoneType' object is not a mapping"),
+    ("config.json", ('"lr": 0.0001', f'"lr": {HUGE}'), "lr: got 1000"),
+    ("config.json", ('"lr": 0.0001', '"lr": Infinity'), "lr: got inf: "),
+    (
+        "config.json",
+        ('"device": "CPU"', '"device": ["CPU"]'),
+        "got ['CPU']: Input should be a valid string",
+    ),
+    ("config.json", ('"target_token_ids": [', '"target_token_ids": [50257, '), "got 50257: "),
+    ("config.json", ('"beta": 0.0, ', ""), "beta: got nothing: Field required"),
+    (
+        "config.json",
+        ('"lr": [0.0001]', '"lr": 0.0001'),
+        "lr: got 0.0001: Input should be a valid list",
+    ),
+    ("metrics.jsonl", STEP.replace('"loss": 1, ', ""), "line 1: loss: got nothing"),
     ("metrics.jsonl", STEP.replace('"step": 1', '"step": 2'), "got step 2 after"),
-    ("metrics.jsonl", STEP.replace('"loss": 1', '"loss": NaN'), "got NaN"),
-    ("metrics.jsonl", STEP.replace('"loss": 1', f'"loss": {HUGE}'), "expected float from"),
-    ("metrics.jsonl", STEP.replace('"loss": 1', '"loss": [1]'), "got [1], expected float"),
-    ("metrics.jsonl", STEP.replace('"step": 1', '"step": "' + "1" * 10**6 + '"'), 'got "111'),
-    ("metrics.jsonl", '{"step": 0, "evaluation": {"r": 5}}\n', "got 5, expected"),
-    ("metrics.jsonl", "[1]\n", "line 1: got [1], expected dict"),
+    ("metrics.jsonl", STEP.replace('"loss": 1', '"loss": NaN'), "got nan: "),
+    ("metrics.jsonl", STEP.replace('"loss": 1', f'"loss": {HUGE}'), "loss: got 1000"),
+    (
+        "metrics.jsonl",
+        STEP.replace('"loss": 1', '"loss": [1]'),
+        "got [1]: Input should be a valid number",
+    ),
+    ("metrics.jsonl", STEP.replace('"step": 1', '"step": "' + "1" * 10**6 + '"'), "step: got 111"),
+    ("metrics.jsonl", '{"step": 0, "evaluation": {"r": 5}}\n', "r: got 5: "),
+    ("metrics.jsonl", "[1]\n", "line 1: got [1]: Input should be a valid dictionary"),
     ("metrics.jsonl", DEEP + "\n", "recursion"),
     ("metrics.jsonl", b"\xff\n", "utf-8"),
-    ("samples.jsonl", '{"step": 0, "prompt": "The", "ids": []}\n', "got no id"),
-    ("samples.jsonl", '{"step": 0, "prompt": ["The"], "ids": [1]}\n', 'got ["The"]'),
+    (
+        "samples.jsonl",
+        '{"step": 0, "prompt": "The", "ids": []}\n',
+        "ids: got []: List should have at least 1 item",
+    ),
+    ("samples.jsonl", '{"step": 0, "prompt": ["The"], "ids": [1]}\n', "got ['The']: "),
     ("samples.jsonl", f'{{"step": 0, "prompt": "The", "ids": [{HUGE}]}}\n', "got 1000"),
     ("samples.jsonl", f'{{"step": {HUGE}, "prompt": "The", "ids": [1]}}\n', "got 1000"),
     ("samples.jsonl", None, "samples.jsonl"),

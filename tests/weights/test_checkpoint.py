@@ -122,12 +122,12 @@ def test_finite_values_whose_sum_overflows_are_accepted(parameters, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ln_f.bias": None}, r"ln_f\.bias: missing, expected \(128,\)"),
-        ({"h.1.ln_2.bias": None}, r"h\.1\.ln_2\.bias: missing"),
+        ({"ln_f.bias": None}, r"'ln_f\.bias': got nothing, expected \(128,\)"),
+        ({"h.1.ln_2.bias": None}, r"'h\.1\.ln_2\.bias': got nothing"),
         ({"wte.weight": None}, r"got 27 tensors \('h\.0\.attn\..*expected wte\.weight, wpe\.w"),
-        ({"wpe.weight": (24,)}, r"wpe\.weight: got \(24,\), expected a matrix"),
-        ({"wpe.weight": (24, 64)}, r"wpe\.weight: got \(24, 64\), expected \(24, 128\)"),
-        ({"wpe.weight": (0, 128)}, r"wpe\.weight: got \(0, 128\)"),
+        ({"wpe.weight": (24,)}, r"wpe\.weight': got \(24,\), expected \(24, 128\)"),
+        ({"wpe.weight": (24, 64)}, r"wpe\.weight': got \(24, 64\), expected \(24, 128\)"),
+        ({"wpe.weight": (0, 128)}, r"got 28 tensors .* wpe\.weight \(0, 128\)"),
         ({"h.0.attn.c_attn.weight": (384, 128)}, r"got \(384, 128\), expected \(128, 384\)"),
         ({"h.0.mlp.c_proj.weight": (128, 512)}, r"got \(128, 512\), expected \(512, 128\)"),
         ({"h.0.attn.c_proj.bias": (128, 1)}, r"got \(128, 1\), expected \(128,\)"),
@@ -135,7 +135,7 @@ def test_finite_values_whose_sum_overflows_are_accepted(parameters, tmp_path):
         ({"h.0.attn.rotary.bias": (3,)}, r"'h\.0\.attn\.rotary\.bias': got \(3,\)"),
         ({"h.999999999.ln_1.weight": (128,)}, "n_layer=3"),
         ({"transformer.ln_f.bias": (128,)}, r"'ln_f\.bias': got it twice"),
-        ({"wte.weight": (301, 100)}, "width 100, expected a multiple of 64"),
+        ({"wte.weight": (301, 100)}, r"wte\.weight \(301, 100\) .* width a multiple of 64"),
     ],
 )
 def test_tensors_that_are_not_those_of_a_gpt2_are_refused_by_name(

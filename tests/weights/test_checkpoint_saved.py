@@ -59,7 +59,7 @@ def test_what_is_saved_loads_back_equal_with_its_strides_and_views_undone(offici
     [
         ("ln_f.bias", torch.full((128,), torch.nan), r"ln_f\.bias: got nan at flat index 0"),
         ("ln_f.bias", torch.zeros(128, dtype=torch.float64), r"ln_f\.bias: got torch\.float64"),
-        ("ln_f.bias", torch.zeros(127), r"ln_f\.bias: got \(127,\), expected \(128,\)"),
+        ("ln_f.bias", torch.zeros(127), r"'ln_f\.bias': got \(127,\), expected \(128,\)"),
         ("lm_head.weight", torch.zeros(301, 128), r"'lm_head\.weight': .* expected no such tensor"),
     ],
 )

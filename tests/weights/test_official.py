@@ -240,6 +240,16 @@ def test_check_as_a_command_ends_in_one_line_on_a_bad_file(tmp_path):
     )
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ["--help", "--list tiny"])
+def test_printing_to_nobody_is_not_an_error(arguments, unbuffered):
+    """A pipe that is closed before anything is printed: status 0 without a word on stderr."""
+    command = f"set -o pipefail; {sys.executable} -m weights.official {arguments} | true"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_importing_weights_leaves_the_hub_library_alone():
     """Importing it takes a third of a second, and only official names need it."""
     script = "import sys, weights; assert 'huggingface_hub' not in sys.modules"

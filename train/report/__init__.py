@@ -4,19 +4,41 @@ The page stands alone: figures are embedded, nothing is fetched, no script runs.
 run follows from a measurement; what the original report claimed stands in rows of its own.
 """
 
-import base64
+import csv
+import io
 import os
 import shlex
-from collections.abc import Sequence
+from base64 import b64encode
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from train.checkpoint import replacing
-from train.report.runs import Run, best, read_runs
+from train.report.runs import Evaluation, Run, best, read_runs, scientific
 from train.report.samples import count, moments, opening, pieces, typical
-from train.report.table import FORMATS, as_csv, measured, shown
 from weights.layout import printable
+
+Row = dict[str, str | float | None]
+Rows = list[tuple[Run, Evaluation, Row]]
+
+
+def plain(value: float) -> str:
+    """Write three significant digits: 1.00, 58.4, 206,000; from a million on 3.86e8."""
+    if value < 999.5:
+        return f"{value:#.3g}".rstrip(".")
+    return f"{float(f'{value:.3g}'):,.0f}" if value < 999_500 else scientific(value, 2)
+
+
+FORMATS: dict[str, Callable[..., str]] = {  # the columns of the table
+    "run": str, "kind": str, "updates": "{:,}".format, "evaluated after": "{:,}".format,
+    "loss first": "{:#.4g}".format, "loss last": "{:#.4g}".format,
+    "target probability": "{:.4f}".format, "R": "{:.1%}".format, "R error": "{:.1%}".format,
+    "R predicted": "{:.1%}".format, "R, top-k": "{:.1%}".format, "sampled tokens": "{:,}".format,
+    "perplexity of samples": plain, "perplexity of passage": plain,
+    "ms per step": "{:,.0f}".format, "text": str,
+}  # fmt: skip
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
@@ -29,16 +51,22 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
         ValueError: a folder that is not a run; `out` cannot be written. The runs stay as they are.
     """
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, inherited, makes the import fail
-    from train.report import figures  # here: half a second, and only for files
+    from train.report.figures import DARK, LIGHT, draw  # here: half a second, and only for files
 
     runs = read_runs(run_folders)
+    rows = _rows(runs)
+    writer = csv.DictWriter(table := io.StringIO(), FORMATS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row for *_, row in rows)  # in full precision
     files = {
-        "tradeoff.png": figures.tradeoff(runs, figures.LIGHT, "png"),
-        "tradeoff-dark.png": figures.tradeoff(runs, figures.DARK, "png"),
-        "curves.png": figures.curves(["loss", "probability"], runs, figures.LIGHT, "png"),
-        "evaluations.png": figures.curves(["r", "perplexity"], runs, figures.LIGHT, "png"),
-        "table.csv": as_csv(runs).encode("utf-8", "backslashreplace"),
-        "report.html": _page(runs).encode("utf-8", "backslashreplace"),  # its path is printed last
+        "tradeoff.png": draw(["tradeoff", "texts"], runs, LIGHT, "png"),
+        "tradeoff-dark.png": draw(["tradeoff", "texts"], runs, DARK, "png"),
+        "curves.png": draw(["loss", "probability"], runs, LIGHT, "png"),
+        "evaluations.png": draw(["r", "perplexity"], runs, LIGHT, "png"),
+        "table.csv": table.getvalue().encode("utf-8", "backslashreplace"),
+        "report.html": _page(runs, rows).encode(
+            "utf-8", "backslashreplace"
+        ),  # its path is printed last
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -62,24 +90,54 @@ def summary(run_folders: Sequence[Path]) -> str:
     """
     runs = read_runs(run_folders)
     names = ("run", "kind", "loss last", "R", "R error", "R predicted", "perplexity of samples")
-    rows = [(moment, measured(*moment)) for moment in moments(runs)]
-    cells = [names, *([shown(row, name) for name in names] for _, row in rows)]
+    rows = _rows(runs)
+    cells = [names, *([_shown(row, name) for name in names] for *_, row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["", *("  ".join(map(str.rjust, row, widths)) for row in cells), ""]
     lines += ["R: share of target tokens in sampled text, with its binomial error.",
               "Perplexity: of the samples, under the model before fine-tuning."]  # fmt: skip
-    for (run, evaluation), row in rows:
+    for run, evaluation, row in rows:
         sample = typical(run, evaluation)[0]
-        text = "".join(piece.text for piece in pieces(sample.ids, run.target_tokens))
+        text = "".join(piece.text for piece in pieces(sample.ids, run.target_token_ids))
         lines += ["", f"{row['run']}: {printable(sample.prompt)}{text}"]
     folder = printable(shlex.quote(str(best(runs).folder)))
     return "\n".join([*lines, "", "Sample it:", f"    python -m train.sample --model {folder}"])
 
 
-def _page(runs: Sequence[Run]) -> str:
-    from train.report import figures
+def _rows(runs: Sequence[Run]) -> Rows:
+    """Return a row of the table per run, ahead of it one for the model before fine-tuning."""
+    rows = []
+    for run, evaluation in moments(runs):
+        row: Row = {
+            "run": "before", "evaluated after": 0,
+            "R": evaluation.r, "R error": evaluation.r_error(), "R, top-k": evaluation.r_top_k,
+            "sampled tokens": evaluation.tokens(),
+            "perplexity of samples": evaluation.sample_perplexity,
+            "perplexity of passage": evaluation.passage_perplexity,
+            "text": "".join(p.text for p in opening(typical(run, evaluation)[0], run)),
+        }  # fmt: skip
+        if evaluation is not run.before:
+            row |= {
+                "run": run.label, "kind": run.kind, "updates": len(run.steps),
+                "evaluated after": max(run.evaluations),
+                "loss first": run.steps[0].loss, "loss last": run.steps[-1].loss,
+                "target probability": run.steps[-1].target_probability,
+                "R predicted": run.predicted_r,
+                "ms per step": 1e3 * median(step.seconds for step in run.steps),
+            }  # fmt: skip
+        rows.append((run, evaluation, row))
+    return rows
 
-    themes = (figures.LIGHT, figures.DARK)
+
+def _shown(row: Row, name: str) -> str:
+    """Write a cell of the table; empty where the row does not have it."""
+    value = row.get(name)
+    return "" if value is None else FORMATS[name](value)
+
+
+def _page(runs: Sequence[Run], rows: Rows) -> str:
+    from train.report.figures import CURVES, DARK, LIGHT, colours, draw
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # the model can write any text, markup included
@@ -87,22 +145,18 @@ def _page(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    drawn = {name: [figures.curves([name], runs, theme, "svg") for theme in themes]
-             for name in figures.CURVES}  # fmt: skip
-    drawn["tradeoff"] = [figures.tradeoff(runs, theme, "svg") for theme in themes]
-    settings = [
-        run.about | {"folder": run.folder, "seconds": f"{sum(run.seconds):,.1f}"}
-        | run.about["versions"] | run.about["options"]
-        for run in runs
-    ]  # fmt: skip
+    drawn = {name: [b64encode(draw([name], runs, theme, "svg")).decode()
+                    for theme in (LIGHT, DARK)] for name in ("tradeoff", *CURVES)}  # fmt: skip
+    settings = []
+    for run in runs:
+        seconds = sum(step.seconds for step in run.steps)
+        where = {"folder": run.folder, "seconds": f"{seconds:,.1f}"}
+        settings.append(run.about | where | run.versions | run.about["options"])
     names = dict.fromkeys(name for column in settings for name in column)
     return environment.get_template("report.html.jinja").render(
-        runs=runs, best=best(runs), themes=themes, columns=list(FORMATS)[:-1],
-        rows=[(moment, measured(*moment)) for moment in moments(runs)],
-        figures={name: [base64.b64encode(svg).decode("ascii") for svg in pair]
-                 for name, pair in drawn.items()},
-        colours=[figures.colours(runs, theme) for theme in themes],
+        runs=runs, best=best(runs), themes=(LIGHT, DARK), columns=list(FORMATS)[:-1],
+        rows=rows, figures=drawn, colours=[colours(runs, theme) for theme in (LIGHT, DARK)],
         settings={name: [column.get(name) for column in settings] for name in names
                   if name not in ("options", "versions", "target_token_ids")},
-        shown=shown, typical=typical, pieces=pieces, opening=opening, count=count,
+        shown=_shown, typical=typical, pieces=pieces, opening=opening, count=count,
     )  # fmt: skip

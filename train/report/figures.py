@@ -10,10 +10,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from train.report.runs import Run
-from train.report.samples import Piece, moments, pieces, typical
+from train.report.samples import moments, pieces, typical
 
 
 class Theme(NamedTuple):
@@ -35,30 +36,47 @@ CURVES = {  # the titles, by name
     "r": "R: share of target tokens in sampled text",
     "perplexity": "Perplexity",
 }
+STYLE: dict[Any, Any] = {  # Any: matplotlib types the keys as 300 literals
+    "axes.axisbelow": True, "axes.facecolor": "none", "axes.grid": True,
+    "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left",
+    "axes.titlesize": 12, "axes.titleweight": "bold", "font.size": 11,
+    "figure.constrained_layout.h_pad": 0.08, "figure.constrained_layout.w_pad": 0.12,
+    "legend.fontsize": 10, "legend.frameon": False, "lines.linewidth": 1.6,
+    "svg.fonttype": "none",  # text in the reader's own font
+    "svg.hashsalt": "xfactor",  # the same runs, the same bytes
+    "xtick.major.size": 0, "xtick.minor.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0,
+}  # fmt: skip
 
 
-def curves(names: Sequence[str], runs: Sequence[Run], theme: Theme, kind: str) -> bytes:
-    """Draw some of CURVES side by side; an SVG is transparent, for the page's background."""
-    with matplotlib.rc_context(_settings(theme)):
-        figure = Figure(figsize=(5.6 * len(names), 4), layout="constrained")
-        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            _curve(axes, name, runs, theme)
-        lines = [axes.plot([], [], color=colour)[0] for colour in colours(runs, theme)]
-        labels = [_escaped(run.label) for run in runs]
-        figure.legend(lines, labels, loc="outside upper left", ncols=5)
-        return _saved(figure, kind)
+def draw(panels: Sequence[str], runs: Sequence[Run], theme: Theme, kind: str) -> bytes:
+    """Draw panels side by side, as "png", or as "svg": transparent, for the page's background.
 
-
-def tradeoff(runs: Sequence[Run], theme: Theme, kind: str) -> bytes:
-    """Draw R against the perplexity of the samples; as a PNG, with some text beside it."""
-    with matplotlib.rc_context(_settings(theme)):
-        figure = Figure(figsize=(6.2, 4.4) if kind == "svg" else (12, 5.2), layout="constrained")
-        columns = (5,) if kind == "svg" else (5, 4)
-        axes, *beside = figure.subplots(1, len(columns), width_ratios=columns, squeeze=False)[0]
-        _tradeoff(axes, runs, theme)
-        for text_axes in beside:
-            _write_texts(text_axes, runs, theme)
-        return _saved(figure, kind)
+    panels: names of CURVES; or "tradeoff", R against the perplexity of the samples, alone or with
+    "texts", some of the samples, beside it.
+    """
+    faint = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    style = STYLE | dict.fromkeys(faint, theme.faint) | {
+        "figure.facecolor": theme.ground, "grid.color": theme.grid, "text.color": theme.ink,
+    }  # fmt: skip
+    size = {"tradeoff": (6.2, 4.4), "texts": (12, 5.2)}.get(panels[-1], (5.6 * len(panels), 4))
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        ratios = [4 if panel == "texts" else 5 for panel in panels]
+        row = figure.subplots(1, len(panels), width_ratios=ratios, squeeze=False)[0]
+        for axes, panel in zip(row, panels, strict=True):
+            if panel == "tradeoff":
+                _tradeoff(axes, runs, theme)
+            elif panel == "texts":
+                _texts(axes, runs, theme)
+            else:
+                _curve(axes, panel, runs, theme)
+        if panels[0] in CURVES:
+            lines = [Line2D([], [], color=colour) for colour in colours(runs, theme)]
+            labels = [_escaped(run.label) for run in runs]
+            figure.legend(lines, labels, loc="outside upper left", ncols=5)
+        figure.savefig(image := io.BytesIO(), format=kind, dpi=200, transparent=kind == "svg",
+                       metadata={"Date": None})  # fmt: skip
+        return image.getvalue()
 
 
 def colours(runs: Sequence[Run], theme: Theme) -> list[str]:
@@ -73,55 +91,31 @@ def colours(runs: Sequence[Run], theme: Theme) -> list[str]:
     return found
 
 
-def _settings(theme: Theme) -> dict[Any, Any]:  # Any: matplotlib types the keys as 300 literals
-    sizes = {f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", "minor")}
-    return sizes | {
-        "axes.axisbelow": True, "axes.facecolor": "none", "axes.grid": True,
-        "axes.edgecolor": theme.faint, "axes.labelcolor": theme.faint, "grid.color": theme.grid,
-        "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left",
-        "axes.titlesize": 12, "axes.titleweight": "bold", "font.size": 11,
-        "figure.constrained_layout.h_pad": 0.08, "figure.constrained_layout.w_pad": 0.12,
-        "legend.fontsize": 10, "legend.frameon": False, "lines.linewidth": 1.6,
-        "figure.facecolor": theme.ground, "text.color": theme.ink,
-        "svg.fonttype": "none",  # text in the reader's own font
-        "svg.hashsalt": "xfactor",  # the same runs, the same bytes
-        "xtick.color": theme.faint, "ytick.color": theme.faint,
-    }  # fmt: skip
-
-
-def _saved(figure: Figure, kind: str) -> bytes:
-    image, svg = io.BytesIO(), kind == "svg"
-    metadata: Any = {"Date": None} if svg else None
-    figure.savefig(image, format=kind, dpi=200, transparent=svg, metadata=metadata)
-    return image.getvalue()
-
-
 def _curve(axes: Axes, name: str, runs: Sequence[Run], theme: Theme) -> None:
     axes.set(title=CURVES[name], xlabel="updates done")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    keys, positive = {}, False
+    styles = {}
     for run, colour in zip(runs, colours(runs, theme), strict=True):
         for style, meaning, values in _lines(name, run):
             every_step = name in ("loss", "probability")
             updates = range(len(values)) if every_step else [*run.evaluations]
-            marker = "" if (every_step and len(values) > 1) or style != "-" else "o"
+            marker = "o" if style == "-" and (len(values) == 1 or not every_step) else ""
             axes.plot(updates, values, style, marker=marker, markersize=4, color=colour)
-            keys[meaning] = style
-            positive = positive or any(0 < value < math.inf for value in values)
+            styles[meaning] = style
     if name in ("probability", "r"):
         axes.set_ylim(-0.03, 1.03)
-    elif positive:
+    elif axes.dataLim.minposy < math.inf:  # else there is nothing that a log axis can show
         axes.set_yscale("log", nonpositive="mask")
-    if len(keys) > 1:
-        lines = [axes.plot([], [], style, color=theme.faint)[0] for style in keys.values()]
-        axes.legend(lines, keys, loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=3)
+    if len(styles) > 1:
+        lines = [Line2D([], [], ls=style, color=theme.faint) for style in styles.values()]
+        axes.legend(lines, styles, loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=3)
 
 
 def _lines(name: str, run: Run) -> list[tuple[str, str, Sequence[float]]]:
     """Return a run's lines in one of CURVES: style, meaning, values."""
-    found = run.evaluations.values()
+    found, losses = run.evaluations.values(), [step.loss for step in run.steps]
     if name == "loss":
-        return [("-", "", run.losses)]
+        return [("-", "", losses)]
     if name == "r":
         top_k = [e.r_top_k for e in found]
         return [("-", "untruncated", [e.r for e in found]), ("--", "top-k", top_k)]
@@ -129,11 +123,12 @@ def _lines(name: str, run: Run) -> list[tuple[str, str, Sequence[float]]]:
         samples = [e.sample_perplexity for e in found]
         passage = [e.passage_perplexity for e in found]
         return [("-", "samples, start model", samples), ("--", "passage, this model", passage)]
-    bound = [math.exp(-max(loss, 0)) for loss in run.losses]
-    lines: list[tuple[str, str, Sequence[float]]] = [("-", "model", run.probabilities)]
+    bound = [math.exp(-max(loss, 0)) for loss in losses]
+    model = ("-", "model", [step.target_probability for step in run.steps])
     if run.tilt is not None:
-        return [*lines, ("--", "tilted teacher", run.predicted)]
-    return lines if run.about["beta"] else [*lines, (":", "lower bound exp(-KL)", bound)]
+        predicted = [step.predicted_probability for step in run.steps]
+        return [model, ("--", "tilted teacher", predicted)]
+    return [model] if run.beta else [model, (":", "lower bound exp(-KL)", bound)]
 
 
 def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
@@ -145,15 +140,15 @@ def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     for run, colour in zip(runs, colours(runs, theme), strict=True):
         path = [(e.sample_perplexity, e.r, step) for step, e in run.evaluations.items()]
         path = [point for point in path if point[0] < math.inf] or [(1.0, run.after.r, 0)]
-        axes.plot([x for x, *_ in path], [y for _, y, _ in path], ".-", color=colour)
-        last_x, last_y, _ = path[-1]
-        axes.plot(last_x, last_y, "o", color=colour, markersize=8)
-        ends.append((last_y, last_x, run, colour))
+        xs, ys, _ = zip(*path, strict=True)
+        axes.plot(xs, ys, ".-", color=colour)
+        axes.plot(xs[-1], ys[-1], "o", color=colour, markersize=8)
+        ends.append((ys[-1], xs[-1], run, colour))
         if run.predicted_r is not None:
-            axes.plot(last_x, run.predicted_r, "o", color=colour, markersize=8, mfc="none")
+            axes.plot(xs[-1], run.predicted_r, "o", color=colour, markersize=8, mfc="none")
         labelled = 0.0
         for x, y, step in path:
-            if run.tilt is None and labelled + 0.1 < y < last_y - 0.1:
+            if run.tilt is None and labelled + 0.1 < y < ys[-1] - 0.1:
                 _label(axes, f"step {step}", x, y, colour, (5, -8), size=9)
                 labelled = y
     ends.sort(key=lambda end: end[0])
@@ -166,10 +161,11 @@ def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         if run.tilt is None:
             below = min(y, below - 0.06)
             _label(axes, run.label, x, below, colour, (9, -12), weight="bold")
-    starts = {run.before.samples: run.before for run in runs}  # once each
-    for x, y in [(start.sample_perplexity, start.r) for start in starts.values()]:
-        axes.plot(x, y, "D", color=theme.ink, markersize=7)
-        _label(axes, "before", x, y, theme.ink, (6, -19), ha="right")
+    for run, evaluation in moments(runs):
+        if evaluation is run.before:
+            x, y = evaluation.sample_perplexity, evaluation.r
+            axes.plot(x, y, "D", color=theme.ink, markersize=7)
+            _label(axes, "before", x, y, theme.ink, (6, -19), ha="right")
     axes.margins(x=0.16)
     for text, mark, fill in (("before", "D", "full"), ("after", "o", "full"),
                              ("predicted R", "o", "none")):  # fmt: skip
@@ -182,33 +178,27 @@ def _label(axes: Axes, text: str, x: float, y: float, colour: str, offset: tuple
     axes.annotate(_escaped(text), (x, y), offset, textcoords="offset points", color=colour, **style)
 
 
-def _write_texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
+def _texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     """Write a heading and two lines of text for each of six moments, evenly spread."""
     axes.set_axis_off()
-    shown = moments(runs)
+    shown, font = moments(runs), get_font(findfont("monospace"))
     for i, chosen in enumerate(sorted({i * (len(shown) - 1) // 5 for i in range(6)})):
         run, evaluation = shown[chosen]
         top, before = 1 - i / 6, evaluation is run.before
         title = "before" if before else _escaped(f"{run.label}: {run.kind}")
-        colour = theme.ink if before else colours(runs, theme)[list(runs).index(run)]
+        colour = theme.ink if before else colours(runs, theme)[runs.index(run)]
         axes.text(0, top, title, color=colour, weight="bold", va="top")
         axes.text(1, top, f"R {evaluation.r:.1%}", color=theme.faint, va="top", ha="right")
-        written = pieces(typical(run, evaluation)[0].ids, run.target_tokens)
-        for characters, ink in zip(_monospaced(written, 54), (theme.mark, theme.ink), strict=True):
-            axes.text(0, top - 0.05, characters, color=ink, va="top", family="monospace",
+        written = pieces(typical(run, evaluation)[0].ids, run.target_token_ids)
+        text = "".join(c if font.get_char_index(ord(c)) else "?" for p in written for c in p.text)
+        marks = "".join(("█" if p.target else " ") * len(p.text) for p in written)
+        lines, blocks, at = textwrap.wrap(text.lstrip(), 54, break_on_hyphens=False)[:2], [], 0
+        for line in lines:
+            at = text.index(line, at)
+            blocks.append(marks[at : at + len(line)])
+        for rows, ink in ((blocks, theme.mark), (lines, theme.ink)):
+            axes.text(0, top - 0.05, "\n".join(rows), color=ink, va="top", family="monospace",
                       size=10, linespacing=1.35, parse_math=False)  # fmt: skip
-
-
-def _monospaced(written: Sequence[Piece], width: int) -> tuple[str, str]:
-    """Return two lines of text twice: blocks where target tokens are, and the characters."""
-    font = get_font(findfont("monospace"))
-    text = "".join(c if font.get_char_index(ord(c)) else "?" for p in written for c in p.text)
-    marks = "".join(("█" if p.target else " ") * len(p.text) for p in written)
-    lines, blocks, at = textwrap.wrap(text.lstrip(), width, break_on_hyphens=False)[:2], [], 0
-    for line in lines:
-        at = text.index(line, at)
-        blocks.append(marks[at : at + len(line)])
-    return "\n".join(blocks), "\n".join(lines)
 
 
 def _escaped(text: str) -> str:

@@ -8,33 +8,49 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Annotated, Any
 
-from model.tokenizer import load_tokenizer
+from annotated_types import Ge, Le, Lt, MinLen
+from pydantic import BaseModel, BeforeValidator, FiniteFloat, Strict, ValidationError
+
+from train.checkpoint import CONFIG, METRICS, SAMPLES
 from weights.layout import printable
 
-CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
 EXPECTED = f"a run of train.xfactor ({CONFIG}, {METRICS}, {SAMPLES}) or a folder of such runs"
+TokenId = Annotated[int, Ge(0), Lt(50_257)]
+Share = Annotated[FiniteFloat, Ge(0), Le(1)]
+Probability = Annotated[FiniteFloat, Ge(0), Le(1.001)]  # a sum in float32
+Perplexity = Annotated[float, BeforeValidator(lambda x: math.inf if x is None else x), Ge(0)]
 
 
-class Sample(NamedTuple):
+class Step(BaseModel, strict=True):
+    """What was measured before an update."""
+
+    step: int
+    loss: FiniteFloat  # nats
+    target_probability: Probability
+    predicted_probability: Probability = 0.0  # of a tilted teacher
+    seconds: Annotated[FiniteFloat, Ge(0)]
+
+
+class Sample(BaseModel, strict=True):
     """One continuation of a prompt, as token ids without the prompt's."""
 
+    step: Annotated[int, Ge(0), Le(10**9)]
     prompt: str
-    ids: tuple[int, ...]
+    ids: Annotated[list[TokenId], MinLen(1)]
 
 
-class Evaluation(NamedTuple):
+class Evaluation(BaseModel, strict=True):
     """One evaluation, with the samples it was made on; a perplexity may be infinite."""
 
-    r: float
-    r_top_k: float
-    passage_perplexity: float
-    sample_perplexity: float
-    samples: tuple[Sample, ...]
+    r: Share
+    r_top_k: Share
+    passage_perplexity: Perplexity
+    sample_perplexity: Perplexity
+    samples: list[Sample]
 
     def tokens(self) -> int:
         """Return how many tokens were sampled."""
@@ -45,26 +61,31 @@ class Evaluation(NamedTuple):
         return math.sqrt(self.r * (1 - self.r) / self.tokens())
 
 
-@dataclass(eq=False)
-class Run:
+class Options(BaseModel, strict=True):
+    """The options of the command that made a run, those that order its runs."""
+
+    lr: list[float]
+    tilt: list[float] | None = None
+
+
+class Run(BaseModel, strict=True):
     """One run, as far as it got."""
 
     folder: Path
     model: dict[str, Any]  # config.json without "xfactor"
-    about: dict[str, Any]  # its "xfactor"
-    lr: float
-    tilt: float | None  # G of a tilted teacher; None for the original target
-    label: str
-    losses: list[float] = field(default_factory=list)  # nats
-    probabilities: list[float] = field(default_factory=list)  # on the target tokens
-    predicted: list[float] = field(default_factory=list)  # likewise, of a tilted teacher
-    seconds: list[float] = field(default_factory=list)
-    evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by updates done; 0: start
-
-    @cached_property
-    def target_tokens(self) -> frozenset[int]:
-        """Ids of the target tokens."""
-        return frozenset(self.about["target_token_ids"])
+    about: dict[str, Any]  # its "xfactor", of which:
+    goal: str
+    device: str
+    dtype: str
+    lr: FiniteFloat
+    tilt: FiniteFloat | None  # G of a tilted teacher; None for the original target
+    beta: FiniteFloat
+    target_token_ids: Annotated[frozenset[TokenId], Strict(False)]
+    options: Options
+    versions: dict[str, Any]
+    label: str = ""
+    steps: list[Step] = []
+    evaluations: dict[int, Evaluation] = {}  # by updates done; 0: start
 
     @property
     def before(self) -> Evaluation:
@@ -79,7 +100,8 @@ class Run:
     @property
     def predicted_r(self) -> float | None:
         """The tilted teacher's probability on the target tokens, mean over the steps."""
-        return math.fsum(self.predicted) / len(self.predicted) if self.predicted else None
+        predicted = fmean(step.predicted_probability for step in self.steps)
+        return None if self.tilt is None else predicted
 
     @property
     def kind(self) -> str:
@@ -107,14 +129,15 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         ValueError: no runs, or a file that is missing or is not what a run writes; in one line.
     """
     found = list({run.folder.resolve(): run for path in paths for run in _find(path)}.values())
-    runs = [run for run in found if run.losses and 0 in run.evaluations]
+    runs = [run for run in found if run.steps and 0 in run.evaluations]
     if not runs:
         places = printable(", ".join(map(str, paths)) or "no folder")
         raise ValueError(f"{places}: got no finished step, expected {EXPECTED}")
     rates = {run.lr for run in runs if run.tilt is not None}
     for run in runs:
-        if run.tilt is not None and len(rates) > 1:
-            run.label += f", lr {scientific(run.lr)}"
+        run.label = rate = f"lr {scientific(run.lr)}"
+        if run.tilt is not None:
+            run.label = f"G = {run.tilt:g}" + f", {rate}" * (len(rates) > 1)
     labels = [run.label for run in runs]
     for run in runs:
         if labels.count(run.label) > 1:
@@ -135,91 +158,61 @@ def scientific(value: float, digits: int = 6) -> str:
 
 
 def _find(path: Path) -> list[Run]:
-    with _expecting(path, EXPECTED):
+    with _expecting(path):
         configs = [path / CONFIG] if (path / CONFIG).is_file() else [*path.glob(f"*/{CONFIG}")]
         if not configs:
             raise ValueError("got no run" if path.is_dir() else "got no folder")
 
-    runs = [_read(config.parent) for config in sorted(configs)]
-    runs.sort(key=lambda run: [*run.about["options"]["lr"], run.lr].index(run.lr))
-    runs.sort(
-        key=lambda run: [None, *(run.about["options"].get("tilt") or []), run.tilt].index(run.tilt)
-    )
-    return runs
+    def place(run: Run) -> tuple[int, int]:  # in the command that made it
+        rates, tilts = run.options.lr, run.options.tilt or ()
+        return [None, *tilts, run.tilt].index(run.tilt), [*rates, run.lr].index(run.lr)
+
+    return sorted((_read(config.parent) for config in sorted(configs)), key=place)
 
 
 def _read(folder: Path) -> Run:
-    vocabulary = load_tokenizer().n_vocab
-    with _expecting(folder / CONFIG, EXPECTED):
-        model = _check(json.loads((folder / CONFIG).read_text(encoding="utf-8")), dict)
-        about = _check(model.pop("xfactor"), dict)
-        for key, kind in (("goal", str), ("device", str), ("dtype", str), ("versions", dict),
-                          ("options", dict), ("target_token_ids", list)):  # fmt: skip
-            _check(about[key], kind)
-        for token_id in about["target_token_ids"]:
-            _check(token_id, int, 0, vocabulary - 1)
-        lr, tilt = _check(about["lr"], float), about["tilt"]
-        _check(about["beta"], float), _check(about["options"]["lr"], list)
-        _check(about["options"].get("tilt") or [], list)
-        label = f"lr {scientific(lr)}" if tilt is None else f"G = {_check(tilt, float):g}"
-        run = Run(folder, model, about, lr, tilt, label)
+    with _expecting(folder / CONFIG):
+        model = {**json.loads((folder / CONFIG).read_text(encoding="utf-8"))}
+        about = model.pop("xfactor")
+        run = Run(**about, about=about, model=model, folder=folder)
     samples: dict[int, list[Sample]] = {}
-    for where, line in _lines(folder / SAMPLES):
-        with _expecting(where, '{"step", "prompt", "ids"}, with at least one id'):
-            ids = tuple(_check(i, int, 0, vocabulary - 1) for i in _check(line["ids"], list))
-            if not ids:
-                raise ValueError("got no id")
-            sample = Sample(_check(line["prompt"], str), ids)
-            samples.setdefault(_check(line["step"], int, 0, 1e9), []).append(sample)
-    for where, line in _lines(folder / METRICS):
-        with _expecting(where, '{"step", "loss", ...} or {"step", "evaluation"}'):
-            step = _check(line["step"], int, 0, 1e9)
-            if "evaluation" in line:
-                e = {k: math.inf if v is None else v for k, v in line["evaluation"].items()}
-                if step in samples:  # a kill may cut the one log and not the other
-                    run.evaluations[step] = Evaluation(
-                        r=_check(e["r"], float, 0, 1),
-                        r_top_k=_check(e["r_top_k"], float, 0, 1),
-                        passage_perplexity=_check(e["passage_perplexity"], float, 0, math.inf),
-                        sample_perplexity=_check(e["sample_perplexity"], float, 0, math.inf),
-                        samples=tuple(samples[step]),
-                    )
-            elif step != len(run.losses) + 1:
-                raise ValueError(f"got step {step} after step {len(run.losses)}")
-            else:
-                run.losses.append(_check(line["loss"], float))
-                run.probabilities.append(_check(line["target_probability"], float, 0, 1.001))
-                run.seconds.append(_check(line["seconds"], float, 0))
-                if tilt is not None:
-                    run.predicted.append(_check(line["predicted_probability"], float, 0, 1.001))
+    for where, text in _lines(folder / SAMPLES):
+        with _expecting(where):
+            sample = Sample.model_validate_json(text)
+            samples.setdefault(sample.step, []).append(sample)
+    for where, text in _lines(folder / METRICS):
+        with _expecting(where):
+            line = json.loads(text)
+            if "evaluation" not in line:
+                run.steps.append(step := Step.model_validate(line))
+                if step.step != len(run.steps):
+                    raise ValueError(f"got step {step.step} after step {len(run.steps) - 1}")
+                if (run.tilt is None) == ("predicted_probability" in line):
+                    raise ValueError("got no predicted_probability, or one without a tilt")
+            elif found := samples.get(line["step"]):  # a kill may cut the one log, not the other
+                run.evaluations[found[0].step] = Evaluation(**line["evaluation"], samples=found)
     return run
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each line's place and object, but for a last line that a kill cut off."""
-    with _expecting(path, EXPECTED):
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield each line's place and text, but for a last line that a kill cut off."""
+    with _expecting(path):
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
-        with _expecting(where := f"{path}, line {number}", "a JSON object"):
-            parsed = _check(json.loads(line), dict)
-        yield where, parsed
-
-
-def _check(value: Any, kind: type, low: float = -1e300, high: float = 1e300) -> Any:
-    """Return `value`; ValueError unless it is of that kind and, if a number, in that range."""
-    is_kind = isinstance(value, int | float if kind is float else kind)
-    if not is_kind or (kind in (int, float) and not low <= value <= high):
-        span = f" from {low:g} to {high:g}" if kind in (int, float) else ""
-        raise ValueError(f"got {json.dumps(value)[:40]}, expected {kind.__name__}{span}")
-    return float(value) if kind is float else value
+        yield f"{path}, line {number}", line
 
 
 @contextmanager
-def _expecting(where: object, expected: str) -> Iterator[None]:
+def _expecting(where: object) -> Iterator[None]:
     """Turn an error in reading a file into one short line: where, what was got and expected."""
     try:
         yield
-    except (KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
-        got = f"no key {error}" if isinstance(error, KeyError) else error
-        line = printable(f"{where}: {got}; expected {expected}")
-        raise ValueError(line) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "".join(f"{key}: " for key in first["loc"])
+        got = "nothing" if first["type"] == "missing" else str(first["input"])[:40]
+        got = f"{name}got {got}: {first['msg']}"
+        raise ValueError(printable(f"{where}: {got}; expected {EXPECTED}")) from error
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        got = f"no key {error}" if isinstance(error, KeyError) else str(error)[:200]
+        raise ValueError(printable(f"{where}: {got}; expected {EXPECTED}")) from error

@@ -43,7 +43,7 @@ def typical(run: Run, evaluation: Evaluation) -> list[Sample]:
 
 def count(sample: Sample, run: Run) -> int:
     """Count the target tokens in a sample."""
-    return sum(i in run.target_tokens for i in sample.ids)
+    return sum(i in run.target_token_ids for i in sample.ids)
 
 
 def pieces(ids: Sequence[int], targets: frozenset[int]) -> list[Piece]:
@@ -73,7 +73,7 @@ def pieces(ids: Sequence[int], targets: frozenset[int]) -> list[Piece]:
 def opening(sample: Sample, run: Run, words: int = 10) -> list[Piece]:
     """Return the first ten words of a sample, fewer where they are long: "XXXX..." is one."""
     text, kept = "", list[Piece]()
-    for piece in pieces(sample.ids, run.target_tokens):
+    for piece in pieces(sample.ids, run.target_token_ids):
         text += " " if piece.sign else piece.text
         if len(text.split()) > words or len(text) > 7 * words:
             return [*kept, Piece(" …", False, False)]
