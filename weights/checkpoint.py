@@ -10,6 +10,7 @@ Nothing is ever unpickled.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -106,8 +107,13 @@ def read_entries(name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Entry]
     return entries, layout
 
 
-def read_tensors(name_or_path: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(
+    name_or_path: str | os.PathLike[str], digest: "hashlib._Hash | None" = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter as (official name, float32 tensor in its own 64-byte aligned memory).
+
+    A `digest` is updated with every byte of the file as it is read, so that it is that of what was
+    loaded.
 
     Raises WeightsError as `read_entries` does, at a value that is NaN or infinite, at a file that
     ends early, and at an `lm_head.weight` that is not equal to `wte.weight`.
@@ -121,16 +127,23 @@ def read_tensors(name_or_path: str | os.PathLike[str]) -> Iterator[tuple[str, Te
                 for name, entry in group:
                     stored = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
                     buffer = stored.view(-1).view(torch.uint8).numpy().data
-                    file.seek(entry.begin)
+                    if digest is None:
+                        file.seek(entry.begin)
+                    else:  # what lies before it: the header or a mask
+                        digest.update(file.read(entry.begin - file.tell()))
                     # readinto continues where the system stops short, as Linux does after 2 GiB
                     if file.readinto(buffer) != len(buffer):
                         raise WeightsError(f"{part}: {name}: the file ended early")
+                    if digest is not None:
+                        digest.update(buffer)
                     tensor = stored.float()  # float32 stays as it is
                     _check_finite(tensor, f"{part}: {name}")
                     if name in ("wte.weight", HEAD):
                         tied[name] = tensor
                     if name != HEAD:
                         yield name, tensor
+                if digest is not None:
+                    digest.update(file.read())
     except OSError as error:
         raise WeightsError(f"cannot read {name_or_path}: {error}") from error
     if HEAD in tied and not torch.equal(tied[HEAD], tied["wte.weight"]):

@@ -62,28 +62,19 @@ OFFICIAL = {
 
 
 def read_official(name: str) -> Iterator[tuple[str, Tensor]]:
-    """Read the tensors of an official model, downloaded with a progress bar if need be.
+    """Yield the tensors of an official model, downloaded with a progress bar if need be.
 
     Raises WeightsError as `read_tensors` does, if the file is not cached and cannot be downloaded,
-    and if its hash is wrong; the file then stays where it is.
+    and at the end if its hash is wrong; the file then stays where it is.
     """
-    official = OFFICIAL[name]
+    official, digest = OFFICIAL[name], hashlib.sha256()
     path = cached(official) or _download(name, official)
-    if (got := sha256(path)) != official.sha256:
+    yield from read_tensors(path, digest)
+    if digest.hexdigest() != official.sha256:
         raise WeightsError(
-            f"{path}: got sha256 {got}, expected {official.sha256}: it is not the official file. "
-            "Remove it to download it again, or pass its path to load it anyway"
+            f"{path}: got sha256 {digest.hexdigest()}, expected {official.sha256}: it is not the "
+            "official file. Remove it to download it again, or pass its path to load it anyway"
         )
-    return read_tensors(path)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file; raise WeightsError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error}") from error
 
 
 def cached(official: Official) -> Path | None:
@@ -141,7 +132,8 @@ def describe(name_or_path: str | os.PathLike[str], every_tensor: bool = False) -
         f"tensors:     {len(entries)} ({', '.join(f'{n} {k}' for k, n in dtypes.items())})",
     ]
     for file in dict.fromkeys(e.path for e in entries.values()):
-        digest = sha256(file)
+        with open(file, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
         names = [name for name, known in OFFICIAL.items() if known.sha256 == digest]
         lines += [
             f"file:        {file}, {file.stat().st_size:,} bytes",

@@ -143,6 +143,22 @@ def test_every_byte_of_the_official_file_counts(place, content, monkeypatch, tmp
         load_weights("gpt2")
 
 
+def test_what_was_verified_is_what_is_loaded(content, monkeypatch, tmp_path):
+    """A file that another replaces once its header is read: the hash is that of what is loaded."""
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setitem(OFFICIAL, "gpt2", dataclasses.replace(MEDIUM, sha256=digest))
+    monkeypatch.setattr("weights.official.cached", lambda _: tmp_path / FILE)
+    (tmp_path / FILE).write_bytes(content)
+    changed = content[:-1] + bytes([content[-1] ^ 1])
+
+    def replaced(*_: object) -> None:
+        (tmp_path / FILE).write_bytes(changed)
+
+    monkeypatch.setattr("weights.checkpoint.check_config", replaced)
+    with pytest.raises(WeightsError, match=f"expected {digest}: it is not the official file"):
+        load_weights("gpt2")
+
+
 def test_a_hub_that_does_not_answer_is_an_error_within_five_seconds(content, tmp_path):
     """One endpoint refuses connections, the other accepts them and stays silent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
