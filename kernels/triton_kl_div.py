@@ -157,7 +157,7 @@ def tile_layout(VEC: tl.constexpr):
     rounds = tl.arange(0, PER_THREAD // VEC)[:, None, None]
     thread = tl.arange(0, THREADS)[None, :, None]
     element = tl.arange(0, VEC)[None, None, :]
-    return (rounds * THREADS + thread) * VEC + element, 1 << (rounds * VEC + element)
+    return thread * VEC + element + rounds * (THREADS * VEC), 1 << (rounds * VEC + element)
 
 
 @triton.jit
