@@ -151,6 +151,10 @@ def _biased(t_ptr, bias_ptr, strength, k, offsets, bit, rest,
         mask = None
     else:
         mask = offsets < rest * VEC
+    if BIAS == "bits":
+        biased = (tl.load(bias_ptr + tl.arange(0, THREADS))[None, :, None] & bit) != 0
+    elif BIAS == "vector":
+        b = load(bias_ptr + offsets, mask, 0.0)
     if SHIFT:
         u = _shifted(t_ptr, k, rest, VEC)
         if mask is not None:
@@ -158,13 +162,12 @@ def _biased(t_ptr, bias_ptr, strength, k, offsets, bit, rest,
     else:
         u = load(t_ptr + offsets, mask, -float("inf"))
     if BIAS == "bits":
-        word = tl.load(bias_ptr + tl.arange(0, THREADS))
         if SHIFT:  # which leaves few predicates: this form holds none for long
-            u += tl.where((word[None, :, None] & bit) != 0, strength, 0.0)
+            u += tl.where(biased, strength, 0.0)
         else:
-            u = tl.where((word[None, :, None] & bit) != 0, u + strength, u)
+            u = tl.where(biased, u + strength, u)
     elif BIAS == "vector":
-        u += load(bias_ptr + offsets, mask, 0.0)
+        u += b
     return u
 
 
