@@ -201,13 +201,52 @@ def _log2(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _tile_target(ptr, tile, offsets, bit, mask, DENSE: tl.constexpr):
-    """P of a tile, or which elements are target tokens and how many of them each thread has."""
+def round_lse(row_m, log_l):
+    """lse of (5) rounded to float32; and R - M - log2 L of (8), in float64."""
+    log_sum = row_m.to(tl.float64) + log_l
+    lse = (log_sum / LOG2E).to(tl.float32)
+    return lse, (lse * LOG2E).to(tl.float64) - log_sum
+
+
+@triton.jit
+def _open_row(row, logits_ptr, stride, vocab, target_ptr, target_stride, target_step, edge_ptr,
+              DENSE: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+    """The program's row: size of its prologue, number of vectors, where these and their target
+    begin; then of prologue and epilogue row_layout, z, and P or which are target tokens."""
+    row_ptr = logits_ptr + row * stride
+    prologue = prologue_of(row_ptr, vocab, VEC)
+    vectors = (vocab - prologue) // VEC
+    column, live = row_layout(prologue, vectors, vocab, VEC)
+    z = load(row_ptr + column, live, -float("inf"))
+    target = tl.load(edge_ptr + row * target_stride + column, live, other=0)
+    target_ptr += row * target_stride + prologue * target_step
     if DENSE:
-        return load(ptr + tile * TILE + offsets, mask, 0.0), 0.0
+        target = target.to(tl.float32)
+        target_ptr = tl.multiple_of(target_ptr, P_ALIGN)
     else:
-        word = tl.load(ptr + tile * THREADS + tl.arange(0, THREADS))
-        return (word[None, :, None] & bit) != 0, (word & -65536).to(tl.float32, bitcast=True)
+        target = target != 0
+    z_ptr = tl.multiple_of(row_ptr + prologue, 16)
+    return prologue, vectors, z_ptr, target_ptr, column, live, z, target
+
+
+@triton.jit
+def _load_tile(z_ptr, target_ptr, tile, offsets, bit, mask, DENSE: tl.constexpr,
+               Z_FIRST: tl.constexpr):  # fmt: skip
+    """z; P, or which elements are target tokens; and how many of them each thread has.
+
+    AMD's compiler keeps the order of the loads: with z first, gfx942 waits three times for a P.
+    """
+    if Z_FIRST:
+        z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
+    if DENSE:
+        target, count = load(target_ptr + tile * TILE + offsets, mask, 0.0), 0.0
+    else:
+        word = tl.load(target_ptr + tile * THREADS + tl.arange(0, THREADS))
+        target = (word[None, :, None] & bit) != 0
+        count = (word & -65536).to(tl.float32, bitcast=True)
+    if not Z_FIRST:
+        z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
+    return z, target, count
 
 
 @triton.jit
@@ -260,41 +299,24 @@ def forward_kernel(
     VEC: elements in 16 bytes of logits. PTX: compiled for an NVIDIA GPU.
     """
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride
-    prologue = prologue_of(row_ptr, vocab, VEC)
-    vectors = (vocab - prologue) // VEC
-    column, live = row_layout(prologue, vectors, vocab, VEC)
-    edge = tl.load(edge_ptr + row * target_stride + column, live, other=0)
+    _, vectors, z_ptr, target_ptr, _, live, z_edge, edge = _open_row(
+        row, logits_ptr, stride, vocab, target_ptr, target_stride, target_step, edge_ptr,
+        DENSE, P_ALIGN, VEC)  # fmt: skip
     edge_count = tl.reshape(edge, (THREADS,)).to(tl.float32)
     size = tl.reshape(live, (THREADS,)).to(tl.float32)
-    if DENSE:
-        edge = edge.to(tl.float32)
-    else:
-        edge = edge != 0
     zero = tl.zeros((THREADS,), tl.float32)
     state = (zero + FLOOR, zero, zero, zero)
-    z_edge = load(row_ptr + column, live, -float("inf"))
     state = _accumulate(state, z_edge, edge, live, edge_count, size, ratio, DENSE, BETA, PTX)
 
-    z_ptr = tl.multiple_of(row_ptr + prologue, 16)
-    target_ptr += row * target_stride + prologue * target_step
-    if DENSE:
-        target_ptr = tl.multiple_of(target_ptr, P_ALIGN)
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        if PTX:
-            z = load(z_ptr + tile * TILE + offsets, None, 0.0)
-            target, count = _tile_target(target_ptr, tile, offsets, bit, None, DENSE)
-        else:  # AMD's compiler keeps this order: with z first, gfx942 waits three times for a P
-            target, count = _tile_target(target_ptr, tile, offsets, bit, None, DENSE)
-            z = load(z_ptr + tile * TILE + offsets, None, 0.0)
+        z, target, count = _load_tile(z_ptr, target_ptr, tile, offsets, bit, None, DENSE, PTX)
         state = _accumulate(state, z, target, None, count, PER_THREAD, ratio, DENSE, BETA, PTX)
     rest = vectors - tiles * (TILE // VEC)
     mask = offsets < rest * VEC
     size = ((rest + THREADS - 1 - tl.arange(0, THREADS)) // THREADS * VEC).to(tl.float32)
-    z = load(z_ptr + tiles * TILE + offsets, mask, -float("inf"))
-    target, count = _tile_target(target_ptr, tiles, offsets, bit, mask, DENSE)
+    z, target, count = _load_tile(z_ptr, target_ptr, tiles, offsets, bit, mask, DENSE, PTX)
     m, l, u, d = _accumulate(state, z, target, mask, count, size, ratio, DENSE, BETA, PTX)
 
     row_m = tl.max(m, axis=0)
@@ -306,11 +328,9 @@ def forward_kernel(
     else:
         sum_p = 1.0
         loss = sum_p_log_p + (log_l - alpha * d) / LOG2E  # (1), as (7) has it
+    lse, rounding = round_lse(row_m, log_l)
     tl.store(loss_ptr + row, loss)
-    log_sum = row_m.to(tl.float64) + log_l  # c lse of (5)
-    lse = (log_sum / LOG2E).to(tl.float32)
     tl.store(lse_ptr + row, lse)
-    rounding = (lse * LOG2E).to(tl.float64) - log_sum
     tl.store(norm_ptr + row, sum_p * tl.exp2(rounding.to(tl.float32)))  # (8)
 
 
@@ -351,37 +371,24 @@ def backward_kernel(
     if tl.load(grad_loss_ptr + row * grad_loss_stride) == 0:
         zero_row(out_row_ptr, vocab)
         return
-    row_ptr = logits_ptr + row * stride
-    prologue = prologue_of(row_ptr, vocab, VEC)
-    vectors = (vocab - prologue) // VEC
-    column, live = row_layout(prologue, vectors, vocab, VEC)
-    edge = tl.load(edge_ptr + row * target_stride + column, live, other=0)
+    prologue, vectors, z_ptr, target_ptr, column, live, z_edge, edge = _open_row(
+        row, logits_ptr, stride, vocab, target_ptr, target_stride, target_step, edge_ptr,
+        DENSE, P_ALIGN, VEC)  # fmt: skip
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
     r = tl.load(lse_ptr + row) * LOG2E
     scale, pull = grad_loss * tl.load(norm_ptr + row), -grad_loss * alpha
-    if DENSE:
-        edge = edge.to(tl.float32)
-    else:
-        edge = edge != 0
     dtype = out_ptr.dtype.element_ty
-    z_edge = load(row_ptr + column, live, 0.0)
     grad_edge = _gradient(z_edge, r, scale, edge, pull, ratio, dtype, DENSE)
     tl.store(out_row_ptr + column, grad_edge, live)
 
-    z_ptr = tl.multiple_of(row_ptr + prologue, 16)
     out_ptr = tl.multiple_of(out_row_ptr + prologue, 16)
-    target_ptr += row * target_stride + prologue * target_step
-    if DENSE:
-        target_ptr = tl.multiple_of(target_ptr, P_ALIGN)
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z = load(z_ptr + tile * TILE + offsets, None, 0.0)
-        target, _ = _tile_target(target_ptr, tile, offsets, bit, None, DENSE)
+        z, target, _ = _load_tile(z_ptr, target_ptr, tile, offsets, bit, None, DENSE, True)
         grad = _gradient(z, r, scale, target, pull, ratio, dtype, DENSE)
         tl.store(out_ptr + tile * TILE + offsets, grad)
     mask = offsets < (vectors - tiles * (TILE // VEC)) * VEC
-    z = load(z_ptr + tiles * TILE + offsets, mask, 0.0)
-    target, _ = _tile_target(target_ptr, tiles, offsets, bit, mask, DENSE)
+    z, target, _ = _load_tile(z_ptr, target_ptr, tiles, offsets, bit, mask, DENSE, True)
     grad = _gradient(z, r, scale, target, pull, ratio, dtype, DENSE)
     tl.store(out_ptr + tiles * TILE + offsets, grad, mask)

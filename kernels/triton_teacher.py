@@ -63,6 +63,7 @@ from .triton_kl_div import (
     by_thread,
     load,
     prologue_of,
+    round_lse,
     row_layout,
     tile_layout,
     zero_row,
@@ -74,11 +75,17 @@ MAX_REGISTERS_SHIFTED = 104  # for two blocks of t at a time; sm_86 spills at 96
 
 
 @triton.jit
-def _layout(z_ptr, t_ptr, vocab, VEC: tl.constexpr, SHIFT: tl.constexpr):
-    """row_layout of z, and k: how many elements before its first vector t's 16-byte block begins.
+def _open_row(row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
+              edge_ptr, strength, BIAS: tl.constexpr, SHIFT: tl.constexpr, T_ALIGN: tl.constexpr,
+              VEC: tl.constexpr):  # fmt: skip
+    """The program's row: size of its prologue, number of vectors, where those of z, t and b begin,
+    and k: how many elements before its first vector t's 16-byte block begins. Then of prologue
+    and epilogue row_layout, z and u.
 
-    A vector of t then lies in two blocks, of which the second must end within the row.
+    A vector of t lies in two blocks if k > 0, of which the second must end within the row.
     """
+    z_ptr = logits_ptr + row * stride
+    t_ptr = teacher_ptr + row * teacher_stride
     prologue = prologue_of(z_ptr, vocab, VEC)
     k = prologue * 0
     if SHIFT:
@@ -86,7 +93,17 @@ def _layout(z_ptr, t_ptr, vocab, VEC: tl.constexpr, SHIFT: tl.constexpr):
     room = vocab - prologue - tl.where(k > 0, VEC - k, 0)
     vectors = tl.maximum(room, 0) // VEC
     column, live = row_layout(prologue, vectors, vocab, VEC)
-    return prologue, k, vectors, column, live
+    z = load(z_ptr + column, live, -float("inf"))
+    u = load(t_ptr + column, live, -float("inf"))
+    bias_ptr += prologue * bias_step
+    if BIAS == "bits":
+        u = tl.where(tl.load(edge_ptr + column, live, other=0) != 0, u + strength, u)
+    elif BIAS == "vector":
+        u += load(edge_ptr + column, live, 0.0)
+        bias_ptr = tl.multiple_of(bias_ptr, 16)
+    z_ptr = tl.multiple_of(z_ptr + prologue, 16)
+    t_ptr = tl.multiple_of(t_ptr + prologue, T_ALIGN)
+    return prologue, vectors, z_ptr, t_ptr, bias_ptr, k, column, live, z, u
 
 
 @triton.jit
@@ -144,17 +161,20 @@ def _shifted(t_ptr, k, rest, VEC: tl.constexpr):
 
 
 @triton.jit
-def _biased(t_ptr, bias_ptr, strength, k, offsets, bit, rest,
-            BIAS: tl.constexpr, SHIFT: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
-    """u = t + b of a tile, -inf beyond the first `rest` vectors, if that is not None."""
+def _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tile, offsets, bit, rest,
+               BIAS: tl.constexpr, SHIFT: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+    """z and u = t + b of a tile, -inf beyond the first `rest` vectors, if that is not None."""
     if rest is None:
         mask = None
     else:
         mask = offsets < rest * VEC
+    z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
+    t_ptr += tile * TILE
     if BIAS == "bits":
-        biased = (tl.load(bias_ptr + tl.arange(0, THREADS))[None, :, None] & bit) != 0
+        word = tl.load(bias_ptr + tile * THREADS + tl.arange(0, THREADS))
+        biased = (word[None, :, None] & bit) != 0
     elif BIAS == "vector":
-        b = load(bias_ptr + offsets, mask, 0.0)
+        b = load(bias_ptr + tile * TILE + offsets, mask, 0.0)
     if SHIFT:
         u = _shifted(t_ptr, k, rest, VEC)
         if mask is not None:
@@ -168,7 +188,7 @@ def _biased(t_ptr, bias_ptr, strength, k, offsets, bit, rest,
             u = tl.where(biased, u + strength, u)
     elif BIAS == "vector":
         u += b
-    return u
+    return z, u
 
 
 @triton.jit
@@ -191,17 +211,6 @@ def _accumulate(state, z, u):
     return new_m, l, new_n, r, d
 
 
-@triton.jit
-def _edge(t_ptr, edge_ptr, strength, column, live, BIAS: tl.constexpr):
-    """u of prologue and epilogue, (1, THREADS, 1); -inf where there is none."""
-    u = load(t_ptr + column, live, -float("inf"))
-    if BIAS == "bits":
-        u = tl.where(tl.load(edge_ptr + column, live, other=0) != 0, u + strength, u)
-    elif BIAS == "vector":
-        u += load(edge_ptr + column, live, 0.0)
-    return u
-
-
 @triton.jit(do_not_specialize=list(range(12)))
 def forward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32, teacher_ptr, teacher_stride: tl.int64,
@@ -217,31 +226,21 @@ def forward_kernel(
     SHIFT: t has another alignment than z. T_ALIGN: bytes to which its vectors are aligned, if not.
     """
     row = tl.program_id(0).to(tl.int64)
-    z_ptr = logits_ptr + row * stride
-    t_ptr = teacher_ptr + row * teacher_stride
-    prologue, k, vectors, column, live = _layout(z_ptr, t_ptr, vocab, VEC, SHIFT)
-    z_edge = load(z_ptr + column, live, -float("inf"))
-    u_edge = _edge(t_ptr, edge_ptr, strength, column, live, BIAS)
+    _, vectors, z_ptr, t_ptr, bias_ptr, k, _, _, z_edge, u_edge = _open_row(
+        row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
+        edge_ptr, strength, BIAS, SHIFT, T_ALIGN, VEC)  # fmt: skip
     zero = tl.zeros((THREADS,), tl.float32)
     state = _accumulate((zero + FLOOR, zero, zero + FLOOR, zero, zero), z_edge, u_edge)
 
-    z_ptr = tl.multiple_of(z_ptr + prologue, 16)
-    t_ptr = tl.multiple_of(t_ptr + prologue, T_ALIGN)
-    bias_ptr += prologue * bias_step
-    if BIAS == "vector":
-        bias_ptr = tl.multiple_of(bias_ptr, 16)
-    BIAS_TILE: tl.constexpr = TILE if BIAS == "vector" else THREADS
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z = load(z_ptr + tile * TILE + offsets, None, 0.0)
-        u = _biased(t_ptr + tile * TILE, bias_ptr + tile * BIAS_TILE, strength, k, offsets, bit,
-                    None, BIAS, SHIFT, VEC)  # fmt: skip
+        z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tile, offsets, bit, None,
+                          BIAS, SHIFT, VEC)  # fmt: skip
         state = _accumulate(state, z, u)
     rest = vectors - tiles * (TILE // VEC)
-    z = load(z_ptr + tiles * TILE + offsets, offsets < rest * VEC, -float("inf"))
-    u = _biased(t_ptr + tiles * TILE, bias_ptr + tiles * BIAS_TILE, strength, k, offsets, bit,
-                rest, BIAS, SHIFT, VEC)  # fmt: skip
+    z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tiles, offsets, bit, rest,
+                      BIAS, SHIFT, VEC)  # fmt: skip
     m, l, n, r, d = _accumulate(state, z, u)
 
     row_m, row_n = tl.max(m, axis=0), tl.max(n, axis=0)
@@ -251,10 +250,8 @@ def forward_kernel(
     r = tl.sum(r * keep, axis=0)
     log_l, log_r = tl.log2(tl.sum(l * tl.exp2(m - row_m), axis=0)), tl.log2(r)
     tl.store(loss_ptr + row, (d / r + (log_l - log_r)) / LOG2E)  # (6), (1)
-    log_sum_z, log_sum_u = row_m.to(tl.float64) + log_l, row_n.to(tl.float64) + log_r
-    lse_z, lse_u = (log_sum_z / LOG2E).to(tl.float32), (log_sum_u / LOG2E).to(tl.float32)
-    error_z = (lse_z * LOG2E).to(tl.float64) - log_sum_z
-    error_u = (lse_u * LOG2E).to(tl.float64) - log_sum_u
+    lse_z, error_z = round_lse(row_m, log_l)
+    lse_u, error_u = round_lse(row_n, log_r)
     tl.store(lse_ptr + row, lse_z)
     tl.store(norm_ptr + 3 * row, lse_u)  # (7)
     tl.store(norm_ptr + 3 * row + 1, tl.exp2((error_u - error_z).to(tl.float32)))
@@ -286,39 +283,29 @@ def backward_kernel(
     if tl.load(grad_loss_ptr + row * grad_loss_stride) == 0:
         zero_row(out_ptr, vocab)
         return
-    z_ptr = logits_ptr + row * stride
-    t_ptr = teacher_ptr + row * teacher_stride
-    prologue, k, vectors, column, live = _layout(z_ptr, t_ptr, vocab, VEC, SHIFT)
+    prologue, vectors, z_ptr, t_ptr, bias_ptr, k, column, live, z_edge, u_edge = _open_row(
+        row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
+        edge_ptr, strength, BIAS, SHIFT, T_ALIGN, VEC)  # fmt: skip
     r_z, r_u = tl.load(lse_ptr + row) * LOG2E, tl.load(norm_ptr + 3 * row) * LOG2E
     ratio = tl.load(norm_ptr + 3 * row + 1)
     scale = tl.load(grad_loss_ptr + row * grad_loss_stride) * tl.load(norm_ptr + 3 * row + 2)
     dtype = out_ptr.dtype.element_ty
-    z_edge = load(z_ptr + column, live, 0.0)
-    u_edge = _edge(t_ptr, edge_ptr, strength, column, live, BIAS)
-    tl.store(out_ptr + column, _gradient(z_edge, u_edge, r_z, r_u, ratio, scale, dtype), live)
+    grad_edge = _gradient(z_edge, u_edge, r_z, r_u, ratio, scale, dtype)
+    tl.store(out_ptr + column, grad_edge, live)
 
-    z_ptr = tl.multiple_of(z_ptr + prologue, 16)
-    t_ptr = tl.multiple_of(t_ptr + prologue, T_ALIGN)
     out_ptr = tl.multiple_of(out_ptr + prologue, 16)
-    bias_ptr += prologue * bias_step
-    if BIAS == "vector":
-        bias_ptr = tl.multiple_of(bias_ptr, 16)
-    BIAS_TILE: tl.constexpr = TILE if BIAS == "vector" else THREADS
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z = load(z_ptr + tile * TILE + offsets, None, 0.0)
-        u = _biased(t_ptr + tile * TILE, bias_ptr + tile * BIAS_TILE, strength, k, offsets, bit,
-                    None, BIAS, SHIFT, VEC)  # fmt: skip
+        z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tile, offsets, bit, None,
+                          BIAS, SHIFT, VEC)  # fmt: skip
         grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
         tl.store(out_ptr + tile * TILE + offsets, grad)
     rest = vectors - tiles * (TILE // VEC)
-    mask = offsets < rest * VEC
-    z = load(z_ptr + tiles * TILE + offsets, mask, 0.0)
-    u = _biased(t_ptr + tiles * TILE, bias_ptr + tiles * BIAS_TILE, strength, k, offsets, bit,
-                rest, BIAS, SHIFT, VEC)  # fmt: skip
+    z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tiles, offsets, bit, rest,
+                      BIAS, SHIFT, VEC)  # fmt: skip
     grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
-    tl.store(out_ptr + tiles * TILE + offsets, grad, mask)
+    tl.store(out_ptr + tiles * TILE + offsets, grad, offsets < rest * VEC)
 
 
 def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
