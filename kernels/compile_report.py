@@ -107,7 +107,9 @@ def variants(gpu: GPUTarget, dtype: str) -> Iterator[tuple[str, str, Any, dict[s
         ("teacher, unaligned", "none", True),
         ("teacher, bits, unaligned", "bits", True),
     ):
-        constants = triton_teacher.meta(DTYPES[dtype], gpu, bias, shift, size if shift else 16)
+        constants = triton_launch.teacher_meta(
+            DTYPES[dtype], gpu, bias, shift, size if shift else 16
+        )
         yield "forward", target, triton_teacher.forward_kernel, constants
         yield "backward", target, triton_teacher.backward_kernel, constants
 

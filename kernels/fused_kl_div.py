@@ -162,17 +162,17 @@ def launchers(impl: str, device: torch.device, kind: str) -> ModuleType:
     backward(logits, lse, norm, target, grad_loss, out) for this kind of target."""
     if impl == "torch":
         return torch_teacher if kind == "teacher" else torch_kl_div
-    names = {"dense": "triton_launch", "two-level": "triton_launch", "teacher": "triton_teacher"}
+    name = "triton_launch"
     if impl == "triton-simple":
         if kind != "two-level":
             raise TypeError(
                 f'impl="triton-simple" takes a TwoLevelTarget, got a {kind} one; pass impl="triton"'
             )
-        names[kind] = "triton_simple"
+        name = "triton_simple"
     try:
         import triton  # here and not above: the package works without it
 
-        module = import_module(f".{names[kind]}", __package__)
+        module = import_module(f".{name}", __package__)
     except ImportError as error:
         raise RuntimeError(
             'impl="triton" needs Triton, which is not installed; install it or pass impl="torch"'

@@ -46,14 +46,9 @@ Hazards, besides those of kernels/triton_kl_div.py.
 # ruff: noqa: SIM108, E741
 # mypy: disable-error-code="no-untyped-def"
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
-from . import bitmask
-from .target import Target, TeacherTarget
 from .triton_kl_div import (
     FLOOR,
     LOG2E,
@@ -68,10 +63,6 @@ from .triton_kl_div import (
     tile_layout,
     zero_row,
 )
-from .triton_launch import aligned_like, current_gpu, misalignment
-
-MAX_REGISTERS = 80  # as in kernels/triton_launch.py
-MAX_REGISTERS_SHIFTED = 104  # for two blocks of t at a time; sm_86 spills at 96
 
 
 @triton.jit
@@ -306,72 +297,3 @@ def backward_kernel(
                       BIAS, SHIFT, VEC)  # fmt: skip
     grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
     tl.store(out_ptr + tiles * TILE + offsets, grad, offsets < rest * VEC)
-
-
-def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence of each row in nats, and what the backward needs of it.
-
-    Args:
-        logits: (N, V), float32, bfloat16 or float16; last dimension contiguous, any row stride.
-        target: a TeacherTarget with logits (N, V) of the same kind, whose dtype may be another.
-
-    Returns:
-        loss, lse: float32 (N,). norm: float32 (N, 3), (7); norm[:, 0] is lse(t + b).
-    """
-    loss = logits.new_empty(len(logits), dtype=torch.float32)
-    lse, norm = torch.empty_like(loss), loss.new_empty(len(loss), 3)
-    if len(logits):
-        arguments, constants = _arguments(logits, target)
-        with torch.cuda.device_of(logits):
-            forward_kernel[(len(logits),)](*arguments, loss, lse, norm, **constants)
-    return loss, lse, norm
-
-
-def backward(
-    logits: Tensor, lse: Tensor, norm: Tensor, target: Target, grad_loss: Tensor, out: Tensor
-) -> None:
-    """Write grad_loss (N,) * dKL/d logits into out (N, V), which may be the logits themselves."""
-    if len(logits) == 0:
-        return
-    arguments, constants = _arguments(logits, target)
-    aligned = aligned_like(logits, out)
-    upstream = grad_loss, grad_loss.stride(0)
-    with torch.cuda.device_of(logits):
-        backward_kernel[(len(logits),)](
-            *arguments, lse, norm, *upstream, aligned, aligned.stride(0), **constants
-        )
-    if aligned is not out:
-        out.copy_(aligned)
-
-
-def meta(
-    dtype: torch.dtype, gpu: GPUTarget | None, bias: str, shift: bool, t_align: int
-) -> dict[str, int | str]:
-    """Constants and options of both kernels, for the launch and for kernels/compile_report.py."""
-    constants: dict[str, int | str] = {"BIAS": bias, "SHIFT": shift, "T_ALIGN": t_align}
-    constants |= {"VEC": 16 // dtype.itemsize}
-    constants["num_warps"] = bitmask.THREADS // (gpu.warp_size if gpu else 32)
-    if gpu and gpu.backend == "cuda":
-        constants["maxnreg"] = MAX_REGISTERS_SHIFTED if shift else MAX_REGISTERS
-    return constants
-
-
-def _arguments(logits: Tensor, target: Target) -> tuple[tuple, dict[str, int | str]]:
-    """The arguments from logits_ptr to strength, and the constants, which both kernels take."""
-    assert isinstance(target, TeacherTarget)
-    assert target.logits is not None
-    t, vec, kind = target.logits, 16 // logits.element_size(), "none"
-    bias, step, edge, strength = logits, 0, logits, 0.0  # none: not read
-    if target.bias is not None:
-        kind, bias, strength = "vector", target.bias.tables[vec], target.bias.strength
-        step, edge = bias.stride(0), bias
-        if target.bias.mask is not None:
-            kind, edge = "bits", target.bias.mask.view(torch.uint8)
-    shift, t_align = False, min(16, vec * t.element_size())
-    elements = t_align // t.element_size()
-    if misalignment(t, elements) != misalignment(logits, elements):
-        shift = t.element_size() == logits.element_size() and kind != "vector"
-        t_align = t.element_size()
-    rows = logits, logits.stride(0), logits.shape[1], t, t.stride(0)
-    constants = meta(logits.dtype, current_gpu(), kind, shift, t_align)
-    return (*rows, bias, step, edge, strength), constants
