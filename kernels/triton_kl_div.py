@@ -35,8 +35,8 @@ elements of each thread, 4 or 2 vectors.
     row          [ z0 z1 z2 | z3 z4 z5 z6  | z7 ..   | z50251 .. z50254 | z50255 z50256 ]
                  prologue     thread 0       thread 1   ...               epilogue
 
-The prologue and epilogue, fewer than `vec` elements each, are read element by element, one per
-thread, in one step for both. Then come whole tiles without a mask, then the masked last one.
+Prologue and epilogue, fewer than `vec` elements each, are read in one step, an element per thread.
+Then come whole tiles without a mask, then the masked last one.
 
 Online log-sum-exp. The largest logit must leave the exponent before the exponential, but is known
 only at the end of the row. So each thread keeps a maximum m and the sum l of 2^(c z - m), where
@@ -82,26 +82,20 @@ multiply-add, spelt tl.fma: a compiler need not fuse what is behind a select.
 
 Traffic of loss and gradient, in N V elements, for P of shape (V,):
 
-    unfused, by operators   log_softmax      reads z, writes log q                     2
-                            P log q          reads log q, writes the product           2
-                            P log P - that   reads it, writes the terms                2
-                            sum over the row reads the terms                           1
-                            backwards        of the difference: writes -g              1
-                                             of the product: reads -g, writes -g P     2
-                                             of log_softmax: reads -g P and log q,
-                                             writes dz                                 3   in all 13
-    fused                   forward          reads z                                   1
-                            backward         reads z, writes dz                        2   in all  3
+    unfused   log_softmax, P log q, P log P - that: each reads and writes one     6
+              sum over the row                                                    1
+              backward of the difference writes -g                                1
+                       of the product reads -g, writes -g P                       2
+                       of log_softmax reads -g P and log q, writes dz             3   in all 13
+    fused     forward reads z; backward reads z, writes dz                        3   in all  3
 
 P of shape (N, V) adds 5 (read by three operators; P log P written and read) and 2 (read forward
 and backward).
 
-Alignment. V = 50,257 is odd. With a row at an odd offset, or a mask `column < V`, the compiler
-falls back on 2- or 4-byte accesses. Hence: start at the row's first 16-byte boundary, mask whole
-vectors only, tell the compiler (tl.multiple_of), and leave prologue and epilogue to scalars.
-Padding rows to a stride of 50,304 leaves every prologue empty, but is not needed: any stride and
-any storage offset take the same path. Nothing outside a row is read or written. For a gradient or a
-dense P of another alignment than the logits, see kernels/triton_launch.py.
+Alignment. V = 50,257 is odd. For a row at an odd offset, or a mask `column < V`, the compiler falls
+back on 2- or 4-byte accesses. Hence the prologue, masks of whole vectors only, and tl.multiple_of
+to tell the compiler. Any stride and any storage offset take this one path, and nothing outside a
+row is touched. For a gradient or a dense P of another alignment, see kernels/triton_launch.py.
 
 Hazards.
 - -inf - (-inf) is NaN, in (4) for a tile of -inf: the maximum starts at FLOOR, which is finite.
@@ -153,7 +147,10 @@ def row_layout(prologue, vectors, vocab, VEC: tl.constexpr):
 
 @triton.jit
 def tile_layout(VEC: tl.constexpr):
-    """Offset of each element of a tile, and its bit of the bitmask: (rounds, THREADS, VEC)."""
+    """Offset of each element of a tile, and its bit of the bitmask: (rounds, THREADS, VEC).
+
+    The round is added last, as a constant, so that a thread's loads share one address.
+    """
     rounds = tl.arange(0, PER_THREAD // VEC)[:, None, None]
     thread = tl.arange(0, THREADS)[None, :, None]
     element = tl.arange(0, VEC)[None, None, :]
@@ -177,9 +174,9 @@ def by_thread(x):
 
 @triton.jit
 def _add_dot(total, x, y):
-    """total + the sum of x y over the last axis of (THREADS, n): n fused multiply-adds in a row.
+    """total + the sum of x y over the last axis of (THREADS, n), one fused multiply-add each.
 
-    tl.sum(x * y) is a tree from Triton 3.8 on, half of whose leaves are products of their own.
+    tl.sum(x * y) is a tree from Triton 3.8 on: of each two products, one is not fused.
     """
     if x.shape[1] == 1:
         return tl.fma(tl.reshape(x, (THREADS,)), tl.reshape(y, (THREADS,)), total)
