@@ -161,10 +161,7 @@ def _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tile, offsets, bit, rest,
         mask = offsets < rest * VEC
     z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
     t_ptr += tile * TILE
-    if BIAS == "bits":
-        word = tl.load(bias_ptr + tile * THREADS + tl.arange(0, THREADS))
-        biased = (word[None, :, None] & bit) != 0
-    elif BIAS == "vector":
+    if BIAS == "vector":  # before t: behind it, gfx942 waits three times, with Triton 3.8
         b = load(bias_ptr + tile * TILE + offsets, mask, 0.0)
     if SHIFT:
         u = _shifted(t_ptr, k, rest, VEC)
@@ -173,6 +170,8 @@ def _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tile, offsets, bit, rest,
     else:
         u = load(t_ptr + offsets, mask, -float("inf"))
     if BIAS == "bits":
+        word = tl.load(bias_ptr + tile * THREADS + tl.arange(0, THREADS))
+        biased = (word[None, :, None] & bit) != 0
         if SHIFT:  # which leaves few predicates: this form holds none for long
             u += tl.where(biased, strength, 0.0)
         else:
