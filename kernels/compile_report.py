@@ -92,7 +92,8 @@ def variants(gpu: GPUTarget, dtype: torch.dtype) -> Iterator[tuple[str, str, Any
         ("teacher, unaligned", "none", True),
         ("teacher, bits, unaligned", "bits", True),
     ):
-        constants = triton_teacher.meta(dtype, gpu, bias, shift, dtype.itemsize if shift else 16)
+        t_align = dtype.itemsize if shift else 16
+        constants = triton_launch.teacher_meta(dtype, gpu, bias, shift, t_align)
         yield "forward", target, triton_teacher.forward_kernel, constants
         yield "backward", target, triton_teacher.backward_kernel, constants
 

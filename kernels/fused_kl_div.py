@@ -153,7 +153,7 @@ def launchers(impl: str, device: torch.device, kind: str) -> ModuleType:
     with a contiguous last dimension, out may be the logits, and the target is on their device."""
     if impl == "torch":
         return torch_teacher if kind == "teacher" else torch_kl_div
-    name = "triton_teacher" if kind == "teacher" else "triton_launch"
+    name = "triton_launch"
     if impl == "triton-simple":
         if kind != "two-level":
             raise TypeError(

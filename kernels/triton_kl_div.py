@@ -7,8 +7,8 @@ pass of the main loop on sm_90, float32, forward and backward (python -m kernels
     no exchange between threads before the row's end   shuffles and barriers   40, 0       0, 0
     16-byte vectors from the row's first boundary on   width of a load         32 bits     128 bits
     a bit per token, in load order, in place of bytes  loads of the mask       8, 8        1, 1
-    16 logits per thread, loaded before any is used    waits for DRAM          3, 6        1, 1
-    all of this, and 2^x in place of e^x               instructions per logit  37.6, 21.5  8.6, 6.8
+    16 logits per thread, loaded before any is used    waits for DRAM          3, 2        1, 1
+    all of this, and 2^x in place of e^x               instructions per logit  37.6, 19.8  8.3, 6.3
 
 For each row z of N rows of V logits, and a target P with |P| = sum P (1 for a distribution),
 
@@ -35,8 +35,8 @@ elements of each thread, 4 or 2 vectors.
     row          [ z0 z1 z2 | z3 z4 z5 z6  | z7 ..   | z50251 .. z50254 | z50255 z50256 ]
                  prologue     thread 0       thread 1   ...               epilogue
 
-The prologue and epilogue, fewer than `vec` elements each, are read element by element, one per
-thread, in one step for both. Then come whole tiles without a mask, then the masked last one.
+Prologue and epilogue, fewer than `vec` elements each, are read in one step, an element per thread.
+Then come whole tiles without a mask, then the masked last one.
 
 Online log-sum-exp. The largest logit must leave the exponent before the exponential, but is known
 only at the end of the row. So each thread keeps a maximum m and the sum l of 2^(c z - m), where
@@ -82,26 +82,20 @@ multiply-add, spelt tl.fma: a compiler need not fuse what is behind a select.
 
 Traffic of loss and gradient, in N V elements, for P of shape (V,):
 
-    unfused, by operators   log_softmax      reads z, writes log q                     2
-                            P log q          reads log q, writes the product           2
-                            P log P - that   reads it, writes the terms                2
-                            sum over the row reads the terms                           1
-                            backwards        of the difference: writes -g              1
-                                             of the product: reads -g, writes -g P     2
-                                             of log_softmax: reads -g P and log q,
-                                             writes dz                                 3   in all 13
-    fused                   forward          reads z                                   1
-                            backward         reads z, writes dz                        2   in all  3
+    unfused   log_softmax, P log q, P log P - that: each reads and writes one     6
+              sum over the row                                                    1
+              backward of the difference writes -g                                1
+                       of the product reads -g, writes -g P                       2
+                       of log_softmax reads -g P and log q, writes dz             3   in all 13
+    fused     forward reads z; backward reads z, writes dz                        3   in all  3
 
 P of shape (N, V) adds 5 (read by three operators; P log P written and read) and 2 (read forward
 and backward).
 
-Alignment. V = 50,257 is odd. With a row at an odd offset, or a mask `column < V`, the compiler
-falls back on 2- or 4-byte accesses. Hence: start at the row's first 16-byte boundary, mask whole
-vectors only, tell the compiler (tl.multiple_of), and leave prologue and epilogue to scalars.
-Padding rows to a stride of 50,304 leaves every prologue empty, but is not needed: any stride and
-any storage offset take the same path. Nothing outside a row is read or written. For a gradient or a
-dense P of another alignment than the logits, see kernels/triton_launch.py.
+Alignment. V = 50,257 is odd. For a row at an odd offset, or a mask `column < V`, the compiler falls
+back on 2- or 4-byte accesses. Hence the prologue, masks of whole vectors only, and tl.multiple_of
+to tell the compiler. Any stride and any storage offset take this one path, and nothing outside a
+row is touched. For a gradient or a dense P of another alignment, see kernels/triton_launch.py.
 
 Hazards.
 - -inf - (-inf) is NaN, in (4) for a tile of -inf: the maximum starts at FLOOR, which is finite.
@@ -153,11 +147,14 @@ def row_layout(prologue, vectors, vocab, VEC: tl.constexpr):
 
 @triton.jit
 def tile_layout(VEC: tl.constexpr):
-    """Offset of each element of a tile, and its bit of the bitmask: (rounds, THREADS, VEC)."""
+    """Offset of each element of a tile, and its bit of the bitmask: (rounds, THREADS, VEC).
+
+    The round is added last, as a constant, so that a thread's loads share one address.
+    """
     rounds = tl.arange(0, PER_THREAD // VEC)[:, None, None]
     thread = tl.arange(0, THREADS)[None, :, None]
     element = tl.arange(0, VEC)[None, None, :]
-    return (rounds * THREADS + thread) * VEC + element, 1 << (rounds * VEC + element)
+    return thread * VEC + element + rounds * (THREADS * VEC), 1 << (rounds * VEC + element)
 
 
 @triton.jit
@@ -176,6 +173,20 @@ def by_thread(x):
 
 
 @triton.jit
+def _add_dot(total, x, y):
+    """total + the sum of x y over the last axis of (THREADS, n), one fused multiply-add each.
+
+    tl.sum(x * y) is a tree from Triton 3.8 on: of each two products, one is not fused.
+    """
+    if x.shape[1] == 1:
+        return tl.fma(tl.reshape(x, (THREADS,)), tl.reshape(y, (THREADS,)), total)
+    else:
+        x0, x1 = tl.split(tl.reshape(x, (THREADS, x.shape[1] // 2, 2)))
+        y0, y1 = tl.split(tl.reshape(y, (THREADS, y.shape[1] // 2, 2)))
+        return _add_dot(_add_dot(total, x0, y0), x1, y1)
+
+
+@triton.jit
 def _log2(x, PTX: tl.constexpr):
     """log2 of x, which is not subnormal: tl.log2 is 27 instructions on NVIDIA GPUs, lg2 is one."""
     if PTX:
@@ -187,13 +198,52 @@ def _log2(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _tile_target(ptr, tile, offsets, bit, mask, DENSE: tl.constexpr):
-    """P of a tile, or which elements are target tokens and how many of them each thread has."""
+def round_lse(row_m, log_l):
+    """lse of (5) rounded to float32; and R - M - log2 L of (8), in float64."""
+    log_sum = row_m.to(tl.float64) + log_l
+    lse = (log_sum / LOG2E).to(tl.float32)
+    return lse, (lse * LOG2E).to(tl.float64) - log_sum
+
+
+@triton.jit
+def _open_row(row, logits_ptr, stride, vocab, target_ptr, target_stride, target_step, edge_ptr,
+              DENSE: tl.constexpr, P_ALIGN: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+    """The program's row: size of its prologue, number of vectors, where these and their target
+    begin; then of prologue and epilogue row_layout, z, and P or which are target tokens."""
+    row_ptr = logits_ptr + row * stride
+    prologue = prologue_of(row_ptr, vocab, VEC)
+    vectors = (vocab - prologue) // VEC
+    column, live = row_layout(prologue, vectors, vocab, VEC)
+    z = load(row_ptr + column, live, -float("inf"))
+    target = tl.load(edge_ptr + row * target_stride + column, live, other=0)
+    target_ptr += row * target_stride + prologue * target_step
     if DENSE:
-        return load(ptr + tile * TILE + offsets, mask, 0.0), 0.0
+        target = target.to(tl.float32)
+        target_ptr = tl.multiple_of(target_ptr, P_ALIGN)
     else:
-        word = tl.load(ptr + tile * THREADS + tl.arange(0, THREADS))
-        return (word[None, :, None] & bit) != 0, (word & -65536).to(tl.float32, bitcast=True)
+        target = target != 0
+    z_ptr = tl.multiple_of(row_ptr + prologue, 16)
+    return prologue, vectors, z_ptr, target_ptr, column, live, z, target
+
+
+@triton.jit
+def _load_tile(z_ptr, target_ptr, tile, offsets, bit, mask, DENSE: tl.constexpr,
+               Z_FIRST: tl.constexpr):  # fmt: skip
+    """z; P, or which elements are target tokens; and how many of them each thread has.
+
+    AMD's compiler keeps the order of the loads: with z first, gfx942 waits three times for a P.
+    """
+    if Z_FIRST:
+        z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
+    if DENSE:
+        target, count = load(target_ptr + tile * TILE + offsets, mask, 0.0), 0.0
+    else:
+        word = tl.load(target_ptr + tile * THREADS + tl.arange(0, THREADS))
+        target = (word[None, :, None] & bit) != 0
+        count = (word & -65536).to(tl.float32, bitcast=True)
+    if not Z_FIRST:
+        z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
+    return z, target, count
 
 
 @triton.jit
@@ -215,10 +265,10 @@ def _accumulate(state, z, target, mask, count, size, ratio,
         d += tl.sum(by_thread(target * log_ratio), axis=1)
         u += tl.sum(by_thread(target), axis=1)
     elif BETA:
-        terms = tl.where(target, 1.0, ratio) * y  # (3)
         if mask is not None:
-            terms = tl.where(mask, terms, 0.0)
-        d += tl.sum(by_thread(terms), axis=1)
+            y = tl.where(mask, y, 0.0)
+        w = tl.where(target, 1.0, ratio)  # (3)
+        d += _add_dot(tl.zeros_like(d), by_thread(w), by_thread(y))
         u += size * ratio + count * (1.0 - ratio)
     else:
         d += tl.sum(by_thread(tl.where(target, y, 0.0)), axis=1)  # (3), r = 0
@@ -246,41 +296,24 @@ def forward_kernel(
     VEC: elements in 16 bytes of logits. PTX: compiled for an NVIDIA GPU.
     """
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride
-    prologue = prologue_of(row_ptr, vocab, VEC)
-    vectors = (vocab - prologue) // VEC
-    column, live = row_layout(prologue, vectors, vocab, VEC)
-    edge = tl.load(edge_ptr + row * target_stride + column, live, other=0)
+    _, vectors, z_ptr, target_ptr, _, live, z_edge, edge = _open_row(
+        row, logits_ptr, stride, vocab, target_ptr, target_stride, target_step, edge_ptr,
+        DENSE, P_ALIGN, VEC)  # fmt: skip
     edge_count = tl.reshape(edge, (THREADS,)).to(tl.float32)
     size = tl.reshape(live, (THREADS,)).to(tl.float32)
-    if DENSE:
-        edge = edge.to(tl.float32)
-    else:
-        edge = edge != 0
     zero = tl.zeros((THREADS,), tl.float32)
     state = (zero + FLOOR, zero, zero, zero)
-    z_edge = load(row_ptr + column, live, -float("inf"))
     state = _accumulate(state, z_edge, edge, live, edge_count, size, ratio, DENSE, BETA, PTX)
 
-    z_ptr = tl.multiple_of(row_ptr + prologue, 16)
-    target_ptr += row * target_stride + prologue * target_step
-    if DENSE:
-        target_ptr = tl.multiple_of(target_ptr, P_ALIGN)
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        if PTX:
-            z = load(z_ptr + tile * TILE + offsets, None, 0.0)
-            target, count = _tile_target(target_ptr, tile, offsets, bit, None, DENSE)
-        else:  # AMD's compiler keeps this order: with z first, gfx942 waits three times for a P
-            target, count = _tile_target(target_ptr, tile, offsets, bit, None, DENSE)
-            z = load(z_ptr + tile * TILE + offsets, None, 0.0)
+        z, target, count = _load_tile(z_ptr, target_ptr, tile, offsets, bit, None, DENSE, PTX)
         state = _accumulate(state, z, target, None, count, PER_THREAD, ratio, DENSE, BETA, PTX)
     rest = vectors - tiles * (TILE // VEC)
     mask = offsets < rest * VEC
     size = ((rest + THREADS - 1 - tl.arange(0, THREADS)) // THREADS * VEC).to(tl.float32)
-    z = load(z_ptr + tiles * TILE + offsets, mask, -float("inf"))
-    target, count = _tile_target(target_ptr, tiles, offsets, bit, mask, DENSE)
+    z, target, count = _load_tile(z_ptr, target_ptr, tiles, offsets, bit, mask, DENSE, PTX)
     m, l, u, d = _accumulate(state, z, target, mask, count, size, ratio, DENSE, BETA, PTX)
 
     row_m = tl.max(m, axis=0)
@@ -292,11 +325,9 @@ def forward_kernel(
     else:
         sum_p = 1.0
         loss = sum_p_log_p + (log_l - alpha * d) / LOG2E  # (1), as (7) has it
+    lse, rounding = round_lse(row_m, log_l)
     tl.store(loss_ptr + row, loss)
-    log_sum = row_m.to(tl.float64) + log_l  # c lse of (5)
-    lse = (log_sum / LOG2E).to(tl.float32)
     tl.store(lse_ptr + row, lse)
-    rounding = (lse * LOG2E).to(tl.float64) - log_sum
     tl.store(norm_ptr + row, sum_p * tl.exp2(rounding.to(tl.float32)))  # (8)
 
 
@@ -337,37 +368,24 @@ def backward_kernel(
     if tl.load(grad_loss_ptr + row * grad_loss_stride) == 0:
         zero_row(out_row_ptr, vocab)
         return
-    row_ptr = logits_ptr + row * stride
-    prologue = prologue_of(row_ptr, vocab, VEC)
-    vectors = (vocab - prologue) // VEC
-    column, live = row_layout(prologue, vectors, vocab, VEC)
-    edge = tl.load(edge_ptr + row * target_stride + column, live, other=0)
+    prologue, vectors, z_ptr, target_ptr, column, live, z_edge, edge = _open_row(
+        row, logits_ptr, stride, vocab, target_ptr, target_stride, target_step, edge_ptr,
+        DENSE, P_ALIGN, VEC)  # fmt: skip
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
     r = tl.load(lse_ptr + row) * LOG2E
     scale, pull = grad_loss * tl.load(norm_ptr + row), -grad_loss * alpha
-    if DENSE:
-        edge = edge.to(tl.float32)
-    else:
-        edge = edge != 0
     dtype = out_ptr.dtype.element_ty
-    z_edge = load(row_ptr + column, live, 0.0)
     grad_edge = _gradient(z_edge, r, scale, edge, pull, ratio, dtype, DENSE)
     tl.store(out_row_ptr + column, grad_edge, live)
 
-    z_ptr = tl.multiple_of(row_ptr + prologue, 16)
     out_ptr = tl.multiple_of(out_row_ptr + prologue, 16)
-    target_ptr += row * target_stride + prologue * target_step
-    if DENSE:
-        target_ptr = tl.multiple_of(target_ptr, P_ALIGN)
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z = load(z_ptr + tile * TILE + offsets, None, 0.0)
-        target, _ = _tile_target(target_ptr, tile, offsets, bit, None, DENSE)
+        z, target, _ = _load_tile(z_ptr, target_ptr, tile, offsets, bit, None, DENSE, True)
         grad = _gradient(z, r, scale, target, pull, ratio, dtype, DENSE)
         tl.store(out_ptr + tile * TILE + offsets, grad)
     mask = offsets < (vectors - tiles * (TILE // VEC)) * VEC
-    z = load(z_ptr + tiles * TILE + offsets, mask, 0.0)
-    target, _ = _tile_target(target_ptr, tiles, offsets, bit, mask, DENSE)
+    z, target, _ = _load_tile(z_ptr, target_ptr, tiles, offsets, bit, mask, DENSE, True)
     grad = _gradient(z, r, scale, target, pull, ratio, dtype, DENSE)
     tl.store(out_ptr + tiles * TILE + offsets, grad, mask)

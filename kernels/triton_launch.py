@@ -1,63 +1,55 @@
-"""Launch kernels/triton_kl_div.py: one program per row; allocation, alignment and arguments.
+"""Launch the kernels of triton_kl_div.py and triton_teacher.py: allocation, alignment, arguments.
 
-A gradient of another 16-byte alignment than the logits' is written to a buffer of theirs and
-copied. A (V,) P of another alignment is copied once for each alignment of a row; an (N, V) P is
-read element by element.
+One program per row. A gradient of another 16-byte alignment than the logits' is written to a
+buffer of theirs and copied. A (V,) P of another alignment is copied once for each alignment of a
+row; an (N, V) P is read element by element.
 """
 
 from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import bitmask, triton_kl_div
-from .target import Probabilities, TwoLevelTarget
+from . import bitmask, triton_kl_div, triton_teacher
+from .target import Target, TeacherTarget, TwoLevelTarget
 
 # Left to itself, ptxas saves registers by sinking loads below arithmetic, so that a warp waits for
-# DRAM two to four times per tile; with 64 it waits once (kernels/compile_report.py).
+# DRAM two to four times per tile; with these it waits once (kernels/compile_report.py).
 MAX_REGISTERS = 64
 MAX_REGISTERS_BY_ELEMENT = 96  # of a forward that reads P element by element: 16 more loads
+MAX_REGISTERS_TEACHER = 80
+MAX_REGISTERS_SHIFTED = 104  # of a teacher whose vectors lie in two blocks; sm_86 spills at 96
 
 
-def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tensor]:
+def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence of each row in nats, and what the backward needs of it.
 
     Args:
         logits: (N, V), float32, bfloat16 or float16; last dimension contiguous, any row stride.
-        target: a TwoLevelTarget, or probabilities (V,) or (N, V), on the device of the logits.
+        target: a TwoLevelTarget; probabilities (V,) or (N, V); or a TeacherTarget with logits
+            (N, V), like the logits, whose dtype may be another. On the device of the logits.
 
     Returns:
-        loss, lse, norm: float32 (N,); norm: (8) of kernels/triton_kl_div.py.
+        loss, lse: float32 (N,). norm: float32 (N,), (8) of kernels/triton_kl_div.py; for a
+        teacher (N, 3), (7) of kernels/triton_teacher.py.
     """
     rows = len(logits)
     loss = logits.new_empty(rows, dtype=torch.float32)
     lse = torch.empty_like(loss)
-    norm = torch.empty_like(loss)
-    if rows == 0:
-        return loss, lse, norm
-    sum_p_log_p, beta = 0.0, 0.0
-    if isinstance(target, TwoLevelTarget):
-        sum_p_log_p, beta = target.sum_p_log_p, target.beta
-    arguments, constants = _arguments(logits, target, "forward")
-    gpu = current_gpu()
-    with torch.cuda.device_of(logits):
-        triton_kl_div.forward_kernel[(rows,)](
-            *arguments,
-            sum_p_log_p,
-            loss,
-            lse,
-            norm,
-            BETA=beta > 0,
-            PTX=gpu is not None and gpu.backend == "cuda",
-            **constants,
-        )
+    norm = loss.new_empty((rows, 3) if isinstance(target, TeacherTarget) else rows)
+    if rows:
+        kernels, arguments, constants = _arguments(logits, target, "forward")
+        with torch.cuda.device_of(logits):
+            kernels.forward_kernel[(rows,)](*arguments, loss, lse, norm, **constants)
     return loss, lse, norm
 
 
 def backward(
-    logits: Tensor, lse: Tensor, norm: Tensor, target: Probabilities, grad_loss: Tensor, out: Tensor
+    logits: Tensor, lse: Tensor, norm: Tensor, target: Target, grad_loss: Tensor, out: Tensor
 ) -> None:
     """Write grad_loss * dKL/d logits into out.
 
@@ -70,35 +62,35 @@ def backward(
     assert out.dtype == logits.dtype, (out.dtype, logits.dtype)
     if rows == 0:
         return
-    arguments, constants = _arguments(logits, target, "backward")
-    aligned = aligned_like(logits, out)
+    kernels, arguments, constants = _arguments(logits, target, "backward")
+    aligned = _aligned_like(logits, out)
     upstream = grad_loss, grad_loss.stride(0)
     with torch.cuda.device_of(logits):
-        triton_kl_div.backward_kernel[(rows,)](
+        kernels.backward_kernel[(rows,)](
             *arguments, lse, norm, *upstream, aligned, aligned.stride(0), **constants
         )
     if aligned is not out:
         out.copy_(aligned)
 
 
-def aligned_like(logits: Tensor, out: Tensor) -> Tensor:
+def _aligned_like(logits: Tensor, out: Tensor) -> Tensor:
     """out, or a buffer of its shape if its rows have another 16-byte alignment than the logits'."""
     vec = 16 // logits.element_size()
-    if misalignment(out, vec) == misalignment(logits, vec):
+    if _misalignment(out, vec) == _misalignment(logits, vec):
         return out
     rows, vocab = logits.shape
     buffer = logits.new_empty((rows - 1) * logits.stride(0) + vocab + vec)
-    return buffer.as_strided(logits.shape, logits.stride(), misalignment(logits, vec)[0])
+    return buffer.as_strided(logits.shape, logits.stride(), _misalignment(logits, vec)[0])
 
 
-def misalignment(x: Tensor, step: int) -> tuple[int, int]:
+def _misalignment(x: Tensor, step: int) -> tuple[int, int]:
     """How far past a multiple of `step` elements the first row starts, and each next row."""
     stride = x.stride(0) if x.ndim == 2 and x.shape[0] > 1 else 0
     return x.data_ptr() // x.element_size() % step, stride % step
 
 
 @lru_cache
-def current_gpu() -> GPUTarget | None:
+def _current_gpu() -> GPUTarget | None:
     """The GPU to compile for; None in Triton's interpreter."""
     if triton.knobs.runtime.interpret:
         return None
@@ -107,35 +99,80 @@ def current_gpu() -> GPUTarget | None:
 
 def meta(
     dtype: torch.dtype, gpu: GPUTarget | None, kernel: str, dense: bool, p_align: int = 16
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Constants and options of a kernel, for the launch and for kernels/compile_report.py."""
-    constants = {"DENSE": dense, "P_ALIGN": p_align, "VEC": 16 // dtype.itemsize}
-    constants["num_warps"] = bitmask.THREADS // (gpu.warp_size if gpu else 32)
-    if gpu and gpu.backend == "cuda":
-        more = kernel == "forward" and dense and p_align <= 4
-        constants["maxnreg"] = MAX_REGISTERS_BY_ELEMENT if more else MAX_REGISTERS
-    return constants
+    by_element = kernel == "forward" and dense and p_align <= 4
+    registers = MAX_REGISTERS_BY_ELEMENT if by_element else MAX_REGISTERS
+    return {"DENSE": dense, "P_ALIGN": p_align} | _options(dtype, gpu, registers)
 
 
-def _arguments(logits: Tensor, target: Probabilities, kernel: str) -> tuple[tuple, dict[str, int]]:
-    """The arguments from logits_ptr to ratio, and the constants, which both kernels take."""
-    vocab, vec = logits.shape[1], 16 // logits.element_size()
-    rows = logits, logits.stride(0), vocab
+def teacher_meta(
+    dtype: torch.dtype, gpu: GPUTarget | None, bias: str, shift: bool, t_align: int
+) -> dict[str, Any]:
+    """The same of both kernels for a teacher."""
+    registers = MAX_REGISTERS_SHIFTED if shift else MAX_REGISTERS_TEACHER
+    return {"BIAS": bias, "SHIFT": shift, "T_ALIGN": t_align} | _options(dtype, gpu, registers)
+
+
+def _options(dtype: torch.dtype, gpu: GPUTarget | None, registers: int) -> dict[str, int]:
+    warp_size = gpu.warp_size if gpu else 32
+    options = {"VEC": 16 // dtype.itemsize, "num_warps": bitmask.THREADS // warp_size}
+    return options | ({"maxnreg": registers} if gpu and gpu.backend == "cuda" else {})
+
+
+def _arguments(
+    logits: Tensor, target: Target, kernel: str
+) -> tuple[ModuleType, tuple, dict[str, Any]]:
+    """The kernels for this target, their arguments before the results of forward, constants."""
+    rows = logits, logits.stride(0), logits.shape[1]
+    if isinstance(target, TeacherTarget):
+        arguments, constants = _teacher_arguments(logits, target)
+        return triton_teacher, (*rows, *arguments), constants
+    vec, p_align, beta, sum_p_log_p = 16 // logits.element_size(), 16, 0.0, 0.0
     if isinstance(target, TwoLevelTarget):
-        mask = target.mask.view(torch.uint8)
-        bits = target.bitmasks[vec]
-        arguments = (*rows, bits, 0, bits.stride(0), mask, target.alpha, target.beta / target.alpha)
-        return arguments, meta(logits.dtype, current_gpu(), kernel, dense=False)
-    if target.dtype == torch.float64 or target.stride(-1) != 1:
-        target = target.to(torch.float32).contiguous()
-    p_align = min(16, vec * target.element_size())
-    stride, step = (target.stride(0) if target.ndim == 2 else 0), 1
-    aligned_to = p_align // target.element_size()
-    if misalignment(target, aligned_to) != misalignment(logits, aligned_to):
-        if target.ndim == 1:
-            target = bitmask.shifted_copies(target, vec, -(-vocab // 8) * 8)
-            step = target.stride(0)
-        else:
-            p_align = target.element_size()
-    arguments = (*rows, target, stride, step, target, 1.0, 0.0)
-    return arguments, meta(logits.dtype, current_gpu(), kernel, True, p_align)
+        mask, bits = target.mask.view(torch.uint8), target.bitmasks[vec]
+        beta, sum_p_log_p = target.beta, target.sum_p_log_p
+        arguments = bits, 0, bits.stride(0), mask, target.alpha, beta / target.alpha
+    else:
+        p, stride, step, p_align = _aligned_p(logits, target)
+        arguments = p, stride, step, p, 1.0, 0.0
+    gpu, dense = _current_gpu(), isinstance(target, Tensor)
+    constants = meta(logits.dtype, gpu, kernel, dense, p_align)
+    if kernel == "forward":
+        arguments += (sum_p_log_p,)
+        constants |= {"BETA": beta > 0, "PTX": gpu is not None and gpu.backend == "cuda"}
+    return triton_kl_div, (*rows, *arguments), constants
+
+
+def _aligned_p(logits: Tensor, p: Tensor) -> tuple[Tensor, int, int, int]:
+    """P, target_stride and target_step of kernels/triton_kl_div.py, and P_ALIGN."""
+    vec = 16 // logits.element_size()
+    if p.dtype == torch.float64 or p.stride(-1) != 1:
+        p = p.to(torch.float32).contiguous()
+    stride, p_align = p.stride(0) if p.ndim == 2 else 0, min(16, vec * p.element_size())
+    elements = p_align // p.element_size()
+    if _misalignment(p, elements) == _misalignment(logits, elements):
+        return p, stride, 1, p_align
+    if p.ndim == 2:
+        return p, stride, 1, p.element_size()
+    p = bitmask.shifted_copies(p, vec, -(-logits.shape[1] // 8) * 8)
+    return p, 0, p.stride(0), p_align
+
+
+def _teacher_arguments(logits: Tensor, target: TeacherTarget) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of kernels/triton_teacher.py from teacher_ptr to strength, and constants."""
+    assert target.logits is not None
+    t, vec, kind = target.logits, 16 // logits.element_size(), "none"
+    bias, step, edge, strength = logits, 0, logits, 0.0  # none: not read
+    if target.bias is not None:
+        kind, bias, strength = "vector", target.bias.tables[vec], target.bias.strength
+        step, edge = bias.stride(0), bias
+        if target.bias.mask is not None:
+            kind, edge = "bits", target.bias.mask.view(torch.uint8)
+    shift, t_align = False, min(16, vec * t.element_size())
+    elements = t_align // t.element_size()
+    if _misalignment(t, elements) != _misalignment(logits, elements):
+        shift = t.element_size() == logits.element_size() and kind != "vector"
+        t_align = t.element_size()
+    constants = teacher_meta(logits.dtype, _current_gpu(), kind, shift, t_align)
+    return (t, t.stride(0), bias, step, edge, strength), constants

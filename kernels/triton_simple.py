@@ -69,15 +69,16 @@ def backward_kernel(
 ):  # fmt: skip
     """The gradient of the row that has the program's number, times that of its loss."""
     row = tl.program_id(0).to(tl.int64)
-    lse = tl.load(lse_ptr + row)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    read = grad_loss != 0  # a row of weight zero may hold NaN, and 0 * NaN would be NaN
+    lse = tl.load(lse_ptr + row, read, other=0.0)
     for start in range(0, vocab, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < vocab
-        z = tl.load(logits_ptr + row * stride + column, inside, other=0.0).to(tl.float32)
-        target = tl.load(mask_ptr + column, inside, other=0) != 0
+        loaded = inside & read
+        z = tl.load(logits_ptr + row * stride + column, loaded, other=0.0).to(tl.float32)
+        target = tl.load(mask_ptr + column, loaded, other=0) != 0
         grad = grad_loss * (tl.exp(z - lse) - tl.where(target, alpha, beta))  # (2)
-        grad = tl.where(grad_loss == 0, 0.0, grad)  # 0 * NaN would be NaN
         tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), inside)
 
 

@@ -46,14 +46,9 @@ Hazards, besides those of kernels/triton_kl_div.py.
 # ruff: noqa: SIM108, E741
 # mypy: disable-error-code="no-untyped-def"
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
-from . import bitmask
-from .target import Target, TeacherTarget
 from .triton_kl_div import (
     FLOOR,
     LOG2E,
@@ -63,22 +58,25 @@ from .triton_kl_div import (
     by_thread,
     load,
     prologue_of,
+    round_lse,
     row_layout,
     tile_layout,
     zero_row,
 )
-from .triton_launch import aligned_like, current_gpu, misalignment
-
-MAX_REGISTERS = 80  # as in kernels/triton_launch.py
-MAX_REGISTERS_SHIFTED = 104  # for two blocks of t at a time; sm_86 spills at 96
 
 
 @triton.jit
-def _layout(z_ptr, t_ptr, vocab, VEC: tl.constexpr, SHIFT: tl.constexpr):
-    """row_layout of z, and k: how many elements before its first vector t's 16-byte block begins.
+def _open_row(row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
+              edge_ptr, strength, BIAS: tl.constexpr, SHIFT: tl.constexpr, T_ALIGN: tl.constexpr,
+              VEC: tl.constexpr):  # fmt: skip
+    """The program's row: size of its prologue, number of vectors, where those of z, t and b begin,
+    and k: how many elements before its first vector t's 16-byte block begins. Then of prologue
+    and epilogue row_layout, z and u.
 
-    A vector of t then lies in two blocks, of which the second must end within the row.
+    A vector of t lies in two blocks if k > 0, of which the second must end within the row.
     """
+    z_ptr = logits_ptr + row * stride
+    t_ptr = teacher_ptr + row * teacher_stride
     prologue = prologue_of(z_ptr, vocab, VEC)
     k = prologue * 0
     if SHIFT:
@@ -86,7 +84,17 @@ def _layout(z_ptr, t_ptr, vocab, VEC: tl.constexpr, SHIFT: tl.constexpr):
     room = vocab - prologue - tl.where(k > 0, VEC - k, 0)
     vectors = tl.maximum(room, 0) // VEC
     column, live = row_layout(prologue, vectors, vocab, VEC)
-    return prologue, k, vectors, column, live
+    z = load(z_ptr + column, live, -float("inf"))
+    u = load(t_ptr + column, live, -float("inf"))
+    bias_ptr += prologue * bias_step
+    if BIAS == "bits":
+        u = tl.where(tl.load(edge_ptr + column, live, other=0) != 0, u + strength, u)
+    elif BIAS == "vector":
+        u += load(edge_ptr + column, live, 0.0)
+        bias_ptr = tl.multiple_of(bias_ptr, 16)
+    z_ptr = tl.multiple_of(z_ptr + prologue, 16)
+    t_ptr = tl.multiple_of(t_ptr + prologue, T_ALIGN)
+    return prologue, vectors, z_ptr, t_ptr, bias_ptr, k, column, live, z, u
 
 
 @triton.jit
@@ -144,13 +152,17 @@ def _shifted(t_ptr, k, rest, VEC: tl.constexpr):
 
 
 @triton.jit
-def _biased(t_ptr, bias_ptr, strength, k, offsets, bit, rest,
-            BIAS: tl.constexpr, SHIFT: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
-    """u = t + b of a tile, -inf beyond the first `rest` vectors, if that is not None."""
+def _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tile, offsets, bit, rest,
+               BIAS: tl.constexpr, SHIFT: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+    """z and u = t + b of a tile, -inf beyond the first `rest` vectors, if that is not None."""
     if rest is None:
         mask = None
     else:
         mask = offsets < rest * VEC
+    z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
+    t_ptr += tile * TILE
+    if BIAS == "vector":  # before t: behind it, gfx942 waits three times, with Triton 3.8
+        b = load(bias_ptr + tile * TILE + offsets, mask, 0.0)
     if SHIFT:
         u = _shifted(t_ptr, k, rest, VEC)
         if mask is not None:
@@ -158,14 +170,15 @@ def _biased(t_ptr, bias_ptr, strength, k, offsets, bit, rest,
     else:
         u = load(t_ptr + offsets, mask, -float("inf"))
     if BIAS == "bits":
-        word = tl.load(bias_ptr + tl.arange(0, THREADS))
+        word = tl.load(bias_ptr + tile * THREADS + tl.arange(0, THREADS))
+        biased = (word[None, :, None] & bit) != 0
         if SHIFT:  # which leaves few predicates: this form holds none for long
-            u += tl.where((word[None, :, None] & bit) != 0, strength, 0.0)
+            u += tl.where(biased, strength, 0.0)
         else:
-            u = tl.where((word[None, :, None] & bit) != 0, u + strength, u)
+            u = tl.where(biased, u + strength, u)
     elif BIAS == "vector":
-        u += load(bias_ptr + offsets, mask, 0.0)
-    return u
+        u += b
+    return z, u
 
 
 @triton.jit
@@ -188,17 +201,6 @@ def _accumulate(state, z, u):
     return new_m, l, new_n, r, d
 
 
-@triton.jit
-def _edge(t_ptr, edge_ptr, strength, column, live, BIAS: tl.constexpr):
-    """u of prologue and epilogue, (1, THREADS, 1); -inf where there is none."""
-    u = load(t_ptr + column, live, -float("inf"))
-    if BIAS == "bits":
-        u = tl.where(tl.load(edge_ptr + column, live, other=0) != 0, u + strength, u)
-    elif BIAS == "vector":
-        u += load(edge_ptr + column, live, 0.0)
-    return u
-
-
 @triton.jit(do_not_specialize=list(range(12)))
 def forward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32, teacher_ptr, teacher_stride: tl.int64,
@@ -214,31 +216,21 @@ def forward_kernel(
     SHIFT: t has another alignment than z. T_ALIGN: bytes to which its vectors are aligned, if not.
     """
     row = tl.program_id(0).to(tl.int64)
-    z_ptr = logits_ptr + row * stride
-    t_ptr = teacher_ptr + row * teacher_stride
-    prologue, k, vectors, column, live = _layout(z_ptr, t_ptr, vocab, VEC, SHIFT)
-    z_edge = load(z_ptr + column, live, -float("inf"))
-    u_edge = _edge(t_ptr, edge_ptr, strength, column, live, BIAS)
+    _, vectors, z_ptr, t_ptr, bias_ptr, k, _, _, z_edge, u_edge = _open_row(
+        row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
+        edge_ptr, strength, BIAS, SHIFT, T_ALIGN, VEC)  # fmt: skip
     zero = tl.zeros((THREADS,), tl.float32)
     state = _accumulate((zero + FLOOR, zero, zero + FLOOR, zero, zero), z_edge, u_edge)
 
-    z_ptr = tl.multiple_of(z_ptr + prologue, 16)
-    t_ptr = tl.multiple_of(t_ptr + prologue, T_ALIGN)
-    bias_ptr += prologue * bias_step
-    if BIAS == "vector":
-        bias_ptr = tl.multiple_of(bias_ptr, 16)
-    BIAS_TILE: tl.constexpr = TILE if BIAS == "vector" else THREADS
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z = load(z_ptr + tile * TILE + offsets, None, 0.0)
-        u = _biased(t_ptr + tile * TILE, bias_ptr + tile * BIAS_TILE, strength, k, offsets, bit,
-                    None, BIAS, SHIFT, VEC)  # fmt: skip
+        z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tile, offsets, bit, None,
+                          BIAS, SHIFT, VEC)  # fmt: skip
         state = _accumulate(state, z, u)
     rest = vectors - tiles * (TILE // VEC)
-    z = load(z_ptr + tiles * TILE + offsets, offsets < rest * VEC, -float("inf"))
-    u = _biased(t_ptr + tiles * TILE, bias_ptr + tiles * BIAS_TILE, strength, k, offsets, bit,
-                rest, BIAS, SHIFT, VEC)  # fmt: skip
+    z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tiles, offsets, bit, rest,
+                      BIAS, SHIFT, VEC)  # fmt: skip
     m, l, n, r, d = _accumulate(state, z, u)
 
     row_m, row_n = tl.max(m, axis=0), tl.max(n, axis=0)
@@ -248,10 +240,8 @@ def forward_kernel(
     r = tl.sum(r * keep, axis=0)
     log_l, log_r = tl.log2(tl.sum(l * tl.exp2(m - row_m), axis=0)), tl.log2(r)
     tl.store(loss_ptr + row, (d / r + (log_l - log_r)) / LOG2E)  # (6), (1)
-    log_sum_z, log_sum_u = row_m.to(tl.float64) + log_l, row_n.to(tl.float64) + log_r
-    lse_z, lse_u = (log_sum_z / LOG2E).to(tl.float32), (log_sum_u / LOG2E).to(tl.float32)
-    error_z = (lse_z * LOG2E).to(tl.float64) - log_sum_z
-    error_u = (lse_u * LOG2E).to(tl.float64) - log_sum_u
+    lse_z, error_z = round_lse(row_m, log_l)
+    lse_u, error_u = round_lse(row_n, log_r)
     tl.store(lse_ptr + row, lse_z)
     tl.store(norm_ptr + 3 * row, lse_u)  # (7)
     tl.store(norm_ptr + 3 * row + 1, tl.exp2((error_u - error_z).to(tl.float32)))
@@ -283,105 +273,26 @@ def backward_kernel(
     if tl.load(grad_loss_ptr + row * grad_loss_stride) == 0:
         zero_row(out_ptr, vocab)
         return
-    z_ptr = logits_ptr + row * stride
-    t_ptr = teacher_ptr + row * teacher_stride
-    prologue, k, vectors, column, live = _layout(z_ptr, t_ptr, vocab, VEC, SHIFT)
+    prologue, vectors, z_ptr, t_ptr, bias_ptr, k, column, live, z_edge, u_edge = _open_row(
+        row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
+        edge_ptr, strength, BIAS, SHIFT, T_ALIGN, VEC)  # fmt: skip
     r_z, r_u = tl.load(lse_ptr + row) * LOG2E, tl.load(norm_ptr + 3 * row) * LOG2E
     ratio = tl.load(norm_ptr + 3 * row + 1)
     scale = tl.load(grad_loss_ptr + row * grad_loss_stride) * tl.load(norm_ptr + 3 * row + 2)
     dtype = out_ptr.dtype.element_ty
-    z_edge = load(z_ptr + column, live, 0.0)
-    u_edge = _edge(t_ptr, edge_ptr, strength, column, live, BIAS)
-    tl.store(out_ptr + column, _gradient(z_edge, u_edge, r_z, r_u, ratio, scale, dtype), live)
+    grad_edge = _gradient(z_edge, u_edge, r_z, r_u, ratio, scale, dtype)
+    tl.store(out_ptr + column, grad_edge, live)
 
-    z_ptr = tl.multiple_of(z_ptr + prologue, 16)
-    t_ptr = tl.multiple_of(t_ptr + prologue, T_ALIGN)
     out_ptr = tl.multiple_of(out_ptr + prologue, 16)
-    bias_ptr += prologue * bias_step
-    if BIAS == "vector":
-        bias_ptr = tl.multiple_of(bias_ptr, 16)
-    BIAS_TILE: tl.constexpr = TILE if BIAS == "vector" else THREADS
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z = load(z_ptr + tile * TILE + offsets, None, 0.0)
-        u = _biased(t_ptr + tile * TILE, bias_ptr + tile * BIAS_TILE, strength, k, offsets, bit,
-                    None, BIAS, SHIFT, VEC)  # fmt: skip
+        z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tile, offsets, bit, None,
+                          BIAS, SHIFT, VEC)  # fmt: skip
         grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
         tl.store(out_ptr + tile * TILE + offsets, grad)
     rest = vectors - tiles * (TILE // VEC)
-    mask = offsets < rest * VEC
-    z = load(z_ptr + tiles * TILE + offsets, mask, 0.0)
-    u = _biased(t_ptr + tiles * TILE, bias_ptr + tiles * BIAS_TILE, strength, k, offsets, bit,
-                rest, BIAS, SHIFT, VEC)  # fmt: skip
+    z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tiles, offsets, bit, rest,
+                      BIAS, SHIFT, VEC)  # fmt: skip
     grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
-    tl.store(out_ptr + tiles * TILE + offsets, grad, mask)
-
-
-def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence of each row in nats, and what the backward needs of it.
-
-    Args:
-        logits: (N, V), float32, bfloat16 or float16; last dimension contiguous, any row stride.
-        target: a TeacherTarget with logits (N, V) of the same kind, whose dtype may be another.
-
-    Returns:
-        loss, lse: float32 (N,). norm: float32 (N, 3), (7); norm[:, 0] is lse(t + b).
-    """
-    loss = logits.new_empty(len(logits), dtype=torch.float32)
-    lse, norm = torch.empty_like(loss), loss.new_empty(len(loss), 3)
-    if len(logits):
-        arguments, constants = _arguments(logits, target)
-        with torch.cuda.device_of(logits):
-            forward_kernel[(len(logits),)](*arguments, loss, lse, norm, **constants)
-    return loss, lse, norm
-
-
-def backward(
-    logits: Tensor, lse: Tensor, norm: Tensor, target: Target, grad_loss: Tensor, out: Tensor
-) -> None:
-    """Write grad_loss (N,) * dKL/d logits into out (N, V), which may be the logits themselves."""
-    if len(logits) == 0:
-        return
-    arguments, constants = _arguments(logits, target)
-    aligned = aligned_like(logits, out)
-    upstream = grad_loss, grad_loss.stride(0)
-    with torch.cuda.device_of(logits):
-        backward_kernel[(len(logits),)](
-            *arguments, lse, norm, *upstream, aligned, aligned.stride(0), **constants
-        )
-    if aligned is not out:
-        out.copy_(aligned)
-
-
-def meta(
-    dtype: torch.dtype, gpu: GPUTarget | None, bias: str, shift: bool, t_align: int
-) -> dict[str, int | str]:
-    """Constants and options of both kernels, for the launch and for kernels/compile_report.py."""
-    constants: dict[str, int | str] = {"BIAS": bias, "SHIFT": shift, "T_ALIGN": t_align}
-    constants |= {"VEC": 16 // dtype.itemsize}
-    constants["num_warps"] = bitmask.THREADS // (gpu.warp_size if gpu else 32)
-    if gpu and gpu.backend == "cuda":
-        constants["maxnreg"] = MAX_REGISTERS_SHIFTED if shift else MAX_REGISTERS
-    return constants
-
-
-def _arguments(logits: Tensor, target: Target) -> tuple[tuple, dict[str, int | str]]:
-    """The arguments from logits_ptr to strength, and the constants, which both kernels take."""
-    assert isinstance(target, TeacherTarget)
-    assert target.logits is not None
-    t, vec, kind = target.logits, 16 // logits.element_size(), "none"
-    bias, step, edge, strength = logits, 0, logits, 0.0  # none: not read
-    if target.bias is not None:
-        kind, bias, strength = "vector", target.bias.tables[vec], target.bias.strength
-        step, edge = bias.stride(0), bias
-        if target.bias.mask is not None:
-            kind, edge = "bits", target.bias.mask.view(torch.uint8)
-    shift, t_align = False, min(16, vec * t.element_size())
-    elements = t_align // t.element_size()
-    if misalignment(t, elements) != misalignment(logits, elements):
-        shift = t.element_size() == logits.element_size() and kind != "vector"
-        t_align = t.element_size()
-    rows = logits, logits.stride(0), logits.shape[1], t, t.stride(0)
-    constants = meta(logits.dtype, current_gpu(), kind, shift, t_align)
-    return (*rows, bias, step, edge, strength), constants
+    tl.store(out_ptr + tiles * TILE + offsets, grad, offsets < rest * VEC)

@@ -60,10 +60,8 @@ def test_every_gpu_dtype_kernel_and_target_is_reported(rows):
 
 @NEEDS_3_7
 def test_no_kernel_spills_a_register(rows):
-    """No bytes of a thread's stack or local memory, by the assemblers' own count. Triton 3.8.0
-    spills 8 in one kernel: a dense P of another alignment, forward, float32, sm_100."""
-    spilled = [r["spill"] for r in rows if r["spill"]]
-    assert spilled == ([8] if triton.__version__ == "3.8.0" else [])
+    """No bytes of a thread's stack or local memory, by the assemblers' own count."""
+    assert [r for r in rows if r["spill"]] == []
 
 
 def test_registers_leave_room_for_four_programs_on_a_multiprocessor(rows):
@@ -137,7 +135,7 @@ def test_rows_are_addressed_in_64_bits(rows):
 # Machine instructions and special operations per logit on sm_90, at most: forward, backward.
 # Another compiler than the pinned one, 3.8.0 for instance, may take half an instruction more.
 LIMITS = {
-    "two-level": {"fp32": (9.2, 7.0), "bf16": (10, 8.2), "special": (1.1, 1.0)},
+    "two-level": {"fp32": (8.7, 7.0), "bf16": (10, 8.2), "special": (1.1, 1.0)},
     "dense": {"fp32": (13.5, 7.2), "bf16": (14, 8.4), "special": (2.1, 1.0)},
     "teacher": {"fp32": (16, 12), "bf16": (18.5, 15), "special": (2.15, 2.0)},
 }

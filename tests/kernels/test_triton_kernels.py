@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
-from kernels import triton_kl_div, triton_launch, triton_simple, triton_teacher  # noqa: E402
+from kernels import triton_kl_div, triton_launch, triton_simple  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", ["target tokens and beta", "shared row", "row by row"])
@@ -144,9 +144,9 @@ def test_the_gradient_of_a_teacher_has_no_error_of_the_size_of_lse():
     """triton_teacher (7): as above, with an lse on either side."""
     logits, teacher = random_logits(8, 1001) - 80, random_logits(8, 1001, seed=1) - 70
     target = TeacherTarget(teacher)
-    loss, lse, norm = triton_teacher.forward(logits, target)
+    loss, lse, norm = triton_launch.forward(logits, target)
     out = torch.empty_like(logits)
-    triton_teacher.backward(logits, lse, norm, target, torch.ones_like(loss), out)
+    triton_launch.backward(logits, lse, norm, target, torch.ones_like(loss), out)
     log_q, log_p = logits.double().log_softmax(-1), teacher.double().log_softmax(-1)
     error = (out.double() - (log_q.exp() - log_p.exp())).abs()
     bound = sum((1 - log_x) * log_x.exp() for log_x in (log_q, log_p))
@@ -168,9 +168,9 @@ def test_a_teacher_of_any_alignment_is_read_within_its_rows(dtype, kind):
             storage = random_logits(shift + 2 * vocab, dtype=dtype, seed=1)
             teacher = storage[shift:].view(2, vocab)
             target = TeacherTarget(teacher, target_bias)
-            loss, lse, norm = triton_teacher.forward(logits, target)
+            loss, lse, norm = triton_launch.forward(logits, target)
             out, _ = in_buffer(torch.full_like(logits, torch.nan), vocab + 1, offset)
-            triton_teacher.backward(logits, lse, norm, target, torch.ones_like(loss), out)
+            triton_launch.backward(logits, lse, norm, target, torch.ones_like(loss), out)
             u = target.whole_logits(torch.float64)
             expected_loss, expected_gradient = truth(logits, u.softmax(-1))
             assert torch.allclose(norm[:, 0].double(), u.logsumexp(-1), rtol=1e-6, atol=1e-6)
