@@ -153,13 +153,11 @@ def launchers(impl: str, device: torch.device, kind: str) -> ModuleType:
     with a contiguous last dimension, out may be the logits, and the target is on their device."""
     if impl == "torch":
         return torch_teacher if kind == "teacher" else torch_kl_div
-    name = "triton_launch"
-    if impl == "triton-simple":
-        if kind != "two-level":
-            raise TypeError(
-                f'impl="triton-simple" takes a TwoLevelTarget, got a {kind} one; pass impl="triton"'
-            )
-        name = "triton_simple"
+    if impl == "triton-simple" and kind != "two-level":
+        raise TypeError(
+            f'impl="triton-simple" takes a TwoLevelTarget, got a {kind} one; pass impl="triton"'
+        )
+    name = "triton_simple" if impl == "triton-simple" else "triton_launch"
     try:
         import triton  # here and not above: the package works without it
 
