@@ -77,6 +77,12 @@ def test_the_shared_vocabulary_numbers_the_tokens_that_occur() -> None:
     assert wte[new_ids].tolist() == [-1, -1, -1, 3, -1, -1, -1, 7, -1, 9, -1, -1]
 
 
+def test_a_corpus_of_all_tokens_gives_the_shared_row_no_probability() -> None:
+    """log 0 is added to its logit."""
+    _, bias = pretrain.share(torch.arange(12), 12)
+    assert bias.softmax(0).tolist() == pytest.approx([1 / 12] * 12 + [0])
+
+
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth() -> None:
     """Linear for `warmup` steps, half a cosine after them."""
     options = dataclasses.replace(OPTIONS, steps=102, warmup=2, lr=1.0)

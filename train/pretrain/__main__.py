@@ -85,7 +85,7 @@ def share(corpus: Tensor, n_vocab: int) -> tuple[Tensor, Tensor]:
     shared = len(used)
     new_ids, bias = torch.full((n_vocab,), shared), torch.zeros(shared + 1)
     new_ids[used] = torch.arange(shared)
-    bias[shared] = math.log(n_vocab - shared)
+    bias[shared] = torch.tensor(float(n_vocab - shared)).log()  # -inf if every token occurs
     return new_ids, bias
 
 

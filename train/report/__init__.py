@@ -64,9 +64,8 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
         "curves.png": draw(["loss", "probability"], runs, LIGHT, "png"),
         "evaluations.png": draw(["r", "perplexity"], runs, LIGHT, "png"),
         "table.csv": table.getvalue().encode("utf-8", "backslashreplace"),
-        "report.html": _page(runs, rows).encode(
-            "utf-8", "backslashreplace"
-        ),  # its path is printed last
+        # Last, as the paths are printed in this order.
+        "report.html": _page(runs, rows).encode("utf-8", "backslashreplace"),
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
