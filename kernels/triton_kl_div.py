@@ -7,8 +7,8 @@ pass of the main loop on sm_90, float32, forward and backward (python -m kernels
     no exchange between threads before the row's end   shuffles and barriers   40, 0       0, 0
     16-byte vectors from the row's first boundary on   width of a load         32 bits     128 bits
     a bit per token, in load order, in place of bytes  loads of the mask       8, 8        1, 1
-    16 logits per thread, loaded before any is used    waits for DRAM          3, 2        1, 1
-    all of this, and 2^x in place of e^x               instructions per logit  37.6, 19.8  8.3, 6.3
+    16 logits per thread, loaded before any is used    waits for DRAM          3, 1        1, 1
+    all of this, and 2^x in place of e^x               instructions per logit  37.6, 19.9  8.3, 6.3
 
 For each row z of N rows of V logits, and a target P with |P| = sum P (1 for a distribution),
 

@@ -70,12 +70,12 @@ def backward_kernel(
     """The gradient of the row that has the program's number, times that of its loss."""
     row = tl.program_id(0).to(tl.int64)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
-    read = grad_loss != 0  # a row of weight zero may hold NaN, and 0 * NaN would be NaN
-    lse = tl.load(lse_ptr + row, read, other=0.0)
+    length = tl.where(grad_loss == 0, 0, vocab)  # 0 * NaN would be NaN: read nothing
+    lse = tl.load(lse_ptr + row, length > 0, other=0.0)
     for start in range(0, vocab, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < vocab
-        loaded = inside & read
+        loaded = column < length
         z = tl.load(logits_ptr + row * stride + column, loaded, other=0.0).to(tl.float32)
         target = tl.load(mask_ptr + column, loaded, other=0) != 0
         grad = grad_loss * (tl.exp(z - lse) - tl.where(target, alpha, beta))  # (2)
