@@ -10,10 +10,10 @@
     model.safetensors       the weights alone, written when the run ends or is stopped
 
 A save flushes the logs, then replaces checkpoint.safetensors atomically. Whenever the process is
-killed, there is either no checkpoint, and the run starts over, or a complete one, and
-logs with at least what it records. Resuming cuts the logs to the recorded lengths and continues to
-the same curve, samples and weights, bit for bit. Nothing is pickled. Only these files and a folder
-for temporary files are ever written or removed, never through a link.
+killed, there is either no checkpoint, and the run starts over, or a complete one, and logs with at
+least what it records. Resuming cuts the logs to the recorded lengths and continues to the same
+curve, samples and weights, bit for bit. Nothing is pickled. Only these files and a folder for
+temporary files are ever written or removed, never through a link.
 """
 
 import errno
@@ -49,7 +49,7 @@ STAGING = ".xfactor.tmp"  # for temporary files; a killed process leaves it behi
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # the optimizer's state of one parameter
 MAY_CHANGE = ("steps", "eval_every", "save_every", "out", "resume")  # options of a resumed run
 MAY_MOVE = ("weights", "inputs", "tokens")  # those that name files, whose content must be the same
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # as network file systems say
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # the file system has none
 State = tuple[nn.Module, torch.optim.Adam, torch.Generator]  # what a save holds
 
 

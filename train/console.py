@@ -77,10 +77,9 @@ def signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    # A signal that is ignored, as SIGHUP under nohup, stays ignored.
     obeyed = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {
-        number: signal.signal(number, handler) for number in obeyed
-    }  # the rest: as under nohup
+    before = {number: signal.signal(number, handler) for number in obeyed}
     try:
         yield
     finally:
@@ -107,7 +106,7 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
         out, names = expand(options.resume), [f.name for f in fields(options_class)]
         values = checkpoint.read_options(out)
         if unlike := sorted(set(names) ^ values.keys()):
-            raise ValueError(f"{out}: config.json has not a run's options: {unlike[0]!r}")
+            raise ValueError(f"{out}: config.json lacks options or has others: {unlike[0]!r}")
         saved = validated(options_class, values | {"out": out}, f"{out}, config.json: ")
         options = _parse(saved, arguments, description)
         for name in names:
@@ -119,9 +118,8 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
                     f"{was!r}; leave it out, or start another run with another --out"
                 )
         options = replace(options, lr=saved.lr, contains=saved.contains, out=out)
-    if str(options.out).encode(errors="ignore") != os.fsencode(
-        options.out
-    ):  # safetensors refuses others
+    # safetensors refuses any other name.
+    if str(options.out).encode(errors="ignore") != os.fsencode(options.out):
         raise ValueError(f"--out {str(options.out)!r}: expected a name in UTF-8")
     values = asdict(options) | {"out": expand(options.out)}
     for name in checkpoint.MAY_MOVE:  # absolute: a run resumes from any working folder

@@ -59,9 +59,7 @@ def sample(options: Options) -> None:
     generator = torch.Generator(device).manual_seed(options.seed)
     choice = options.temperature, options.top_k or None, generator, tokenizer.eot
     for n in range(options.samples):
-        decoder = codecs.getincrementaldecoder("utf-8")(
-            "replace"
-        )  # a token may hold part of a character
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # for characters of two tokens
         console.say("\n" * (n > 0) + _visible(options.prompt), end="")
         with cpu.few_row_products(device):
             for token in map(int, stream(model, prompt, options.length, *choice)):
