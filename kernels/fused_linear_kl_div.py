@@ -199,7 +199,8 @@ def linear_kl_div(
     grad_weight = (loss.new_empty if n else loss.new_zeros)((vocab, width) if need_weight else 0)
     upstream = loss.new_ones(1).expand(n) if g is None else g
     chunks: Any = [slice(start, min(start + chunk_rows, n)) for start in range(0, n, chunk_rows)]
-    if g is not None and g.device.type == "cpu" and not g.all():
+    on_cpu = hidden.device.type == "cpu"
+    if g is not None and on_cpu and not g.all():
         chunks = g.nonzero().squeeze(1).split(chunk_rows)
         for x in (loss, lse, norm, grad_hidden):
             x.zero_()
@@ -222,7 +223,7 @@ def linear_kl_div(
             if need_hidden:
                 grad_hidden[rows] = _product(z, w).to(hidden.dtype)  # (3): (R, C)
             if need_weight:
-                if g is not None:  # 0 * NaN would be NaN
+                if g is not None and not on_cpu:  # 0 * NaN would be NaN
                     h = h.masked_fill(g[rows, None] == 0, 0.0)
                 _add_product(grad_weight, z, h, first=i == 0)  # (3): (V, C)
     return loss, lse, norm, grad_hidden, grad_weight.to(weight.dtype)
