@@ -149,6 +149,8 @@ DAMAGE = [
     ("metrics.jsonl", STEP.replace('"loss": 1, ', ""), "line 1: loss: got nothing"),
     ("metrics.jsonl", STEP.replace('"step": 1', '"step": 2'), "got step 2 after"),
     ("metrics.jsonl", STEP.replace('"loss": 1', '"loss": NaN'), "got nan: "),
+    ("metrics.jsonl", STEP.replace('"seconds": 1', '"seconds": -1'), "seconds: got -1: "),
+    ("metrics.jsonl", STEP.replace("0.5", "1.1"), "target_probability: got 1.1: "),
     ("metrics.jsonl", STEP.replace('"loss": 1', f'"loss": {HUGE}'), "loss: got 1000"),
     (
         "metrics.jsonl",
