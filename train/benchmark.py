@@ -5,9 +5,9 @@
 
 Both start from the same random weights, saved in a temporary folder. Theirs trains with
 F.log_softmax, F.kl_div and torch.optim.Adam at their defaults; ours is the loop of train.xfactor,
-which also measures the target probability at every step. They take turns, each time in a process of
-its own, so that both meet the same state of the machine and neither gets the other's settings.
-Times are of a second call, after one that warms up; the table shows medians; the last line is JSON.
+which also measures the target probability at every step. They take turns, each time in a new
+process, so that both see the same machine and neither inherits the other's settings. Each time is
+that of a second call, after a warm-up; the table shows medians, and the last line is JSON.
 
     load        from a file in the page cache to the logits of one token
     generate    greedy, batch size 1, with a key/value cache

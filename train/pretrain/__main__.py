@@ -68,7 +68,7 @@ def read_ids(path: Path, length: int) -> Tensor:
 
 
 def share(corpus: Tensor, n_vocab: int) -> tuple[Tensor, Tensor]:
-    """Renumber the tokens of a corpus from 0; all that it lacks share the last id.
+    """Renumber the tokens of a corpus from 0; all other tokens share the last id.
 
     A corpus of 2 million tokens uses some 19,000 of the 50,257. The row of wte of a token that
     never occurs is only ever pushed away from the hidden states, as is every other such row, so all
@@ -76,7 +76,7 @@ def share(corpus: Tensor, n_vocab: int) -> tuple[Tensor, Tensor]:
 
         sum over V of e^z = sum over used tokens of e^z + n_unused e^z_unused
 
-    This is the full softmax, exactly, at 37 % of the work; each unused token gets a copy at last.
+    This is exactly the full softmax, at 37 % of the work. In the end each unused token gets a copy.
 
     Returns the new id of every token, (n_vocab,), and what is added to the logits, (size,): zeros,
     and for the shared id log n_unused, as n_unused e^z = e^(z + log n_unused).
