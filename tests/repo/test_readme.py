@@ -84,10 +84,13 @@ def test_every_python_command_runs_after_those_above_it(command: str, working_fo
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_command_explains_itself(module: str, tmp_path: Path) -> None:
-    """--help prints how each module that can be run is used, and does none of its work."""
+    """--help prints how each module that can be run is used, every default in words, and does none
+    of its work."""
     done = run(["-m", module, "--help"], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("usage: ")
+    for default in ("", "''", "None"):
+        assert f"(default: {default})" not in done.stdout
     assert not list(tmp_path.iterdir())
 
 

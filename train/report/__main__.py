@@ -4,14 +4,18 @@ python -m train.report runs/a runs/b --out report/
 """
 
 from pathlib import Path
+from typing import Annotated
 
-import tyro
+from tyro import cli
+from tyro.conf import Positional, arg
 
 from train import console
 from train.report import summary, write_report
 
+Runs = Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 
-def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report")) -> None:
+
+def report(runs: Positional[Runs], out: Path = Path("report")) -> None:
     """Report one or several runs.
 
     Args:
@@ -25,4 +29,4 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("repor
 
 if __name__ == "__main__":
     with console.command():
-        tyro.cli(report, prog="python -m train.report")
+        cli(report, prog="python -m train.report")
