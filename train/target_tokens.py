@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -62,7 +61,7 @@ def choose_tokens(tokenizer: Tokenizer, goal: Goal) -> tuple[Tensor, str]:
     if goal.tokens:
         return _read(tokenizer, Path(goal.tokens)), f"the tokens that {goal.tokens} names"
     if goal.regex:
-        return _matching(tokenizer, goal.regex).float(), f"tokens that match {goal.regex!r}"
+        return _pattern(tokenizer, goal.regex), f"tokens that match {goal.regex!r}"
     strings = goal.contains or (goal.letter,)
     found = torch.stack([containing(tokenizer, s, goal.match_case) for s in strings])
     words = f"tokens that contain {' or '.join(map(repr, strings))}"
@@ -76,56 +75,57 @@ def choose_tokens(tokenizer: Tokenizer, goal: Goal) -> tuple[Tensor, str]:
 
 
 def containing(tokenizer: Tokenizer, string: str, match_case: bool = False) -> Tensor:
-    """Return the tokens whose bytes contain a string, bool (n_vocab,).
+    """Return the tokens that contain a string, bool (n_vocab,).
 
-    Bytes, not text: 344 tokens are not valid UTF-8 on their own. <|endoftext|> never counts: it
-    is a control token. 984 tokens contain "X" in either case; 90 "X", 896 "x".
+    <|endoftext|> never counts: it is a control token. 984 tokens contain "X" in either case; 90
+    "X", 896 "x".
 
     Raises ValueError for an empty string, or one that no token contains.
     """
     if not string:
         raise ValueError("got an empty string, which every token contains; give a letter")
-    spellings, fold = {string}, bytes if match_case else bytes.lower
-    if not match_case:  # bytes.lower knows ASCII only, str knows the cases of every alphabet,
-        for other in (string.lower(), string.upper()):  # but turns "ß" into "SS"
-            if (other.lower(), other.upper()) == (string.lower(), string.upper()):
-                spellings.add(other)
-    needles = [fold(s.encode(errors="surrogateescape")) for s in spellings]
-    tokens = _tokens(tokenizer, lambda token: any(n in fold(token) for n in needles))
+    cases = [{c} if match_case else {c, *_other_case(c)} for c in string]
+    pattern = "".join(f"[{''.join(map(regex.escape, case))}]" for case in cases)
+    tokens = _matching(tokenizer, pattern)
     if not tokens.any():
         case = " in this case" if match_case else ""
         raise ValueError(f"no token contains {string[:40]!r}{case}; choose a shorter string")
     return tokens
 
 
-def _matching(tokenizer: Tokenizer, pattern: str) -> Tensor:
-    """Return the tokens that a regular expression matches somewhere, bool (n_vocab,).
+def _other_case(letter: str) -> set[str]:
+    """Return the letter in lower and upper case, unless that is another letter: "SS" of "ß"."""
+    pair = letter.lower(), letter.upper()
+    return {other for other in pair if (other.lower(), other.upper()) == pair}
 
-    Bytes that are not UTF-8 are decoded as lone surrogates, which a pattern is unlikely to match.
+
+def _pattern(tokenizer: Tokenizer, pattern: str) -> Tensor:
+    """Return 1 for the tokens that a regular expression matches somewhere, float32 (n_vocab,).
 
     Raises ValueError for an expression that is malformed, matches no token, or takes too long.
     """
-    end = time.monotonic() + TIME_LIMIT
-
-    def is_match(token: bytes) -> bool:
-        text, left = token.decode("utf-8", errors="surrogateescape"), end - time.monotonic()
-        return compiled.search(text, timeout=max(left, 1e-3)) is not None
-
     try:
-        compiled = regex.compile(pattern)
-        tokens = _tokens(tokenizer, is_match)
+        tokens = _matching(tokenizer, pattern)
         if not tokens.any():
             raise ValueError("no token matches")
     except (regex.error, OSError, ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
         advice = "expected Python's syntax, without nested repetitions"
         raise ValueError(f"--regex {pattern[:40]!r}: {error}; {advice}") from error
-    return tokens
+    return tokens.float()
 
 
-def _tokens(tokenizer: Tokenizer, is_wanted: Callable[[bytes], bool]) -> Tensor:
-    wanted = [is_wanted(tokenizer.token_bytes(i)) for i in range(tokenizer.n_vocab)]
-    wanted[tokenizer.eot] = False
-    return torch.tensor(wanted, device="cpu")
+def _matching(tokenizer: Tokenizer, pattern: str) -> Tensor:
+    """Search every token for a pattern, bool (n_vocab,).
+
+    344 tokens are not valid UTF-8 on their own: their bytes are lone surrogates of the text.
+    """
+    compiled, end = regex.compile(pattern), time.monotonic() + TIME_LIMIT
+    found = []
+    for i in range(tokenizer.eot):
+        text = tokenizer.token_bytes(i).decode("utf-8", errors="surrogateescape")
+        left = max(end - time.monotonic(), 1e-3)
+        found.append(compiled.search(text, timeout=left) is not None)
+    return torch.tensor([*found, False], device="cpu")  # the last is <|endoftext|>
 
 
 def _read(tokenizer: Tokenizer, path: Path) -> Tensor:
