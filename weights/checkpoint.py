@@ -52,10 +52,7 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
-    """Yield the tensors of a safetensors file in the order of their bytes, prefixes stripped.
-
-    Raises WeightsError for a file that is not complete or holds a dtype that no GPT-2 has.
-    """
+    """Yield the tensors of a safetensors file in the order of their bytes, prefixes stripped."""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -89,7 +86,7 @@ def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
 def read_entries(name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Entry], Layout]:
     """Return every stored tensor of a GPT-2, masks and head too, by its official name; the sizes.
 
-    Raises WeightsError if names, shapes, dtypes or a config.json beside them are not a GPT-2's.
+    Everything but the values is checked, with a config.json beside them.
     """
     files = find_files(name_or_path)
     entries: dict[str, Entry] = {}
@@ -113,10 +110,7 @@ def read_tensors(
     """Yield each parameter as (official name, float32 tensor in its own 64-byte aligned memory).
 
     A `digest` is updated with every byte of the file as it is read, so that it is that of what was
-    loaded.
-
-    Raises WeightsError as `read_entries` does, at a value that is NaN or infinite, at a file that
-    ends early, and at an `lm_head.weight` that is not equal to `wte.weight`.
+    loaded. A head that is not equal to `wte.weight` is refused after the last tensor.
     """
     entries, _ = read_entries(name_or_path)
     parameters = [(name, e) for name, e in entries.items() if not MASK.fullmatch(name)]
@@ -147,10 +141,8 @@ def read_tensors(
     except OSError as error:
         raise WeightsError(f"cannot read {name_or_path}: {error}") from error
     if HEAD in tied and not torch.equal(tied[HEAD], tied["wte.weight"]):
-        raise WeightsError(
-            f"{name_or_path}: {HEAD}: got values that differ from wte.weight, expected GPT-2's "
-            "tied head"
-        )
+        got = "got values that differ from wte.weight, expected GPT-2's tied head"
+        raise WeightsError(f"{name_or_path}: {HEAD}: {got}")
 
 
 def _check_finite(tensor: Tensor, source: str) -> None:

@@ -1,11 +1,8 @@
 """A GPT-2 checkpoint: its files, the official names and shapes, and the checks against them.
 
-    C  n_embd       width of the residual stream: 64 times the number of heads
-    V  vocab_size   number of tokens
-    P  n_positions  longest context
-
 Affine weights are (in, out), as GPT-2 stores them. Shapes determine everything about a GPT-2 except
-its number of heads, and in every official size a head is 64 wide.
+its number of heads, and in every official size a head is 64 wide. What is refused is a WeightsError
+in every function here.
 """
 
 import json
@@ -19,7 +16,6 @@ TINY = Path(__file__).parent / "tiny"
 FILE_NAME, INDEX_SUFFIX = "model.safetensors", ".index.json"
 HEAD_DIM = 64
 MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks: constants that some files carry
-MOST_PROBLEMS_SHOWN = 5
 UNCHECKED = ("architectures", "bos_token_id", "eos_token_id")  # no say in the function
 
 Shape = tuple[int, ...]
@@ -49,10 +45,7 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
 
 def find_files(name_or_path: str | os.PathLike[str]) -> list[Path]:
-    """Return a checkpoint's files: "tiny", a file, a folder's model.safetensors or its shards.
-
-    Raises WeightsError if there are none.
-    """
+    """Return a checkpoint's files: "tiny", a file, a folder's model.safetensors or its shards."""
     path = TINY if name_or_path == "tiny" else expand(name_or_path)
     try:
         if path.is_dir():
@@ -89,9 +82,9 @@ class Layout:
     """The sizes of a GPT-2, which determine every name and shape in its checkpoint."""
 
     n_layer: int
-    n_embd: int
+    n_embd: int  # C below: width of the residual stream, 64 times the number of heads
     vocab_size: int
-    n_positions: int
+    n_positions: int  # longest context
 
     def shapes(self) -> dict[str, Shape]:
         """Return every parameter's shape by name; the head is `wte.weight`, so it has no entry."""
@@ -125,11 +118,7 @@ class Layout:
 
 
 def check_layout(found: dict[str, Shape], source: str) -> Layout:
-    """Read the sizes off the shapes in `found` and check every name and shape against them.
-
-    Raises WeightsError that names `source` and the first few tensors that are missing, misshapen
-    or unknown.
-    """
+    """Read the sizes off the shapes in `found` and check every name and shape against them."""
     # Counted, not the largest index: a hostile h.999999999 must not size anything.
     n_layer = len({m[1] for name in found if (m := re.match(r"h\.(\d+)\.", name))})
     wte, wpe = found.get("wte.weight", ()), found.get("wpe.weight", ())
@@ -149,8 +138,7 @@ def check_layout(found: dict[str, Shape], source: str) -> Layout:
         if found.get(name) != expected.get(name)
     ]
     if problems:
-        shown, hidden = problems[:MOST_PROBLEMS_SHOWN], len(problems) - MOST_PROBLEMS_SHOWN
-        shown += [f"and {hidden} more"] * (hidden > 0)
+        shown = problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5)
         raise WeightsError(
             f"{source} is not a complete GPT-2. Read as {layout}: {'; '.join(shown)}"
         )
@@ -158,13 +146,10 @@ def check_layout(found: dict[str, Shape], source: str) -> Layout:
 
 
 def check_config(path: Path, layout: Layout) -> None:
-    """Refuse a config.json that describes another function than the GPT-2 of these sizes.
-
-    Raises WeightsError that lists the keys. Without such a file there is nothing to check.
-    """
+    """Refuse a config.json that describes another function than the GPT-2 of these sizes."""
     try:
         config = {**json.loads(path.read_bytes())}
-    except FileNotFoundError:
+    except FileNotFoundError:  # there is nothing to check
         return
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}. Repair or remove it") from error
