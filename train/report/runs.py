@@ -207,12 +207,10 @@ def _expecting(where: object) -> Iterator[None]:
     """Turn an error in reading a file into one short line: where, what was got and expected."""
     try:
         yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "".join(f"{key}: " for key in first["loc"])
-        got = "nothing" if first["type"] == "missing" else str(first["input"])[:40]
-        got = f"{name}got {got}: {first['msg']}"
-        raise ValueError(printable(f"{where}: {got}; expected {EXPECTED}")) from error
     except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         got = f"no key {error}" if isinstance(error, KeyError) else str(error)[:200]
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            value = "nothing" if first["type"] == "missing" else str(first["input"])[:40]
+            got = "".join(f"{key}: " for key in first["loc"]) + f"got {value}: {first['msg']}"
         raise ValueError(printable(f"{where}: {got}; expected {EXPECTED}")) from error
