@@ -84,10 +84,7 @@ def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
 
 
 def read_entries(name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Entry], Layout]:
-    """Return every stored tensor of a GPT-2, masks and head too, by its official name; the sizes.
-
-    Everything but the values is checked, with a config.json beside them.
-    """
+    """Return every stored tensor, masks and head too, by its official name; and the sizes."""
     files = find_files(name_or_path)
     entries: dict[str, Entry] = {}
     for file in files:
@@ -208,10 +205,7 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
 
 
 def fsync(path: Path) -> None:
-    """Wait until the content of a file, or the list of files in a folder, is on the disk.
-
-    Where a file system cannot do this for folders, warn once instead.
-    """
+    """Wait until the content of a file, or the list of files in a folder, is on the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -27,12 +27,9 @@ def printable(text: str) -> str:
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be used. The message says what was got, what was expected, what to do.
+    """Weights that cannot be used. The message says what was got, what was expected, what to do."""
 
-    It quotes names and paths that strangers chose, so every line of it is made printable.
-    """
-
-    def __init__(self, *lines: str) -> None:
+    def __init__(self, *lines: str) -> None:  # with names and paths that strangers chose
         super().__init__("\n".join(map(printable, lines)))
 
 

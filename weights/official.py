@@ -58,10 +58,7 @@ OFFICIAL = {
 
 
 def read_official(name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of an official model, downloaded with a progress bar if need be.
-
-    The hash is compared at the end; a file with another one stays where it is.
-    """
+    """Yield the tensors of an official model, downloaded if need be, and compare its hash last."""
     path, digest = cached(name) or _download(name), hashlib.sha256()
     yield from read_tensors(path, digest)
     if (got := digest.hexdigest()) != (expected := OFFICIAL[name].sha256):
@@ -151,8 +148,7 @@ def command(name: str, check: bool = False, list: bool = False) -> None:
             pass
         print(f"{name} verified: {cached(name)}")
     else:
-        known = ", ".join(OFFICIAL)
-        raise WeightsError(f"{name}: expected one of {known}, or --check and a path")
+        raise WeightsError(f"{name}: expected one of {', '.join(OFFICIAL)}, or --check and a path")
 
 
 def main() -> None:
