@@ -42,9 +42,7 @@ FORMATS: dict[str, Callable[..., str]] = {  # the columns of the table
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write the figures, table.csv and report.html into `out`; return their paths.
-
-    run_folders: each a run's folder or a folder of them, as train.xfactor writes.
+    """Write the figures, table.csv and report.html of runs into `out`; return their paths.
 
     Raises ValueError for a folder that is not a run, and if `out` cannot be written.
     """
@@ -78,10 +76,7 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
 
 
 def summary(run_folders: Sequence[Path]) -> str:
-    """Return for a terminal the table, text before and after each run, and what to run next.
-
-    Raises ValueError for folders that are not runs.
-    """
+    """Return for a terminal the table, text before and after each run, and what to run next."""
     runs = read_runs(run_folders)
     names = ("run", "kind", "loss last", "R", "R error", "R predicted", "perplexity of samples")
     rows = _rows(runs)

@@ -1,7 +1,4 @@
-"""Report one or several runs.
-
-python -m train.report runs/a runs/b --out report/
-"""
+"""Report runs: python -m train.report runs/a runs/b --out report/"""
 
 from pathlib import Path
 from typing import Annotated

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le, Lt, MinLen
-from pydantic import BaseModel, BeforeValidator, FiniteFloat, Strict, ValidationError
+from pydantic import AliasPath, BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
 
 from train.checkpoint import CONFIG, METRICS, SAMPLES
 from weights.layout import printable
@@ -53,19 +53,11 @@ class Evaluation(BaseModel, strict=True):
     samples: list[Sample]
 
     def tokens(self) -> int:
-        """Return how many tokens were sampled."""
         return sum(len(sample.ids) for sample in self.samples)
 
     def r_error(self) -> float:
         """Return the binomial standard error of R: sqrt(R (1 - R) / tokens)."""
         return math.sqrt(self.r * (1 - self.r) / self.tokens())
-
-
-class Options(BaseModel, strict=True):
-    """The options of the command that made a run, those that order its runs."""
-
-    lr: list[float]
-    tilt: list[float] | None = None
 
 
 class Run(BaseModel, strict=True):
@@ -80,8 +72,9 @@ class Run(BaseModel, strict=True):
     lr: FiniteFloat
     tilt: FiniteFloat | None  # G of a tilted teacher; None for the original target
     beta: FiniteFloat
-    target_token_ids: Annotated[frozenset[TokenId], Strict(False)]
-    options: Options
+    target_token_ids: Annotated[frozenset[TokenId], Field(strict=False)]
+    rates: list[float] = Field(validation_alias=AliasPath("options", "lr"))  # the command's
+    tilts: list[float] | None = Field(None, validation_alias=AliasPath("options", "tilt"))
     versions: dict[str, Any]
     label: str = ""
     steps: list[Step] = []
@@ -105,12 +98,7 @@ class Run(BaseModel, strict=True):
 
     @property
     def kind(self) -> str:
-        """Name what the run did to the text, by measure.
-
-        "collapse": at the latest evaluation at least 9 of 10 sampled tokens are target tokens, or
-        the perplexity of the samples under the model before fine-tuning is over 100 times the
-        start's. Any other run of the original target is a "nudge", any other with a tilt a "dial".
-        """
+        """Name what the run did to the text, by the measurements of its latest evaluation."""
         rise = self.after.sample_perplexity / max(self.before.sample_perplexity, 1)
         if self.after.r >= 0.9 or rise > 100:
             return "collapse"
@@ -125,8 +113,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     is read as far as its files go; one without a finished step, or without its start's evaluation,
     is left out.
 
-    Raises:
-        ValueError: no runs, or a file that is missing or is not what a run writes; in one line.
+    Raises ValueError, in one line: no runs, a file that is missing or is not what a run writes.
     """
     found = list({run.folder.resolve(): run for path in paths for run in _find(path)}.values())
     runs = [run for run in found if run.steps and 0 in run.evaluations]
@@ -164,8 +151,8 @@ def _find(path: Path) -> list[Run]:
             raise ValueError("got no run" if path.is_dir() else "got no folder")
 
     def place(run: Run) -> tuple[int, int]:  # in the command that made it
-        rates, tilts = run.options.lr, run.options.tilt or ()
-        return [None, *tilts, run.tilt].index(run.tilt), [*rates, run.lr].index(run.lr)
+        tilts = [None, *(run.tilts or ()), run.tilt]
+        return tilts.index(run.tilt), [*run.rates, run.lr].index(run.lr)
 
     return sorted((_read(config.parent) for config in sorted(configs)), key=place)
 

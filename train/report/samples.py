@@ -32,12 +32,9 @@ def moments(runs: Sequence[Run]) -> list[tuple[Run, Evaluation]]:
 
 def typical(run: Run, evaluation: Evaluation) -> list[Sample]:
     """Pick per prompt the sample whose share of target tokens is nearest R, not the best one."""
-    by_prompt: dict[str, list[Sample]] = {}
-    for sample in evaluation.samples:
-        by_prompt.setdefault(sample.prompt, []).append(sample)
     return [
         min(samples, key=lambda s: abs(count(s, run) / len(s.ids) - evaluation.r))
-        for samples in by_prompt.values()
+        for _, samples in groupby(evaluation.samples, key=lambda s: s.prompt)
     ]
 
 
