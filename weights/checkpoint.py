@@ -197,10 +197,9 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
         temporary.chmod(mode)  # safetensors puts a new, private file in its place
         fsync(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):  # the first error is the one to report
+    finally:
+        with suppress(OSError):  # it has replaced `path`, or an earlier error is to be reported
             temporary.unlink()
-        raise
     fsync(path.parent)
 
 

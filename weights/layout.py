@@ -1,8 +1,7 @@
 """A GPT-2 checkpoint: its files, the official names and shapes, and the checks against them.
 
-Affine weights are (in, out), as GPT-2 stores them. Shapes determine everything about a GPT-2 except
-its number of heads, and in every official size a head is 64 wide. What is refused is a WeightsError
-in every function here.
+Shapes determine everything about a GPT-2 except its number of heads, and in every official size a
+head is 64 wide. What a function here refuses is a WeightsError.
 """
 
 import json

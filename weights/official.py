@@ -6,7 +6,7 @@
 
 A file is looked for in the local cache of huggingface_hub under both of its names, and if it is not
 there, downloaded at the pinned revision. The hub's library checks a download's size only, so every
-load hashes the file first.
+load hashes what it reads.
 """
 
 import hashlib
