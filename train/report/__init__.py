@@ -1,7 +1,7 @@
 """Report finished or interrupted runs: report.html, its figures as PNG, its table as CSV.
 
 The page stands alone: figures are embedded, nothing is fetched, no script runs. Each word about a
-run follows from a measurement; what the original report claimed stands in rows of its own.
+run follows from a measurement; what the original report claimed is marked as not measured.
 """
 
 import csv
@@ -136,8 +136,7 @@ def _page(runs: Sequence[Run], rows: Rows) -> str:
                     for theme in (LIGHT, DARK)] for name in ("tradeoff", *CURVES)}  # fmt: skip
     settings = []
     for run in runs:
-        seconds = sum(step.seconds for step in run.steps)
-        where = {"folder": run.folder, "seconds": f"{seconds:,.1f}"}
+        where = {"folder": run.folder, "seconds": f"{sum(s.seconds for s in run.steps):,.1f}"}
         settings.append(run.about | where | run.versions | run.about["options"])
     names = dict.fromkeys(name for column in settings for name in column)
     return template.render(

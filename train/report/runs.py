@@ -82,12 +82,10 @@ class Run(BaseModel, strict=True):
 
     @property
     def before(self) -> Evaluation:
-        """The model before fine-tuning."""
         return self.evaluations[0]
 
     @property
     def after(self) -> Evaluation:
-        """The model at the latest evaluation."""
         return self.evaluations[max(self.evaluations)]
 
     @property
