@@ -4,9 +4,8 @@ The format: 8 bytes (little-endian length of the header), the header (JSON: name
 data_offsets), then the tensors without gaps. The safetensors library checks a header against its
 file. The tensors are read here, not by the library, for three reasons: its tensors are views of a
 memory map, the official files are laid out so that those views start 2 bytes off a float's
-boundary, and touching a map of a file that is being truncated kills the process.
-
-Nothing is ever unpickled.
+boundary, and touching a map of a file that is being truncated kills the process. Nothing is ever
+unpickled.
 """
 
 import errno

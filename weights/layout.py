@@ -78,19 +78,18 @@ class Layout:
     """The sizes of a GPT-2, which determine every name and shape in its checkpoint."""
 
     n_layer: int
-    n_embd: int  # C below: width of the residual stream, 64 times the number of heads
-    vocab_size: int
-    n_positions: int  # longest context
+    n_embd: int  # C: width of the residual stream, 64 times the number of heads
+    vocab_size: int  # V
+    n_positions: int  # P: longest context
 
     def shapes(self) -> dict[str, Shape]:
         """Return every parameter's shape by name; the head is `wte.weight`, so it has no entry."""
-        C, n_layer = self.n_embd, self.n_layer
+        V, P, C, n_layer = self.vocab_size, self.n_positions, self.n_embd, self.n_layer
         block: dict[str, Shape] = {"ln_1": (C,), "ln_2": (C,)}
         block |= {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}  # q, k, v in that order
         block |= {"mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
         layers = {f"h.{n}.{name}": shape for n in range(n_layer) for name, shape in block.items()}
-        shapes: dict[str, Shape] = {"wte.weight": (self.vocab_size, C)}
-        shapes["wpe.weight"] = (self.n_positions, C)
+        shapes: dict[str, Shape] = {"wte.weight": (V, C), "wpe.weight": (P, C)}
         for name, shape in {"ln_f": (C,), **layers}.items():
             shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
         return shapes
