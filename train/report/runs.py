@@ -77,6 +77,7 @@ class Run(BaseModel, strict=True):
     tilts: list[float] | None = Field(None, validation_alias=AliasPath("options", "tilt"))
     versions: dict[str, Any]
     label: str = ""
+    predicted_r: float | None = None  # the tilted teacher's own, mean over the steps
     steps: list[Step] = []
     evaluations: dict[int, Evaluation] = {}  # by updates done; 0: start
 
@@ -87,12 +88,6 @@ class Run(BaseModel, strict=True):
     @property
     def after(self) -> Evaluation:
         return self.evaluations[max(self.evaluations)]
-
-    @property
-    def predicted_r(self) -> float | None:
-        """The tilted teacher's probability on the target tokens, mean over the steps."""
-        predicted = fmean(step.predicted_probability for step in self.steps)
-        return None if self.tilt is None else predicted
 
     @property
     def kind(self) -> str:
@@ -106,10 +101,9 @@ class Run(BaseModel, strict=True):
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read the runs in `paths`, each a run's folder or a folder of them; duplicates count once.
 
-    Runs keep the order of the paths; in a folder of runs, those of the original target come first,
-    then the tilts and the learning rates in the order of the command that made them. A killed run
-    is read as far as its files go; one without a finished step, or without its start's evaluation,
-    is left out.
+    Runs keep the order of the paths; in a folder, those of the original target come first, then the
+    tilts, both by rate, in the order of the command that made them. A killed run is read as far as
+    its files go; one without a finished step, or without its start's evaluation, is left out.
 
     Raises ValueError, in one line: no runs, a file that is missing or is not what a run writes.
     """
@@ -123,6 +117,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         run.label = rate = f"lr {scientific(run.lr)}"
         if run.tilt is not None:
             run.label = f"G = {run.tilt:g}" + f", {rate}" * (len(rates) > 1)
+            run.predicted_r = fmean(step.predicted_probability for step in run.steps)
     labels = [run.label for run in runs]
     for run in runs:
         if labels.count(run.label) > 1:
@@ -147,12 +142,10 @@ def _find(path: Path) -> list[Run]:
         configs = [path / CONFIG] if (path / CONFIG).is_file() else [*path.glob(f"*/{CONFIG}")]
         if not configs:
             raise ValueError("got no run" if path.is_dir() else "got no folder")
-
-    def place(run: Run) -> tuple[int, int]:  # in the command that made it
-        tilts = [None, *(run.tilts or ()), run.tilt]
-        return tilts.index(run.tilt), [*run.rates, run.lr].index(run.lr)
-
-    return sorted((_read(config.parent) for config in sorted(configs)), key=place)
+    runs = [_read(config.parent) for config in sorted(configs)]
+    runs.sort(key=lambda run: [*run.rates, run.lr].index(run.lr))
+    runs.sort(key=lambda run: [None, *(run.tilts or ()), run.tilt].index(run.tilt))
+    return runs
 
 
 def _read(folder: Path) -> Run:
