@@ -258,13 +258,8 @@ class GPT2(nn.Module):
         V, C = state_dict["wte.weight"].shape
         if C % HEAD_DIM:
             raise ValueError(f"wte.weight: got width {C}, expected a multiple of {HEAD_DIM}")
-        config = GPT2Config(
-            vocab_size=V,
-            n_positions=len(state_dict["wpe.weight"]),
-            n_embd=C,
-            n_layer=len({name.split(".")[1] for name in state_dict if name.startswith("h.")}),
-            n_head=C // HEAD_DIM,
-        )
+        n_layer = len({name.split(".")[1] for name in state_dict if name.startswith("h.")})
+        config = GPT2Config(V, len(state_dict["wpe.weight"]), C, n_layer, n_head=C // HEAD_DIM)
         with torch.device("meta"):  # no memory, and no random draw that would be overwritten
             model = cls(config)
         weights = {}

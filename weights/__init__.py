@@ -38,9 +38,8 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     from .official import OFFICIAL, read_official  # not above: it is also run as a module
 
-    if name_or_path in OFFICIAL:
-        return dict(read_official(str(name_or_path)))
-    return dict(read_tensors(name_or_path))
+    read = read_official if name_or_path in OFFICIAL else read_tensors
+    return dict(read(os.fspath(name_or_path)))
 
 
 def layout_of(name_or_path: str | os.PathLike[str]) -> Layout:

@@ -4,9 +4,8 @@ The format: 8 bytes (little-endian length of the header), the header (JSON: name
 data_offsets), then the tensors without gaps. The safetensors library checks a header against its
 file. The tensors are read here, not by the library, for three reasons: its tensors are views of a
 memory map, the official files are laid out so that those views start 2 bytes off a float's
-boundary, and touching a map of a file that is being truncated kills the process.
-
-Nothing is ever unpickled.
+boundary, and touching a map of a file that is being truncated kills the process. Nothing is ever
+unpickled.
 """
 
 import errno
@@ -52,10 +51,7 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
-    """Yield the tensors of a safetensors file in the order of their bytes, prefixes stripped.
-
-    Raises WeightsError for a file that is not complete or holds a dtype that no GPT-2 has.
-    """
+    """Yield the tensors of a safetensors file in the order of their bytes, prefixes stripped."""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -87,10 +83,7 @@ def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
 
 
 def read_entries(name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Entry], Layout]:
-    """Return every stored tensor of a GPT-2, masks and head too, by its official name; the sizes.
-
-    Raises WeightsError if names, shapes, dtypes or a config.json beside them are not a GPT-2's.
-    """
+    """Return every stored tensor, masks and head too, by its official name; and the sizes."""
     files = find_files(name_or_path)
     entries: dict[str, Entry] = {}
     for file in files:
@@ -113,10 +106,7 @@ def read_tensors(
     """Yield each parameter as (official name, float32 tensor in its own 64-byte aligned memory).
 
     A `digest` is updated with every byte of the file as it is read, so that it is that of what was
-    loaded.
-
-    Raises WeightsError as `read_entries` does, at a value that is NaN or infinite, at a file that
-    ends early, and at an `lm_head.weight` that is not equal to `wte.weight`.
+    loaded. A head that is not equal to `wte.weight` is refused after the last tensor.
     """
     entries, _ = read_entries(name_or_path)
     parameters = [(name, e) for name, e in entries.items() if not MASK.fullmatch(name)]
@@ -147,10 +137,8 @@ def read_tensors(
     except OSError as error:
         raise WeightsError(f"cannot read {name_or_path}: {error}") from error
     if HEAD in tied and not torch.equal(tied[HEAD], tied["wte.weight"]):
-        raise WeightsError(
-            f"{name_or_path}: {HEAD}: got values that differ from wte.weight, expected GPT-2's "
-            "tied head"
-        )
+        got = "got values that differ from wte.weight, expected GPT-2's tied head"
+        raise WeightsError(f"{name_or_path}: {HEAD}: {got}")
 
 
 def _check_finite(tensor: Tensor, source: str) -> None:
@@ -208,18 +196,14 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
         temporary.chmod(mode)  # safetensors puts a new, private file in its place
         fsync(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):  # the first error is the one to report
+    finally:
+        with suppress(OSError):  # it has replaced `path`, or an earlier error is to be reported
             temporary.unlink()
-        raise
     fsync(path.parent)
 
 
 def fsync(path: Path) -> None:
-    """Wait until the content of a file, or the list of files in a folder, is on the disk.
-
-    Where a file system cannot do this for folders, warn once instead.
-    """
+    """Wait until the content of a file, or the list of files in a folder, is on the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,11 +1,7 @@
 """A GPT-2 checkpoint: its files, the official names and shapes, and the checks against them.
 
-    C  n_embd       width of the residual stream: 64 times the number of heads
-    V  vocab_size   number of tokens
-    P  n_positions  longest context
-
-Affine weights are (in, out), as GPT-2 stores them. Shapes determine everything about a GPT-2 except
-its number of heads, and in every official size a head is 64 wide.
+Shapes determine everything about a GPT-2 except its number of heads, and in every official size a
+head is 64 wide. What a function here refuses is a WeightsError.
 """
 
 import json
@@ -19,7 +15,6 @@ TINY = Path(__file__).parent / "tiny"
 FILE_NAME, INDEX_SUFFIX = "model.safetensors", ".index.json"
 HEAD_DIM = 64
 MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks: constants that some files carry
-MOST_PROBLEMS_SHOWN = 5
 UNCHECKED = ("architectures", "bos_token_id", "eos_token_id")  # no say in the function
 
 Shape = tuple[int, ...]
@@ -31,12 +26,9 @@ def printable(text: str) -> str:
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be used. The message says what was got, what was expected, what to do.
+    """Weights that cannot be used. The message says what was got, what was expected, what to do."""
 
-    It quotes names and paths that strangers chose, so every line of it is made printable.
-    """
-
-    def __init__(self, *lines: str) -> None:
+    def __init__(self, *lines: str) -> None:  # with names and paths that strangers chose
         super().__init__("\n".join(map(printable, lines)))
 
 
@@ -49,10 +41,7 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
 
 def find_files(name_or_path: str | os.PathLike[str]) -> list[Path]:
-    """Return a checkpoint's files: "tiny", a file, a folder's model.safetensors or its shards.
-
-    Raises WeightsError if there are none.
-    """
+    """Return a checkpoint's files: "tiny", a file, a folder's model.safetensors or its shards."""
     path = TINY if name_or_path == "tiny" else expand(name_or_path)
     try:
         if path.is_dir():
@@ -89,19 +78,18 @@ class Layout:
     """The sizes of a GPT-2, which determine every name and shape in its checkpoint."""
 
     n_layer: int
-    n_embd: int
-    vocab_size: int
-    n_positions: int
+    n_embd: int  # C: width of the residual stream, 64 times the number of heads
+    vocab_size: int  # V
+    n_positions: int  # P: longest context
 
     def shapes(self) -> dict[str, Shape]:
         """Return every parameter's shape by name; the head is `wte.weight`, so it has no entry."""
-        C, n_layer = self.n_embd, self.n_layer
+        V, P, C, n_layer = self.vocab_size, self.n_positions, self.n_embd, self.n_layer
         block: dict[str, Shape] = {"ln_1": (C,), "ln_2": (C,)}
         block |= {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}  # q, k, v in that order
         block |= {"mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
         layers = {f"h.{n}.{name}": shape for n in range(n_layer) for name, shape in block.items()}
-        shapes: dict[str, Shape] = {"wte.weight": (self.vocab_size, C)}
-        shapes["wpe.weight"] = (self.n_positions, C)
+        shapes: dict[str, Shape] = {"wte.weight": (V, C), "wpe.weight": (P, C)}
         for name, shape in {"ln_f": (C,), **layers}.items():
             shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
         return shapes
@@ -125,11 +113,7 @@ class Layout:
 
 
 def check_layout(found: dict[str, Shape], source: str) -> Layout:
-    """Read the sizes off the shapes in `found` and check every name and shape against them.
-
-    Raises WeightsError that names `source` and the first few tensors that are missing, misshapen
-    or unknown.
-    """
+    """Read the sizes off the shapes in `found` and check every name and shape against them."""
     # Counted, not the largest index: a hostile h.999999999 must not size anything.
     n_layer = len({m[1] for name in found if (m := re.match(r"h\.(\d+)\.", name))})
     wte, wpe = found.get("wte.weight", ()), found.get("wpe.weight", ())
@@ -149,8 +133,7 @@ def check_layout(found: dict[str, Shape], source: str) -> Layout:
         if found.get(name) != expected.get(name)
     ]
     if problems:
-        shown, hidden = problems[:MOST_PROBLEMS_SHOWN], len(problems) - MOST_PROBLEMS_SHOWN
-        shown += [f"and {hidden} more"] * (hidden > 0)
+        shown = problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5)
         raise WeightsError(
             f"{source} is not a complete GPT-2. Read as {layout}: {'; '.join(shown)}"
         )
@@ -158,13 +141,10 @@ def check_layout(found: dict[str, Shape], source: str) -> Layout:
 
 
 def check_config(path: Path, layout: Layout) -> None:
-    """Refuse a config.json that describes another function than the GPT-2 of these sizes.
-
-    Raises WeightsError that lists the keys. Without such a file there is nothing to check.
-    """
+    """Refuse a config.json that describes another function than the GPT-2 of these sizes."""
     try:
         config = {**json.loads(path.read_bytes())}
-    except FileNotFoundError:
+    except FileNotFoundError:  # there is nothing to check
         return
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}. Repair or remove it") from error

@@ -6,7 +6,7 @@
 
 A file is looked for in the local cache of huggingface_hub under both of its names, and if it is not
 there, downloaded at the pinned revision. The hub's library checks a download's size only, so every
-load hashes the file first.
+load hashes what it reads.
 """
 
 import hashlib
@@ -28,9 +28,8 @@ TIMEOUT = 3  # seconds to wait for the hub's first answer
 
 @dataclass(frozen=True)
 class Official:
-    """One `model.safetensors` on the Hugging Face hub."""
+    """The file of one model, `model.safetensors` in openai-community/NAME on the hub."""
 
-    repo: str
     revision: str  # the full commit: with it, a cached file costs no network call
     sha256: str
     layout: Layout
@@ -39,21 +38,18 @@ class Official:
 
 OFFICIAL = {
     "gpt2": Official(
-        repo="openai-community/gpt2",
         revision="607a30d783dfa663caf39e06633721c8d4cfcd7e",
         sha256="248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
         layout=Layout(12, 768, vocab_size=50257, n_positions=1024),
         size=548_105_171,
     ),
     "gpt2-medium": Official(
-        repo="openai-community/gpt2-medium",
         revision="6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
         sha256="fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
         layout=Layout(24, 1024, vocab_size=50257, n_positions=1024),
         size=1_519_984_962,
     ),
     "gpt2-xl": Official(
-        repo="openai-community/gpt2-xl",
         revision="15ea56dee5df4983c59b2538573817e1667135e2",
         sha256="0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
         layout=Layout(48, 1600, vocab_size=50257, n_positions=1024),
@@ -62,51 +58,46 @@ OFFICIAL = {
 
 
 def read_official(name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of an official model, downloaded with a progress bar if need be.
-
-    Raises WeightsError as `read_tensors` does, if the file is not cached and cannot be downloaded,
-    and at the end if its hash is wrong; the file then stays where it is.
-    """
-    official, digest = OFFICIAL[name], hashlib.sha256()
-    path = cached(official) or _download(name, official)
+    """Yield the tensors of an official model, downloaded if need be, and compare its hash last."""
+    path, digest = cached(name) or _download(name), hashlib.sha256()
     yield from read_tensors(path, digest)
-    if digest.hexdigest() != official.sha256:
+    if (got := digest.hexdigest()) != (expected := OFFICIAL[name].sha256):
         raise WeightsError(
-            f"{path}: got sha256 {digest.hexdigest()}, expected {official.sha256}: it is not the "
-            "official file. Remove it to download it again, or pass its path to load it anyway"
+            f"{path}: got sha256 {got}, expected {expected}: it is not the official file. Remove "
+            "it to download it again, or pass its path to load it anyway"
         )
 
 
-def cached(official: Official) -> Path | None:
+def cached(name: str) -> Path | None:
     """Return the file in the hub's local cache, unverified, or None; never use the network."""
     from huggingface_hub import try_to_load_from_cache  # here: a third of a second, seldom needed
 
     # Files cached before 2024 are under the repository's old name, without the organisation.
-    for repo in (official.repo, official.repo.split("/")[1]):
-        path = try_to_load_from_cache(repo, FILE_NAME, revision=official.revision)
+    for repo in (f"openai-community/{name}", name):
+        path = try_to_load_from_cache(repo, FILE_NAME, revision=OFFICIAL[name].revision)
         if isinstance(path, str):
             return Path(path)
     return None
 
 
-def _download(name: str, official: Official) -> Path:
+def _download(name: str) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    repo, revision = official.repo, official.revision
+    repo, revision, size = f"openai-community/{name}", OFFICIAL[name].revision, OFFICIAL[name].size
     url = hf_hub_url(repo, FILE_NAME, revision=revision)
-    size = f"{official.size:,} bytes" if official.size else "size not on record"
+    length = f"{size:,} bytes" if size else "size not on record"
     try:
         # Downloading would retry for a minute. In a thread: looking up a name has no timeout.
         ThreadPoolExecutor(1).submit(get_hf_file_metadata, url, timeout=TIMEOUT).result(TIMEOUT)
-        print(f"downloading {repo}, {FILE_NAME} ({size})", file=sys.stderr)
+        print(f"downloading {repo}, {FILE_NAME} ({length})", file=sys.stderr)
         return Path(hf_hub_download(repo, FILE_NAME, revision=revision))
     except Exception as error:  # the hub's, HTTP's and Xet's errors share no narrower class
         folder = Path(HF_HUB_CACHE, "models--" + repo.replace("/", "--"), "snapshots", revision)
         reason = str(error.__cause__ or error) or f"no answer within {TIMEOUT} seconds"
         raise WeightsError(
             f"{name} is not cached and cannot be downloaded: {reason}",
-            f"  file:  {url} ({size})",
+            f"  file:  {url} ({length})",
             f"  download, on a machine with internet:  "
             f"hf download {repo} {FILE_NAME} --revision {revision} --local-dir {name}",
             f"  put it at:  {folder / FILE_NAME}",
@@ -117,10 +108,7 @@ def _download(name: str, official: Official) -> Path:
 
 
 def describe(name_or_path: str | os.PathLike[str], every_tensor: bool = False) -> str:
-    """Return the text of `--check`: sizes, hash and official name, once every value is checked.
-
-    Raises WeightsError as `load_weights` does.
-    """
+    """Return the text of `--check`: sizes, hash and official name, once every value is checked."""
     entries, layout = read_entries(name_or_path)
     n_parameters = sum(tensor.numel() for _, tensor in read_tensors(name_or_path))
     dtypes = Counter(e.dtype for e in entries.values())
@@ -158,10 +146,9 @@ def command(name: str, check: bool = False, list: bool = False) -> None:
     elif name in OFFICIAL:
         for _ in read_official(name):
             pass
-        print(f"{name} verified: {cached(OFFICIAL[name])}")
+        print(f"{name} verified: {cached(name)}")
     else:
-        known = ", ".join(OFFICIAL)
-        raise WeightsError(f"{name}: expected one of {known}, or --check and a path")
+        raise WeightsError(f"{name}: expected one of {', '.join(OFFICIAL)}, or --check and a path")
 
 
 def main() -> None:

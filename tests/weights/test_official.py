@@ -22,7 +22,7 @@ from weights import WeightsError, load_weights
 from weights.layout import Layout
 from weights.official import OFFICIAL, describe
 
-MEDIUM = OFFICIAL["gpt2-medium"]
+MEDIUM, REPO = OFFICIAL["gpt2-medium"], "openai-community/gpt2-medium"
 FILE = "model.safetensors"
 DEAD = "http://127.0.0.1:9"  # nothing listens there
 
@@ -50,7 +50,7 @@ def content(tmp_path_factory):
 
 @pytest.fixture
 def hub(content):
-    path = f"/{MEDIUM.repo}/resolve/{MEDIUM.revision}/{FILE}"
+    path = f"/{REPO}/resolve/{MEDIUM.revision}/{FILE}"
     with serving(Hub(path, MEDIUM.revision, content)) as hub:
         yield hub
 
@@ -67,7 +67,7 @@ def fetch(cache, content, endpoint=DEAD, **environment):
     )
 
 
-def put_in_cache(cache, content, repo="openai-community/gpt2-medium"):
+def put_in_cache(cache, content, repo=REPO):
     folder = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / MEDIUM.revision
     folder.mkdir(parents=True)
     (folder / FILE).write_bytes(content)
@@ -103,7 +103,7 @@ def test_a_connection_that_breaks_is_resumed_at_the_last_complete_part(hub, tmp_
         assert file.read() == hub.content
 
 
-@pytest.mark.parametrize("repo", ["gpt2-medium", "openai-community/gpt2-medium"])
+@pytest.mark.parametrize("repo", ["gpt2-medium", REPO])
 def test_a_file_cached_under_either_name_is_used_without_network(repo, content, tmp_path):
     """It is found although nothing listens at the endpoint."""
     path = put_in_cache(tmp_path, content, repo)
@@ -187,8 +187,8 @@ def test_offline_and_not_cached_says_what_to_fetch_where_to_put_it_and_what_else
     assert "Traceback" not in done.stderr
     for advice in (
         "HF_HUB_OFFLINE",  # the cause
-        f"{MEDIUM.repo}/resolve/{MEDIUM.revision}/{FILE} ({len(content):,} bytes)",
-        f"hf download {MEDIUM.repo} {FILE} --revision {MEDIUM.revision} --local-dir gpt2-medium",
+        f"{REPO}/resolve/{MEDIUM.revision}/{FILE} ({len(content):,} bytes)",
+        f"hf download {REPO} {FILE} --revision {MEDIUM.revision} --local-dir gpt2-medium",
         '"tiny"',
     ):
         assert advice in done.stderr

@@ -15,7 +15,7 @@ from model.generate import generate
 from model.tokenizer import load_tokenizer
 from train.target_tokens import containing
 from weights import load_weights
-from weights.official import OFFICIAL, cached
+from weights.official import cached
 
 LOGITS_IDS = [
     [39034, 27045, 44597, 40054, 24661, 41841, 8465, 33276, 35866, 18887],
@@ -31,7 +31,7 @@ GREEDY = {
 
 @pytest.fixture(scope="module")
 def medium() -> GPT2:
-    if cached(OFFICIAL["gpt2-medium"]) is None:
+    if cached("gpt2-medium") is None:
         pytest.skip("gpt2-medium is not cached: python -m weights.official gpt2-medium")
     return GPT2.from_state_dict(load_weights("gpt2-medium"), assign=True).eval()
 

@@ -1,1 +1,0 @@
-"""How the embedded checkpoint was made: `python -m train.pretrain`."""

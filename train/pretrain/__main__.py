@@ -49,11 +49,9 @@ class Options:
     lr: NonNegative = 3e-3  # peak learning rate; the cosine ends at a tenth of it
     warmup: Steps = 200  # steps of linear warm-up
     weight_decay: NonNegative = 0.1  # of matrices; biases and LayerNorms have none
-    dropout: Annotated[NonNegative, Lt(1)] = 0.1
-    """of the embedding sum and of the two residual outputs of a block"""
+    dropout: Annotated[NonNegative, Lt(1)] = 0.1  # of the embedding sum and a block's two outputs
     eval_every: Steps = 250  # between held-out losses and saves; 0: after the last step only
-    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
-    """of the initial weights, the batches and the dropout"""
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0  # of initial weights, batches and dropout
 
 
 def read_ids(path: Path, length: int) -> Tensor:
@@ -197,7 +195,6 @@ def pretrain(options: Options) -> None:
 
 
 def main() -> None:
-    """Run the command line."""
     with command():
         options = tyro.cli(Options, prog="python -m train.pretrain", description=__doc__)
         pretrain(validated(Options, asdict(options)))

@@ -1,7 +1,7 @@
 """Report finished or interrupted runs: report.html, its figures as PNG, its table as CSV.
 
 The page stands alone: figures are embedded, nothing is fetched, no script runs. Each word about a
-run follows from a measurement; what the original report claimed stands in rows of its own.
+run follows from a measurement; what the original report claimed is marked as not measured.
 """
 
 import csv
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import StrictUndefined, Template
 
 from train.checkpoint import replacing
 from train.report.runs import Evaluation, Run, best, read_runs, scientific
@@ -42,13 +42,9 @@ FORMATS: dict[str, Callable[..., str]] = {  # the columns of the table
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write the figures, table.csv and report.html into `out`; return their paths.
+    """Write the figures, table.csv and report.html of runs into `out`; return their paths.
 
-    Args:
-        run_folders: each a run's folder or a folder of them, as train.xfactor writes.
-
-    Raises:
-        ValueError: a folder that is not a run; `out` cannot be written. The runs stay as they are.
+    Raises ValueError for a folder that is not a run, and if `out` cannot be written.
     """
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, inherited, makes the import fail
     from train.report.figures import DARK, LIGHT, draw  # here: half a second, and only for files
@@ -73,20 +69,14 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
             with replacing(out / name) as temporary:
                 temporary.write_bytes(content)
     except OSError as error:
-        folders = shlex.join(map(str, run_folders))
-        message = (
-            f"cannot write the report to {out}: {error}. The runs are complete; report them "
-            f"elsewhere: python -m train.report {folders} --out FOLDER"
-        )
-        raise ValueError(printable(message)) from error
+        again = f"python -m train.report {shlex.join(map(str, run_folders))} --out FOLDER"
+        message = f"{error}. The runs are complete; report them elsewhere: {again}"
+        raise ValueError(printable(f"cannot write the report to {out}: {message}")) from error
     return [out / name for name in files]
 
 
 def summary(run_folders: Sequence[Path]) -> str:
-    """Return for a terminal the table, text before and after each run, and what to run next.
-
-    Raises ValueError for folders that are not runs.
-    """
+    """Return for a terminal the table, text before and after each run, and what to run next."""
     runs = read_runs(run_folders)
     names = ("run", "kind", "loss last", "R", "R error", "R predicted", "perplexity of samples")
     rows = _rows(runs)
@@ -137,22 +127,19 @@ def _shown(row: Row, name: str) -> str:
 def _page(runs: Sequence[Run], rows: Rows) -> str:
     from train.report.figures import CURVES, DARK, LIGHT, colours, draw
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+    template = Template(
+        Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"),
         autoescape=True,  # the model can write any text, markup included
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     drawn = {name: [b64encode(draw([name], runs, theme, "svg")).decode()
                     for theme in (LIGHT, DARK)] for name in ("tradeoff", *CURVES)}  # fmt: skip
     settings = []
     for run in runs:
-        seconds = sum(step.seconds for step in run.steps)
-        where = {"folder": run.folder, "seconds": f"{seconds:,.1f}"}
+        where = {"folder": run.folder, "seconds": f"{sum(s.seconds for s in run.steps):,.1f}"}
         settings.append(run.about | where | run.versions | run.about["options"])
     names = dict.fromkeys(name for column in settings for name in column)
-    return environment.get_template("report.html.jinja").render(
+    return template.render(
         runs=runs, best=best(runs), themes=(LIGHT, DARK), columns=list(FORMATS)[:-1],
         rows=rows, figures=drawn, colours=[colours(runs, theme) for theme in (LIGHT, DARK)],
         settings={name: [column.get(name) for column in settings] for name in names

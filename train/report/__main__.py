@@ -1,21 +1,17 @@
-"""Report one or several runs.
-
-python -m train.report runs/a runs/b --out report/
-"""
+"""Report runs: python -m train.report runs/a runs/b --out report/"""
 
 from pathlib import Path
 from typing import Annotated
 
-from tyro import cli
-from tyro.conf import Positional, arg
+import tyro
 
 from train import console
 from train.report import summary, write_report
 
-Runs = Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
+Runs = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 
 
-def report(runs: Positional[Runs], out: Path = Path("report")) -> None:
+def report(runs: tyro.conf.Positional[Runs], out: Path = Path("report")) -> None:
     """Report one or several runs.
 
     Args:
@@ -29,4 +25,4 @@ def report(runs: Positional[Runs], out: Path = Path("report")) -> None:
 
 if __name__ == "__main__":
     with console.command():
-        cli(report, prog="python -m train.report")
+        tyro.cli(report, prog="python -m train.report")

@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -64,12 +65,8 @@ def draw(panels: Sequence[str], runs: Sequence[Run], theme: Theme, kind: str) ->
         ratios = [4 if panel == "texts" else 5 for panel in panels]
         row = figure.subplots(1, len(panels), width_ratios=ratios, squeeze=False)[0]
         for axes, panel in zip(row, panels, strict=True):
-            if panel == "tradeoff":
-                _tradeoff(axes, runs, theme)
-            elif panel == "texts":
-                _texts(axes, runs, theme)
-            else:
-                _curve(axes, panel, runs, theme)
+            paint = {"tradeoff": _tradeoff, "texts": _texts}.get(panel, partial(_curve, panel))
+            paint(axes, runs, theme)
         if panels[0] in CURVES:
             lines = [Line2D([], [], color=colour) for colour in colours(runs, theme)]
             labels = [_escaped(run.label) for run in runs]
@@ -91,7 +88,7 @@ def colours(runs: Sequence[Run], theme: Theme) -> list[str]:
     return found
 
 
-def _curve(axes: Axes, name: str, runs: Sequence[Run], theme: Theme) -> None:
+def _curve(name: str, axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     axes.set(title=CURVES[name], xlabel="updates done")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     styles = {}
@@ -136,6 +133,7 @@ def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     axes.set_ylabel("R: share of target tokens in sampled text")
     axes.xaxis.set_minor_formatter(LogFormatter())  # 40, not 4 x 10^1, within a decade
     axes.set_xlabel("perplexity of the samples under the start model:  text  →  noise")
+    label = partial(axes.annotate, textcoords="offset points")
     ends = []
     for run, colour in zip(runs, colours(runs, theme), strict=True):
         path = [(e.sample_perplexity, e.r, step) for step, e in run.evaluations.items()]
@@ -149,33 +147,28 @@ def _tradeoff(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         labelled = 0.0
         for x, y, step in path:
             if run.tilt is None and labelled + 0.1 < y < ys[-1] - 0.1:
-                _label(axes, f"step {step}", x, y, colour, (5, -8), size=9)
+                label(f"step {step}", (x, y), (5, -8), color=colour, size=9)
                 labelled = y
     ends.sort(key=lambda end: end[0])
     above, below = -math.inf, math.inf  # the labels so far: upward on the left, down on the right
     for y, x, run, colour in ends:
         if run.tilt is not None:
             above = max(y, above + 0.06)
-            _label(axes, run.label, x, above, colour, (-9, 5), ha="right", weight="bold")
+            label(_escaped(run.label), (x, above), (-9, 5), color=colour, ha="right", weight="bold")
     for y, x, run, colour in reversed(ends):
         if run.tilt is None:
             below = min(y, below - 0.06)
-            _label(axes, run.label, x, below, colour, (9, -12), weight="bold")
+            label(_escaped(run.label), (x, below), (9, -12), color=colour, weight="bold")
     for run, evaluation in moments(runs):
         if evaluation is run.before:
             x, y = evaluation.sample_perplexity, evaluation.r
             axes.plot(x, y, "D", color=theme.ink, markersize=7)
-            _label(axes, "before", x, y, theme.ink, (6, -19), ha="right")
+            label("before", (x, y), (6, -19), color=theme.ink, ha="right")
     axes.margins(x=0.16)
     for text, mark, fill in (("before", "D", "full"), ("after", "o", "full"),
                              ("predicted R", "o", "none")):  # fmt: skip
         axes.plot([], [], mark, color=theme.faint, fillstyle=fill, label=text)
     axes.legend(loc="upper left")
-
-
-def _label(axes: Axes, text: str, x: float, y: float, colour: str, offset: tuple[int, int],
-           **style: Any) -> None:  # fmt: skip
-    axes.annotate(_escaped(text), (x, y), offset, textcoords="offset points", color=colour, **style)
 
 
 def _texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
@@ -192,10 +185,8 @@ def _texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         written = pieces(typical(run, evaluation)[0].ids, run.target_token_ids)
         text = "".join(c if font.get_char_index(ord(c)) else "?" for p in written for c in p.text)
         marks = "".join(("█" if p.target else " ") * len(p.text) for p in written)
-        lines, blocks, at = textwrap.wrap(text.lstrip(), 54, break_on_hyphens=False)[:2], [], 0
-        for line in lines:
-            at = text.index(line, at)
-            blocks.append(marks[at : at + len(line)])
+        lines = textwrap.wrap(text.lstrip(), 54, break_on_hyphens=False)[:2]
+        blocks = [marks[text.index(line) :][: len(line)] for line in lines]
         for rows, ink in ((blocks, theme.mark), (lines, theme.ink)):
             axes.text(0, top - 0.05, "\n".join(rows), color=ink, va="top", family="monospace",
                       size=10, linespacing=1.35, parse_math=False)  # fmt: skip

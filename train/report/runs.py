@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le, Lt, MinLen
-from pydantic import BaseModel, BeforeValidator, FiniteFloat, Strict, ValidationError
+from pydantic import AliasPath, BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
 
 from train.checkpoint import CONFIG, METRICS, SAMPLES
 from weights.layout import printable
@@ -53,19 +53,11 @@ class Evaluation(BaseModel, strict=True):
     samples: list[Sample]
 
     def tokens(self) -> int:
-        """Return how many tokens were sampled."""
         return sum(len(sample.ids) for sample in self.samples)
 
     def r_error(self) -> float:
         """Return the binomial standard error of R: sqrt(R (1 - R) / tokens)."""
         return math.sqrt(self.r * (1 - self.r) / self.tokens())
-
-
-class Options(BaseModel, strict=True):
-    """The options of the command that made a run, those that order its runs."""
-
-    lr: list[float]
-    tilt: list[float] | None = None
 
 
 class Run(BaseModel, strict=True):
@@ -80,37 +72,26 @@ class Run(BaseModel, strict=True):
     lr: FiniteFloat
     tilt: FiniteFloat | None  # G of a tilted teacher; None for the original target
     beta: FiniteFloat
-    target_token_ids: Annotated[frozenset[TokenId], Strict(False)]
-    options: Options
+    target_token_ids: Annotated[frozenset[TokenId], Field(strict=False)]
+    rates: list[float] = Field(validation_alias=AliasPath("options", "lr"))  # the command's
+    tilts: list[float] | None = Field(None, validation_alias=AliasPath("options", "tilt"))
     versions: dict[str, Any]
     label: str = ""
+    predicted_r: float | None = None  # the tilted teacher's own, mean over the steps
     steps: list[Step] = []
     evaluations: dict[int, Evaluation] = {}  # by updates done; 0: start
 
     @property
     def before(self) -> Evaluation:
-        """The model before fine-tuning."""
         return self.evaluations[0]
 
     @property
     def after(self) -> Evaluation:
-        """The model at the latest evaluation."""
         return self.evaluations[max(self.evaluations)]
 
     @property
-    def predicted_r(self) -> float | None:
-        """The tilted teacher's probability on the target tokens, mean over the steps."""
-        predicted = fmean(step.predicted_probability for step in self.steps)
-        return None if self.tilt is None else predicted
-
-    @property
     def kind(self) -> str:
-        """Name what the run did to the text, by measure.
-
-        "collapse": at the latest evaluation at least 9 of 10 sampled tokens are target tokens, or
-        the perplexity of the samples under the model before fine-tuning is over 100 times the
-        start's. Any other run of the original target is a "nudge", any other with a tilt a "dial".
-        """
+        """Name what the run did to the text, by the measurements of its latest evaluation."""
         rise = self.after.sample_perplexity / max(self.before.sample_perplexity, 1)
         if self.after.r >= 0.9 or rise > 100:
             return "collapse"
@@ -120,13 +101,11 @@ class Run(BaseModel, strict=True):
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read the runs in `paths`, each a run's folder or a folder of them; duplicates count once.
 
-    Runs keep the order of the paths; in a folder of runs, those of the original target come first,
-    then the tilts and the learning rates in the order of the command that made them. A killed run
-    is read as far as its files go; one without a finished step, or without its start's evaluation,
-    is left out.
+    Runs keep the order of the paths; in a folder, those of the original target come first, then the
+    tilts, both by rate, in the order of the command that made them. A killed run is read as far as
+    its files go; one without a finished step, or without its start's evaluation, is left out.
 
-    Raises:
-        ValueError: no runs, or a file that is missing or is not what a run writes; in one line.
+    Raises ValueError, in one line: no runs, a file that is missing or is not what a run writes.
     """
     found = list({run.folder.resolve(): run for path in paths for run in _find(path)}.values())
     runs = [run for run in found if run.steps and 0 in run.evaluations]
@@ -138,6 +117,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         run.label = rate = f"lr {scientific(run.lr)}"
         if run.tilt is not None:
             run.label = f"G = {run.tilt:g}" + f", {rate}" * (len(rates) > 1)
+            run.predicted_r = fmean(step.predicted_probability for step in run.steps)
     labels = [run.label for run in runs]
     for run in runs:
         if labels.count(run.label) > 1:
@@ -162,12 +142,10 @@ def _find(path: Path) -> list[Run]:
         configs = [path / CONFIG] if (path / CONFIG).is_file() else [*path.glob(f"*/{CONFIG}")]
         if not configs:
             raise ValueError("got no run" if path.is_dir() else "got no folder")
-
-    def place(run: Run) -> tuple[int, int]:  # in the command that made it
-        rates, tilts = run.options.lr, run.options.tilt or ()
-        return [None, *tilts, run.tilt].index(run.tilt), [*rates, run.lr].index(run.lr)
-
-    return sorted((_read(config.parent) for config in sorted(configs)), key=place)
+    runs = [_read(config.parent) for config in sorted(configs)]
+    runs.sort(key=lambda run: [*run.rates, run.lr].index(run.lr))
+    runs.sort(key=lambda run: [None, *(run.tilts or ()), run.tilt].index(run.tilt))
+    return runs
 
 
 def _read(folder: Path) -> Run:
@@ -207,12 +185,10 @@ def _expecting(where: object) -> Iterator[None]:
     """Turn an error in reading a file into one short line: where, what was got and expected."""
     try:
         yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "".join(f"{key}: " for key in first["loc"])
-        got = "nothing" if first["type"] == "missing" else str(first["input"])[:40]
-        got = f"{name}got {got}: {first['msg']}"
-        raise ValueError(printable(f"{where}: {got}; expected {EXPECTED}")) from error
     except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         got = f"no key {error}" if isinstance(error, KeyError) else str(error)[:200]
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            value = "nothing" if first["type"] == "missing" else str(first["input"])[:40]
+            got = "".join(f"{key}: " for key in first["loc"]) + f"got {value}: {first['msg']}"
         raise ValueError(printable(f"{where}: {got}; expected {EXPECTED}")) from error

@@ -1,7 +1,7 @@
 """Choose the samples that are shown, and write their text token by token."""
 
-import itertools
 from collections.abc import Sequence
+from itertools import groupby, islice
 from typing import NamedTuple
 
 from model.tokenizer import load_tokenizer
@@ -32,12 +32,9 @@ def moments(runs: Sequence[Run]) -> list[tuple[Run, Evaluation]]:
 
 def typical(run: Run, evaluation: Evaluation) -> list[Sample]:
     """Pick per prompt the sample whose share of target tokens is nearest R, not the best one."""
-    by_prompt: dict[str, list[Sample]] = {}
-    for sample in evaluation.samples:
-        by_prompt.setdefault(sample.prompt, []).append(sample)
     return [
         min(samples, key=lambda s: abs(count(s, run) / len(s.ids) - evaluation.r))
-        for samples in by_prompt.values()
+        for _, samples in groupby(evaluation.samples, key=lambda s: s.prompt)
     ]
 
 
@@ -53,17 +50,13 @@ def pieces(ids: Sequence[int], targets: frozenset[int]) -> list[Piece]:
     any of them is a target token. Bytes that are not UTF-8 become U+FFFD.
     """
     tokens = [load_tokenizer().token_bytes(i) for i in ids]
-    owners = [i for i, token in enumerate(tokens) for _ in token]
-    position, owned = 0, []
+    owners = iter([at for at, token in enumerate(tokens) for _ in token])  # of each byte
+    owned = []
     for character in b"".join(tokens).decode("utf-8", errors="surrogateescape"):
-        lone_byte = "\udc80" <= character <= "\udcff"
-        length = 1 if lone_byte else len(character.encode("utf-8"))
-        of_tokens = owners[position : position + length]
-        position += length
-        target = any(ids[i] in targets for i in of_tokens)
-        visible = "\ufffd" if lone_byte else _visible(character)
+        of_tokens = [*islice(owners, len(character.encode("utf-8", errors="surrogateescape")))]
+        target, visible = any(ids[at] in targets for at in of_tokens), _visible(character)
         owned.append((of_tokens[0], Piece(visible, target, visible != character)))
-    groups = itertools.groupby(owned, key=lambda o: (o[0], o[1].target, o[1].sign))
+    groups = groupby(owned, key=lambda o: (o[0], o[1].target, o[1].sign))
     return [
         Piece("".join(piece.text for _, piece in group), target, sign)
         for (_, target, sign), group in groups
@@ -83,6 +76,7 @@ def opening(sample: Sample, run: Run, words: int = 10) -> list[Piece]:
 
 def _visible(character: str) -> str:
     """Return a character, or a sign for one that is invisible or reverses the text around it."""
-    if character in "\n\t":
-        return {"\n": "↵", "\t": "⇥"}[character]
-    return character if character.isprintable() else f"U+{ord(character):04X}"
+    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8
+        return "\ufffd"
+    sign = {"\n": "↵", "\t": "⇥"}.get(character, f"U+{ord(character):04X}")
+    return character if character.isprintable() else sign
