@@ -39,7 +39,7 @@ memory and cost V C.
 """
 
 import math
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,33 +62,6 @@ CUDA_CHUNK_ROWS = 2048  # 412 MB: what a GPU needs to be busy with each product
 VOCAB_BLOCK = 8192  # rows of dW converted to float32 at a time
 
 
-@overload
-def fused_linear_kl_div(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Target,
-    reduction: str = ...,
-    chunk_rows: int | None = ...,
-    impl: str | None = ...,
-    *,
-    row_weights: Tensor | None = ...,
-) -> Tensor: ...
-
-
-@overload
-def fused_linear_kl_div(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Target,
-    reduction: str = ...,
-    chunk_rows: int | None = ...,
-    impl: str | None = ...,
-    *,
-    return_lse: Literal[True],
-    row_weights: Tensor | None = ...,
-) -> tuple[Tensor, ...]: ...
-
-
 def fused_linear_kl_div(
     hidden: Tensor,
     weight: Tensor,
@@ -99,7 +72,7 @@ def fused_linear_kl_div(
     *,
     return_lse: bool = False,
     row_weights: Tensor | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """fused_kl_div(F.linear(hidden, weight), target, reduction) without the logits.
 
     Args:
@@ -112,10 +85,10 @@ def fused_linear_kl_div(
             row of weight 0.
 
     Returns:
-        The loss in float32 (float64 for float64 arguments), first derivatives in reverse mode only.
-        With return_lse the pair of it and lse, (...) and of the same dtype; with a TeacherTarget
-        the triple of it, lse and lse_target, (...), the log-sum-exp of the teacher's t + b: the
-        target itself gives a token the probability e^(t + b - lse_target).
+        The loss, a tensor in float32 (float64 for float64 arguments), first derivatives in reverse
+        mode only. With return_lse the pair of it and lse, (...) and of the same dtype; with a
+        TeacherTarget the triple of it, lse and lse_target, (...), the log-sum-exp of the teacher's
+        t + b: the target itself gives a token the probability e^(t + b - lse_target).
 
     Raises:
         TypeError, ValueError, RuntimeError: as fused_kl_div.
