@@ -44,16 +44,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import (
-    mean_of,
-    refuse_forward_mode,
-    refuse_negative,
-    resolve_impl,
-    resolve_row_weights,
-    resolve_target,
-    weighted,
-)
-from .fused_kl_div import PACKED, empty_results, first_derivative, pack, unpack
+from . import arguments
+from .fused_kl_div import PACKED, empty_results, first_derivative, mean_of, pack, unpack, weighted
 from .reference import compute_dtype
 from .target import Target, TeacherTarget, check_head
 
@@ -95,11 +87,12 @@ def fused_linear_kl_div(
     """
     check_head(hidden, weight)
     dtype = _product_dtype(hidden, weight)
-    refuse_forward_mode("fused_linear_kl_div", hidden, weight)
-    vocab, leading = weight.shape[0], hidden.shape[:-1]
-    target = resolve_target(target, torch.Size((*leading, vocab)), hidden.device, reduction)
-    weights = resolve_row_weights(row_weights, leading, hidden.device)
-    impl = resolve_impl(impl, hidden.device, dtype)
+    arguments.refuse_forward_mode("fused_linear_kl_div", hidden, weight)
+    leading = hidden.shape[:-1]
+    shape = torch.Size((*leading, weight.shape[0]))
+    target = arguments.resolve_target(target, shape, hidden.device, reduction)
+    weights = arguments.resolve_row_weights(row_weights, leading, hidden.device)
+    impl = arguments.resolve_impl(impl, hidden.device, dtype)
     if chunk_rows is None:
         chunk_rows = CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS
     if chunk_rows < 1:
@@ -190,7 +183,7 @@ def linear_kl_div(
             z = torch.mm(h, w.t(), out=buffer[: len(h)])  # (1): (R, V)
             kernels, target = unpack(z, kind, p_rows, *packed)
             loss[rows], lse[rows], norm[rows] = kernels.forward(z, target)
-            refuse_negative(loss[rows], target)
+            arguments.refuse_negative(loss[rows], target)
             if need_hidden or need_weight:  # (2), over z
                 kernels.backward(z, lse[rows], norm[rows], target, upstream[rows], z)
             if need_hidden:
