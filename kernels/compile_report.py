@@ -4,15 +4,14 @@
 
 No kernel runs, so this needs no GPU. A row per kernel, target and dtype:
 
-    regs, spill    registers per thread, and bytes of them spilled to memory
-    loop/el        machine instructions of the main loop per logit
-    special        of these, operations of the special-function unit (2^x, log2)
-    waits          round trips to DRAM per pass of the main loop (dram_waits)
-    cross          shuffles and barriers in the main loop
-    ld128 ld<      loads from global memory in the main loop: of 128 bits, and narrower ones
-    st128 st<      stores likewise
+    regs, spill       registers per thread, and bytes of them spilled to memory
+    instr             machine instructions of the main loop per logit
+    special           of these, operations of the special-function unit (2^x, log2)
+    waits             round trips to DRAM per pass of the main loop (dram_waits)
+    cross             shuffles and barriers in the main loop
+    ld128, ld_rest    loads from global memory in the main loop: of 128 bits, and narrower ones
+    st128, st_rest    stores likewise
 
---json prints the same in one line, and the shared memory and instructions of the whole kernel.
 Padded, contiguous and misaligned logits share one compiled variant, because the kernels are
 specialised on no argument.
 """
@@ -49,15 +48,7 @@ class Options:
     """What to compile for, and how to print it."""
 
     gpu: tuple[GPU, ...] = ("sm_90",)  # one or more architectures
-    json: bool = False  # print all counts in one line of JSON
-
-
-HEADS = {  # of the table, by the number's name
-    "gpu": "gpu", "kernel": "kernel", "target": "target", "dtype": "dtype", "registers": "regs",
-    "spill": "spill", "loop_per_element": "loop/el", "special": "special", "waits": "waits",
-    "cross_thread": "cross", "ld128": "ld128", "ld_narrow": "ld<", "st128": "st128",
-    "st_narrow": "st<",
-}  # fmt: skip
+    json: bool = False  # print the table in one line of JSON
 
 
 def gpu_target(name: GPU) -> GPUTarget:
@@ -70,12 +61,8 @@ def gpu_target(name: GPU) -> GPUTarget:
 def variants(gpu: GPUTarget, dtype: torch.dtype) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """Kernel, target, function, and its constants and options, as the launchers have them."""
     constants: dict[str, Any]
-    for target, dense, p_align in (
-        ("two-level", False, 16),
-        ("two-level, beta", False, 16),
-        ("dense", True, 16),
-        ("dense, unaligned", True, 4),
-    ):
+    for target in ("two-level", "two-level, beta", "dense", "dense, unaligned"):
+        dense, p_align = "dense" in target, 4 if "unaligned" in target else 16
         constants = triton_launch.meta(dtype, gpu, "forward", dense, p_align)
         constants |= {"BETA": "beta" in target, "PTX": gpu.backend == "cuda"}
         yield "forward", target, triton_kl_div.forward_kernel, constants
@@ -123,12 +110,12 @@ def report(
     gpu = gpu_target(name)
     compiled = compile_kernel(gpu, function, dtype, constants)
     if gpu.backend == "cuda":
-        registers, spill, code, loops = _nvidia(compiled.asm["cubin"])
-        special, cross_thread = r"MUFU", r"SHFL|BAR|REDUX|WARPSYNC"
+        registers, spill, loops = _nvidia(compiled.asm["cubin"])
+        special, cross = r"MUFU", r"SHFL|BAR|REDUX|WARPSYNC"
         load, store = r"LDG", r"STG"
     else:
-        registers, spill, code, loops = _amd(compiled.asm["amdgcn"])
-        special, cross_thread = r"v_(exp|log)_", r"ds_|_dpp|s_barrier"
+        registers, spill, loops = _amd(compiled.asm["amdgcn"])
+        special, cross = r"v_(exp|log)_", r"ds_|_dpp|s_barrier"
         load, store = r"(global|buffer|flat)_load", r"(global|buffer|flat)_store"
     loop = max(loops, key=lambda lines: sum(bool(re.search(load, line)) for line in lines))
     wide = [line for line in loop if re.search(r"\.128|dwordx4|_b128", line)]
@@ -144,19 +131,16 @@ def report(
         "kernel": kernel,
         "target": target,
         "dtype": dtype,
-        "registers": registers,
+        "regs": registers,
         "spill": spill,
-        "shared": compiled.metadata.shared,
-        "code": len(code),
-        "loop_per_element": round(len(loop) / elements, 2),
+        "instr": round(len(loop) / elements, 2),
         "special": round(count(special) / elements, 2),
         "waits": dram_waits(loop),
-        "cross_thread": count(cross_thread),
+        "cross": count(cross),
         "ld128": count(load, wide),
-        "ld_narrow": count(load) - count(load, wide),
+        "ld_rest": count(load) - count(load, wide),
         "st128": count(store, wide),
-        "st_narrow": count(store) - count(store, wide),
-        "row_offset_bits": _row_offset_bits(compiled.asm["ptx"]) if gpu.backend == "cuda" else None,
+        "st_rest": count(store) - count(store, wide),
     }
 
 
@@ -187,8 +171,8 @@ def dram_waits(loop: list[str]) -> int:
     return waits
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int, list[str], list[list[str]]]:
-    """Registers, spilled bytes, instructions, and the loops among them, by Triton's cuobjdump."""
+def _nvidia(cubin: bytes) -> tuple[int, int, list[list[str]]]:
+    """Registers, spilled bytes, and the instructions of each loop, by Triton's cuobjdump."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -204,10 +188,10 @@ def _nvidia(cubin: bytes) -> tuple[int, int, list[str], list[list[str]]]:
     starts = [(place[int(jump.group(1), 16)], end) for end, jump in jumps if jump]
     # The last instruction of every kernel is a jump to itself.
     loops = [code[start : end + 1] for start, end in starts if start < end]
-    return int(numbers["REG"]), spill, code, loops
+    return int(numbers["REG"]), spill, loops
 
 
-def _amd(assembly: str) -> tuple[int, int, list[str], list[list[str]]]:
+def _amd(assembly: str) -> tuple[int, int, list[list[str]]]:
     """The same of an AMD kernel, whose spills are its scratch memory."""
     numbers = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly))
     code: list[str] = []
@@ -221,17 +205,7 @@ def _amd(assembly: str) -> tuple[int, int, list[str], list[list[str]]]:
             jump = re.search(r"branch\w*\s+(\.LBB\w+)", line)
             if jump and jump.group(1) in labels:
                 loops.append(code[labels[jump.group(1)] :])
-    return int(numbers["vgpr_count"]), int(numbers["private_segment_fixed_size"]), code, loops
-
-
-def _row_offset_bits(ptx: str) -> int:
-    """Width of the product of the program's number and a stride, followed through the PTX."""
-    row = re.search(r"mov\.u32\s+(%r\d+), %ctaid\.x", ptx)
-    assert row, "the kernel does not ask which row it is"
-    wide = re.search(rf"cvt\.[us]64\.[us]32\s+(%rd\d+), {row.group(1)};", ptx)
-    if wide and re.search(rf"(mul\.lo|mad\.lo)\.s64\s+%rd\d+, .*{wide.group(1)}\b", ptx):
-        return 64
-    return 32
+    return int(numbers["vgpr_count"]), int(numbers["private_segment_fixed_size"]), loops
 
 
 def main() -> None:
@@ -255,9 +229,8 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows))
         return
-    for row in rows:
-        row |= {key: f"{row[key]:.2f}" for key in ("loop_per_element", "special")}
-    print(aligned({head: [str(row[key]) for row in rows] for key, head in HEADS.items()}))
+    forms = {"instr": ".2f", "special": ".2f"}
+    print(aligned({k: [format(row[k], forms.get(k, "")) for row in rows] for k in rows[0]}))
 
 
 if __name__ == "__main__":
