@@ -60,14 +60,12 @@ def gpu_target(name: GPU) -> GPUTarget:
 
 def variants(gpu: GPUTarget, dtype: torch.dtype) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """Kernel, target, function, and its constants and options, as the launchers have them."""
-    constants: dict[str, Any]
     for target in ("two-level", "two-level, beta", "dense", "dense, unaligned"):
-        dense, p_align = "dense" in target, 4 if "unaligned" in target else 16
-        constants = triton_launch.meta(dtype, gpu, "forward", dense, p_align)
-        constants |= {"BETA": "beta" in target, "PTX": gpu.backend == "cuda"}
+        p = {"DENSE": "dense" in target, "P_ALIGN": 4 if "unaligned" in target else 16}
+        constants = triton_launch.meta(dtype, gpu, "forward", BETA="beta" in target, **p)
         yield "forward", target, triton_kl_div.forward_kernel, constants
         if "beta" not in target:  # which the backward reads as a number
-            constants = triton_launch.meta(dtype, gpu, "backward", dense, p_align)
+            constants = triton_launch.meta(dtype, gpu, "backward", **p)
             yield "backward", target, triton_kl_div.backward_kernel, constants
     simple = {"BLOCK": triton_simple.BLOCK, "num_warps": 4}
     yield "forward", "two-level, simple", triton_simple.forward_kernel, simple
@@ -79,10 +77,10 @@ def variants(gpu: GPUTarget, dtype: torch.dtype) -> Iterator[tuple[str, str, Any
         ("teacher, unaligned", "none", True),
         ("teacher, bits, unaligned", "bits", True),
     ):
-        t_align = dtype.itemsize if shift else 16
-        constants = triton_launch.teacher_meta(dtype, gpu, bias, shift, t_align)
-        yield "forward", target, triton_teacher.forward_kernel, constants
-        yield "backward", target, triton_teacher.backward_kernel, constants
+        t = {"BIAS": bias, "SHIFT": shift, "T_ALIGN": dtype.itemsize if shift else 16}
+        for kernel in ("forward", "backward"):
+            constants = triton_launch.meta(dtype, gpu, kernel, **t)
+            yield kernel, target, getattr(triton_teacher, f"{kernel}_kernel"), constants
 
 
 def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[str, Any]) -> Any:
