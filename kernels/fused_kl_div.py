@@ -126,7 +126,6 @@ def pack(target: Target, dtype: torch.dtype, impl: str) -> tuple[Any, ...]:
         return "two-level", target.mask, target.index, table, target.alpha, target.beta, impl
     if isinstance(target, TeacherTarget):
         t, bias = target.hidden if target.logits is None else target.logits, target.bias
-        assert t is not None
         t = _as_rows(t, False)
         if bias is None:
             return "teacher", t, None, None, 0.0, 0.0, impl
