@@ -182,18 +182,18 @@ class Case:
 
 def skip_reason(name: str, loss: Loss, device: torch.device) -> str:
     """Why a loss cannot be measured here; "" if it can."""
-    if loss.needs and device.type != "cuda":
-        return "needs CUDA"
-    if "compiled" in name and device.type == "cpu":
-        if not shutil.which("g++"):
-            return "torch.compile needs g++"
-        if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-            return "torch.compile needs vector instructions"  # its C++ does not compile without
     if loss.needs:
+        if device.type != "cuda":
+            return "needs CUDA"
         try:
             import_module(loss.needs)
         except ImportError as error:
             return str(error)
+    elif "compiled" in name and device.type == "cpu":
+        if not shutil.which("g++"):
+            return "torch.compile needs g++"
+        if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+            return "torch.compile needs vector instructions"  # its C++ does not compile without
     return ""
 
 
