@@ -43,7 +43,7 @@ Hazards, besides those of kernels/triton_kl_div.py.
 """
 
 # Triton compiles the functions below, so they follow its rules and not Python's:
-# ruff: noqa: SIM108, E741
+# ruff: noqa: E741
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -127,11 +127,9 @@ def _shifted(t_ptr, k, rest, VEC: tl.constexpr):
     second = tl.multiple_of(first + tl.where(k > 0, 4, 0), 16)
     vector = tl.arange(0, ROUNDS)[:, None, None] * THREADS + tl.arange(0, THREADS)[None, :, None]
     at = vector * 4 + tl.arange(0, 4)[None, None, :]
-    if rest is None:
-        a, b = tl.load(first + at), tl.load(second + at)
-    else:
-        a = tl.load(first + at, at < rest * 4, other=0)
-        b = tl.load(second + at, at < rest * 4, other=0)
+    mask = None if rest is None else at < rest * 4
+    other = None if rest is None else 0
+    a, b = tl.load(first + at, mask, other), tl.load(second + at, mask, other)
     a0, a1, a2, a3 = _words(a)
     b0, b1, b2, b3 = _words(b)
     two = ((k // HALVES) & 2) != 0
@@ -156,10 +154,7 @@ def _load_tile(of_row, tile, offsets, bit, rest, BIAS: tl.constexpr, SHIFT: tl.c
                VEC: tl.constexpr):  # fmt: skip
     """z and u = t + b of a tile, -inf beyond the first `rest` vectors, if that is not None."""
     z_ptr, t_ptr, bias_ptr, strength, k = of_row
-    if rest is None:
-        mask = None
-    else:
-        mask = offsets < rest * VEC
+    mask = None if rest is None else offsets < rest * VEC
     z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
     t_ptr += tile * TILE
     if BIAS == "vector":  # before t: behind it, gfx942 waits three times, with Triton 3.8
