@@ -70,17 +70,13 @@ def variants(gpu: GPUTarget, dtype: torch.dtype) -> Iterator[tuple[str, str, Any
     simple = {"BLOCK": triton_simple.BLOCK, "num_warps": 4}
     yield "forward", "two-level, simple", triton_simple.forward_kernel, simple
     yield "backward", "two-level, simple", triton_simple.backward_kernel, simple
-    for target, bias, shift in (
-        ("teacher", "none", False),
-        ("teacher, bits", "bits", False),
-        ("teacher, vector", "vector", False),
-        ("teacher, unaligned", "none", True),
-        ("teacher, bits, unaligned", "bits", True),
-    ):
-        t = {"BIAS": bias, "SHIFT": shift, "T_ALIGN": dtype.itemsize if shift else 16}
+    for what in ("", ", bits", ", vector", ", unaligned", ", bits, unaligned"):
+        bias = next((bias for bias in ("bits", "vector") if bias in what), "none")
+        t_align = dtype.itemsize if "unaligned" in what else 16
+        t = {"BIAS": bias, "SHIFT": "unaligned" in what, "T_ALIGN": t_align}
         for kernel in ("forward", "backward"):
             constants = triton_launch.meta(dtype, gpu, kernel, **t)
-            yield kernel, target, getattr(triton_teacher, f"{kernel}_kernel"), constants
+            yield kernel, f"teacher{what}", getattr(triton_teacher, f"{kernel}_kernel"), constants
 
 
 def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[str, Any]) -> Any:
@@ -153,9 +149,7 @@ def dram_waits(loop: list[str]) -> int:
     for _ in range(2):  # the second pass finds what the first left under way
         waits = 0
         for line in loop:
-            opcode, _, operands = line.replace(".reuse", "").partition(" ")
-            if opcode.startswith("@"):  # a predicate
-                opcode, _, operands = operands.partition(" ")
+            opcode, _, operands = re.sub(r"^@\S+ |\.reuse", "", line).partition(" ")  # @: predicate
             registers = [int(r) for r in re.findall(r"\bR(\d+)\b", operands)]
             filled = registers[:1] if opcode.startswith("LDG") else []
             if under_way & set(registers[len(filled) :]) or (under_way and "vmcnt" in operands):
