@@ -63,10 +63,7 @@ class Options:
     json: bool = False  # end with one line of JSON
 
 
-@cache
-def compiled() -> Callable[..., Tensor]:
-    """The unfused loss through torch.compile."""
-    return torch.compile(kl_div, dynamic=False)
+compiled = cache(lambda: torch.compile(kl_div, dynamic=False))  # imports much: on first use
 
 
 @dataclass(frozen=True)

@@ -78,17 +78,16 @@ def fused_kl_div(
     impl = arguments.resolve_impl(impl, logits.device, logits.dtype)
     rows = _as_rows(logits, inplace_backward)
     loss, *_ = _KlDiv.apply(rows, inplace_backward, *pack(target, rows.dtype, impl))
-    if weights is not None:
-        loss = weighted(loss, weights)
+    loss = weighted(loss, weights)
     if reduction == "none":
         return loss.view(logits.shape[:-1])
     # Not loss.mean(): the gradient of a sum is one number, which the backward reads as such.
     return mean_of(loss.sum(), reduction, loss.shape[0], weights)
 
 
-def weighted(loss: Tensor, weights: Tensor) -> Tensor:
+def weighted(loss: Tensor, weights: Tensor | None) -> Tensor:
     """The loss of each row times its weight; 0 where that is 0, whatever the loss is."""
-    return torch.where(weights == 0, 0.0, loss * weights)
+    return loss if weights is None else torch.where(weights == 0, 0.0, loss * weights)
 
 
 def mean_of(total: Tensor, reduction: str, rows: int, weights: Tensor | None) -> Tensor:

@@ -247,8 +247,7 @@ class _LinearKlDiv(torch.autograd.Function):
         hidden: Tensor, weight: Tensor, row_weights: Tensor | None, sum_rows: bool, *options: Any
     ) -> tuple[Tensor, ...]:
         loss, *rest = linear_kl_div(hidden, weight, row_weights, *options)
-        if row_weights is not None:
-            loss = weighted(loss, row_weights)
+        loss = weighted(loss, row_weights)
         return loss.sum() if sum_rows else loss, *rest
 
     @staticmethod

@@ -15,15 +15,12 @@ becomes a relative error in the gradient. So the backward does not read it: it t
 whose e^(z - max) is accurate, and divides each row by its pairwise sum. The gradient's error is
 then 1e-7 relative (norm), whatever the level of the logits and the number of accumulators.
 
-Speed. Each step of a tile is one ATen call, and each call ends at a barrier of all threads. A
-gradient in the dtype of the arithmetic is its own scratch, even where it overwrites the logits:
-ATen's softmax reads a row for its maximum, then puts each element's exponential where the result
-goes, so no element is written before its last read. The gradient's memory asks for 2 MB pages: a
-fresh 51 MB tensor costs 12,566 page faults of 4 KB, which took longer than the arithmetic (13 ms
-against 3 ms on two Zen 5 cores).
-
-What this does not do: give whole tiles to threads. Each step is parallel inside, so on many cores a
-tile is too small to keep all of them busy.
+Speed. Each step of a tile is one ATen call, parallel inside, and ends at a barrier of all threads:
+on many cores a tile is too small to keep all of them busy. A gradient in the dtype of the
+arithmetic is its own scratch, even where it overwrites the logits: ATen's softmax reads a row for
+its maximum, then puts each element's exponential where the result goes, so no element is written
+before its last read. The gradient's memory asks for 2 MB pages: a fresh 51 MB tensor costs 12,566
+page faults of 4 KB, which took longer than the arithmetic (13 ms against 3 ms on two Zen 5 cores).
 """
 
 import math
