@@ -84,15 +84,11 @@ def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[st
     names = [p.name for p in function.params]
     options = {k: v for k, v in constants.items() if k not in names}
     constants = {k: v for k, v in constants.items() if k in names}
-    pointers = dict.fromkeys(("logits_ptr", "out_ptr", "teacher_ptr"), f"*{dtype}")
+    types = dict.fromkeys(("logits_ptr", "out_ptr", "teacher_ptr"), f"*{dtype}")
     if not constants.get("DENSE") and constants.get("BIAS") != "vector":
-        pointers |= {"target_ptr": "*i32", "bias_ptr": "*i32", "edge_ptr": "*u8", "mask_ptr": "*u8"}
-    signature = {
-        p.name: "constexpr"
-        if p.is_constexpr
-        else p.annotation_type or pointers.get(p.name, "*fp32")
-        for p in function.params
-    }
+        types |= {"target_ptr": "*i32", "bias_ptr": "*i32", "edge_ptr": "*u8", "mask_ptr": "*u8"}
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {p.name: types.get(p.name, p.annotation_type or "*fp32") for p in function.params}
     source = ASTSource(function, signature, constexprs=constants)
     return triton.compile(source, target=gpu, options=options)
 

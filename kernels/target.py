@@ -129,16 +129,13 @@ class TwoLevelTarget:
 
 @dataclass(frozen=True, eq=False)
 class TokenBias:
-    """A teacher's bias b, (V,), as the losses read it.
+    """A teacher's bias b, (V,), as the losses read it; the tables are for the Triton kernels."""
 
-    vector: b. mask, strength: where b is not 0, and its value there; None and 0 unless it has one.
-    tables: for the Triton kernels, by the elements in 16 bytes of logits: bitmasks if there is a
-    mask, else float32 copies of b, one per alignment.
-    """
-
-    vector: Tensor
-    mask: Tensor | None
-    strength: float
+    vector: Tensor  # b
+    mask: Tensor | None  # where b is not 0, if it has one value there
+    strength: float  # that value, or 0
+    # By the elements in 16 bytes of logits: bitmasks if there is a mask, else float32 copies of b,
+    # one per alignment.
     tables: dict[int, Tensor]
 
 

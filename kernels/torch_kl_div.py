@@ -62,17 +62,14 @@ def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tens
 def backward(
     logits: Tensor, lse: Tensor, norm: Tensor, target: Probabilities, grad_loss: Tensor, out: Tensor
 ) -> None:
-    """Write grad_loss (N,) times (2) to out (N, V), which may be the logits themselves.
-
-    The difference is formed in the dtype of the arithmetic and rounded once, at the store.
-    """
+    """Write grad_loss (N,) times (2) to out (N, V), which may be the logits themselves. It is
+    formed in the dtype of the arithmetic and rounded once, at the store."""
     dtype = compute_dtype(logits.dtype)
     dense = target.dense(dtype) if isinstance(target, TwoLevelTarget) else target
     one_g = grad_loss.stride(0) == 0  # then g P of a shared P is one row
     for rows, (scratch,) in tiles(logits, 1):
-        q = torch.softmax(
-            logits[rows], -1, dtype=dtype, out=out[rows] if out.dtype == dtype else scratch
-        )
+        q = out[rows] if out.dtype == dtype else scratch
+        torch.softmax(logits[rows], -1, dtype=dtype, out=q)
         g = (grad_loss[:1] if one_g else grad_loss[rows]).to(dtype).unsqueeze(-1)
         scale = g * norm[rows, None] / q.sum(-1, keepdim=True)
         torch.addcmul(_rows_of(dense, rows, dtype) * -g, q, scale, out=out[rows])  # (2)
