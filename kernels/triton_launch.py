@@ -27,11 +27,8 @@ MAX_REGISTERS_SHIFTED = 104  # of a teacher whose vectors lie in two blocks; sm_
 
 def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and lse per row in nats, float32 (N,); and norm, float32: (N,), (8) of
-    kernels/triton_kl_div.py, or for a teacher (N, 3), (7) of kernels/triton_teacher.py.
-
-    logits: (N, V), float32, bfloat16 or float16, any row stride. A teacher's may be of another of
-    these dtypes.
-    """
+    kernels/triton_kl_div.py, or for a teacher (N, 3), (7) of kernels/triton_teacher.py. Logits are
+    float32, bfloat16 or float16, a teacher's of any of these, with any row stride."""
     rows = len(logits)
     loss = logits.new_empty(rows, dtype=torch.float32)
     lse = torch.empty_like(loss)
@@ -90,7 +87,8 @@ def meta(
     dtype: torch.dtype, gpu: GPUTarget | None, kernel: str, **constants: Any
 ) -> dict[str, Any]:
     """Constants and options of a kernel, for the launch and for kernels/compile_report.py."""
-    nvidia, registers = gpu is not None and gpu.backend == "cuda", MAX_REGISTERS
+    nvidia = gpu is not None and gpu.backend == "cuda"
+    registers = MAX_REGISTERS
     if "SHIFT" in constants:  # for a teacher
         registers = MAX_REGISTERS_SHIFTED if constants["SHIFT"] else MAX_REGISTERS_TEACHER
     elif kernel == "forward":
