@@ -69,18 +69,6 @@ def resolve_row_weights(
     return weights.reshape(-1)
 
 
-def weighted(loss: Tensor, weights: Tensor) -> Tensor:
-    """The loss of each row times its weight; 0 where that is 0, whatever the loss is."""
-    return torch.where(weights == 0, 0.0, loss * weights)
-
-
-def mean_of(total: Tensor, reduction: str, rows: int, weights: Tensor | None) -> Tensor:
-    """Divide the summed loss by what "batchmean" divides by: the rows, or the sum of weights."""
-    if reduction == "sum":
-        return total
-    return total / (rows if weights is None else weights.sum(dtype=total.dtype))
-
-
 def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """Name the path for logits of this device and dtype; ValueError or TypeError if none."""
     if impl is None:
@@ -109,11 +97,8 @@ def refuse_forward_mode(name: str, *arguments: Tensor) -> None:
 def refuse_negative(loss: Tensor, target: Target) -> None:
     """ValueError for a P with negative values. They make NaN of their rows' losses, so P itself is
     only looked at if there is one; on CUDA that waits for the device, so only in anomaly mode."""
-    if not isinstance(target, Tensor):
-        return
-    if loss.device.type != "cpu" and not torch.is_anomaly_enabled():
-        return
-    if loss.isnan().any() and (target < 0).any():
+    looks = loss.device.type == "cpu" or torch.is_anomaly_enabled()
+    if looks and isinstance(target, Tensor) and loss.isnan().any() and (target < 0).any():
         raise ValueError(
             f"target must hold probabilities, got values down to {target.min().item():.3g}; pass "
             "target.softmax(-1), or TeacherTarget(target) for a teacher's logits"

@@ -63,10 +63,7 @@ class Options:
     json: bool = False  # end with one line of JSON
 
 
-@cache
-def compiled() -> Callable[..., Tensor]:
-    """The unfused loss through torch.compile."""
-    return torch.compile(kl_div, dynamic=False)
+compiled = cache(lambda: torch.compile(kl_div, dynamic=False))  # imports much: on first use
 
 
 @dataclass(frozen=True)
@@ -147,18 +144,16 @@ class Case:
     def __init__(self, loss: Loss, inputs: list[Tensor], targets: tuple[Any, Any]) -> None:
         self.run = partial(loss.run, import_module(loss.needs)) if loss.needs else loss.run
         self.target, self.exact_target = targets
-        self.in_place, self.originals = loss.in_place, inputs
-        self.inputs = [x.clone() for x in inputs] if loss.in_place else inputs
+        self.inputs, self.in_place = inputs, loss.in_place
         teacher = loss.target == "teacher"  # as large as the student
         passes = 2 + teacher if loss.head else 3 + 2 * teacher
         self.bytes = passes * sum(x.nbytes for x in inputs)
         self.prepare()
 
     def prepare(self) -> None:
-        """Drop the last gradients and restore overwritten logits; not timed."""
-        if self.in_place:
-            self.inputs[0].copy_(self.originals[0])
-        self.leaves = [x.detach().requires_grad_() for x in self.inputs]
+        """Drop the last gradients, and copy logits that are to be overwritten; not timed."""
+        inputs = [x.clone() for x in self.inputs] if self.in_place else self.inputs
+        self.leaves = [x.detach().requires_grad_() for x in inputs]
 
     def forward(self) -> None:
         """The loss without gradients."""
@@ -173,8 +168,8 @@ class Case:
         """Relative error of the first gradient of the last step, over its first rows."""
         got = self.leaves[0].grad
         assert got is not None
-        exact = self.originals[0][:ERROR_ROWS].double().requires_grad_()
-        head = self.originals[1:]
+        exact = self.inputs[0][:ERROR_ROWS].double().requires_grad_()
+        head = self.inputs[1:]
         logits = F.linear(exact, head[0].double()) if head else exact
         (true,) = torch.autograd.grad(kl_div(logits, self.exact_target, "sum") / len(got), exact)
         return ((got[:ERROR_ROWS].double() - true).norm() / true.norm()).item()
@@ -182,18 +177,18 @@ class Case:
 
 def skip_reason(name: str, loss: Loss, device: torch.device) -> str:
     """Why a loss cannot be measured here; "" if it can."""
-    if loss.needs and device.type != "cuda":
-        return "needs CUDA"
-    if "compiled" in name and device.type == "cpu":
-        if not shutil.which("g++"):
-            return "torch.compile needs g++"
-        if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-            return "torch.compile needs vector instructions"  # its C++ does not compile without
     if loss.needs:
+        if device.type != "cuda":
+            return "needs CUDA"
         try:
             import_module(loss.needs)
         except ImportError as error:
             return str(error)
+    elif "compiled" in name and device.type == "cpu":
+        if not shutil.which("g++"):
+            return "torch.compile needs g++"
+        if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+            return "torch.compile needs vector instructions"  # its C++ does not compile without
     return ""
 
 

@@ -42,9 +42,8 @@ def pack_bits(mask: Tensor, vec: int) -> Tensor:
     tiles = mask.numel() // TILE + 1  # the last one is partial, or empty
     copies = shifted_copies(mask, vec, tiles * TILE)
     prologue = torch.arange(vec, device=mask.device)[:, None]
-    in_vectors = torch.arange(tiles * TILE, device=mask.device) < (
-        (mask.numel() - prologue) // vec * vec
-    )
+    length = (mask.numel() - prologue) // vec * vec
+    in_vectors = torch.arange(tiles * TILE, device=mask.device) < length
     bits = (copies & in_vectors).view(vec, tiles, PER_THREAD // vec, THREADS, vec).transpose(2, 3)
     bits = bits.reshape(vec, tiles, THREADS, PER_THREAD)
     weights = 1 << torch.arange(PER_THREAD, device=mask.device)

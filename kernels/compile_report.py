@@ -4,15 +4,14 @@
 
 No kernel runs, so this needs no GPU. A row per kernel, target and dtype:
 
-    regs, spill    registers per thread, and bytes of them spilled to memory
-    loop/el        machine instructions of the main loop per logit
-    special        of these, operations of the special-function unit (2^x, log2)
-    waits          round trips to DRAM per pass of the main loop (dram_waits)
-    cross          shuffles and barriers in the main loop
-    ld128 ld<      loads from global memory in the main loop: of 128 bits, and narrower ones
-    st128 st<      stores likewise
+    regs, spill       registers per thread, and bytes of them spilled to memory
+    instr             machine instructions of the main loop per logit
+    special           of these, operations of the special-function unit (2^x, log2)
+    waits             round trips to DRAM per pass of the main loop (dram_waits)
+    cross             shuffles and barriers in the main loop
+    ld128, ld_rest    loads from global memory in the main loop: of 128 bits, and narrower ones
+    st128, st_rest    stores likewise
 
---json prints the same in one line, and the shared memory and instructions of the whole kernel.
 Padded, contiguous and misaligned logits share one compiled variant, because the kernels are
 specialised on no argument.
 """
@@ -49,15 +48,7 @@ class Options:
     """What to compile for, and how to print it."""
 
     gpu: tuple[GPU, ...] = ("sm_90",)  # one or more architectures
-    json: bool = False  # print all counts in one line of JSON
-
-
-HEADS = {  # of the table, by the number's name
-    "gpu": "gpu", "kernel": "kernel", "target": "target", "dtype": "dtype", "registers": "regs",
-    "spill": "spill", "loop_per_element": "loop/el", "special": "special", "waits": "waits",
-    "cross_thread": "cross", "ld128": "ld128", "ld_narrow": "ld<", "st128": "st128",
-    "st_narrow": "st<",
-}  # fmt: skip
+    json: bool = False  # print the table in one line of JSON
 
 
 def gpu_target(name: GPU) -> GPUTarget:
@@ -69,33 +60,23 @@ def gpu_target(name: GPU) -> GPUTarget:
 
 def variants(gpu: GPUTarget, dtype: torch.dtype) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """Kernel, target, function, and its constants and options, as the launchers have them."""
-    constants: dict[str, Any]
-    for target, dense, p_align in (
-        ("two-level", False, 16),
-        ("two-level, beta", False, 16),
-        ("dense", True, 16),
-        ("dense, unaligned", True, 4),
-    ):
-        constants = triton_launch.meta(dtype, gpu, "forward", dense, p_align)
-        constants |= {"BETA": "beta" in target, "PTX": gpu.backend == "cuda"}
+    for target in ("two-level", "two-level, beta", "dense", "dense, unaligned"):
+        p = {"DENSE": "dense" in target, "P_ALIGN": 4 if "unaligned" in target else 16}
+        constants = triton_launch.meta(dtype, gpu, "forward", BETA="beta" in target, **p)
         yield "forward", target, triton_kl_div.forward_kernel, constants
         if "beta" not in target:  # which the backward reads as a number
-            constants = triton_launch.meta(dtype, gpu, "backward", dense, p_align)
+            constants = triton_launch.meta(dtype, gpu, "backward", **p)
             yield "backward", target, triton_kl_div.backward_kernel, constants
     simple = {"BLOCK": triton_simple.BLOCK, "num_warps": 4}
     yield "forward", "two-level, simple", triton_simple.forward_kernel, simple
     yield "backward", "two-level, simple", triton_simple.backward_kernel, simple
-    for target, bias, shift in (
-        ("teacher", "none", False),
-        ("teacher, bits", "bits", False),
-        ("teacher, vector", "vector", False),
-        ("teacher, unaligned", "none", True),
-        ("teacher, bits, unaligned", "bits", True),
-    ):
-        t_align = dtype.itemsize if shift else 16
-        constants = triton_launch.teacher_meta(dtype, gpu, bias, shift, t_align)
-        yield "forward", target, triton_teacher.forward_kernel, constants
-        yield "backward", target, triton_teacher.backward_kernel, constants
+    for what in ("", ", bits", ", vector", ", unaligned", ", bits, unaligned"):
+        bias = next((bias for bias in ("bits", "vector") if bias in what), "none")
+        t_align = dtype.itemsize if "unaligned" in what else 16
+        t = {"BIAS": bias, "SHIFT": "unaligned" in what, "T_ALIGN": t_align}
+        for kernel in ("forward", "backward"):
+            constants = triton_launch.meta(dtype, gpu, kernel, **t)
+            yield kernel, f"teacher{what}", getattr(triton_teacher, f"{kernel}_kernel"), constants
 
 
 def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[str, Any]) -> Any:
@@ -103,15 +84,11 @@ def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[st
     names = [p.name for p in function.params]
     options = {k: v for k, v in constants.items() if k not in names}
     constants = {k: v for k, v in constants.items() if k in names}
-    pointers = dict.fromkeys(("logits_ptr", "out_ptr", "teacher_ptr"), f"*{dtype}")
+    types = dict.fromkeys(("logits_ptr", "out_ptr", "teacher_ptr"), f"*{dtype}")
     if not constants.get("DENSE") and constants.get("BIAS") != "vector":
-        pointers |= {"target_ptr": "*i32", "bias_ptr": "*i32", "edge_ptr": "*u8", "mask_ptr": "*u8"}
-    signature = {
-        p.name: "constexpr"
-        if p.is_constexpr
-        else p.annotation_type or pointers.get(p.name, "*fp32")
-        for p in function.params
-    }
+        types |= {"target_ptr": "*i32", "bias_ptr": "*i32", "edge_ptr": "*u8", "mask_ptr": "*u8"}
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {p.name: types.get(p.name, p.annotation_type or "*fp32") for p in function.params}
     source = ASTSource(function, signature, constexprs=constants)
     return triton.compile(source, target=gpu, options=options)
 
@@ -123,12 +100,12 @@ def report(
     gpu = gpu_target(name)
     compiled = compile_kernel(gpu, function, dtype, constants)
     if gpu.backend == "cuda":
-        registers, spill, code, loops = _nvidia(compiled.asm["cubin"])
-        special, cross_thread = r"MUFU", r"SHFL|BAR|REDUX|WARPSYNC"
+        registers, spill, loops = _nvidia(compiled.asm["cubin"])
+        special, cross = r"MUFU", r"SHFL|BAR|REDUX|WARPSYNC"
         load, store = r"LDG", r"STG"
     else:
-        registers, spill, code, loops = _amd(compiled.asm["amdgcn"])
-        special, cross_thread = r"v_(exp|log)_", r"ds_|_dpp|s_barrier"
+        registers, spill, loops = _amd(compiled.asm["amdgcn"])
+        special, cross = r"v_(exp|log)_", r"ds_|_dpp|s_barrier"
         load, store = r"(global|buffer|flat)_load", r"(global|buffer|flat)_store"
     loop = max(loops, key=lambda lines: sum(bool(re.search(load, line)) for line in lines))
     wide = [line for line in loop if re.search(r"\.128|dwordx4|_b128", line)]
@@ -144,19 +121,16 @@ def report(
         "kernel": kernel,
         "target": target,
         "dtype": dtype,
-        "registers": registers,
+        "regs": registers,
         "spill": spill,
-        "shared": compiled.metadata.shared,
-        "code": len(code),
-        "loop_per_element": round(len(loop) / elements, 2),
+        "instr": round(len(loop) / elements, 2),
         "special": round(count(special) / elements, 2),
         "waits": dram_waits(loop),
-        "cross_thread": count(cross_thread),
+        "cross": count(cross),
         "ld128": count(load, wide),
-        "ld_narrow": count(load) - count(load, wide),
+        "ld_rest": count(load) - count(load, wide),
         "st128": count(store, wide),
-        "st_narrow": count(store) - count(store, wide),
-        "row_offset_bits": _row_offset_bits(compiled.asm["ptx"]) if gpu.backend == "cuda" else None,
+        "st_rest": count(store) - count(store, wide),
     }
 
 
@@ -171,9 +145,7 @@ def dram_waits(loop: list[str]) -> int:
     for _ in range(2):  # the second pass finds what the first left under way
         waits = 0
         for line in loop:
-            opcode, _, operands = line.replace(".reuse", "").partition(" ")
-            if opcode.startswith("@"):  # a predicate
-                opcode, _, operands = operands.partition(" ")
+            opcode, _, operands = re.sub(r"^@\S+ |\.reuse", "", line).partition(" ")  # @: predicate
             registers = [int(r) for r in re.findall(r"\bR(\d+)\b", operands)]
             filled = registers[:1] if opcode.startswith("LDG") else []
             if under_way & set(registers[len(filled) :]) or (under_way and "vmcnt" in operands):
@@ -187,8 +159,8 @@ def dram_waits(loop: list[str]) -> int:
     return waits
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int, list[str], list[list[str]]]:
-    """Registers, spilled bytes, instructions, and the loops among them, by Triton's cuobjdump."""
+def _nvidia(cubin: bytes) -> tuple[int, int, list[list[str]]]:
+    """Registers, spilled bytes, and the instructions of each loop, by Triton's cuobjdump."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -204,10 +176,10 @@ def _nvidia(cubin: bytes) -> tuple[int, int, list[str], list[list[str]]]:
     starts = [(place[int(jump.group(1), 16)], end) for end, jump in jumps if jump]
     # The last instruction of every kernel is a jump to itself.
     loops = [code[start : end + 1] for start, end in starts if start < end]
-    return int(numbers["REG"]), spill, code, loops
+    return int(numbers["REG"]), spill, loops
 
 
-def _amd(assembly: str) -> tuple[int, int, list[str], list[list[str]]]:
+def _amd(assembly: str) -> tuple[int, int, list[list[str]]]:
     """The same of an AMD kernel, whose spills are its scratch memory."""
     numbers = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly))
     code: list[str] = []
@@ -221,17 +193,7 @@ def _amd(assembly: str) -> tuple[int, int, list[str], list[list[str]]]:
             jump = re.search(r"branch\w*\s+(\.LBB\w+)", line)
             if jump and jump.group(1) in labels:
                 loops.append(code[labels[jump.group(1)] :])
-    return int(numbers["vgpr_count"]), int(numbers["private_segment_fixed_size"]), code, loops
-
-
-def _row_offset_bits(ptx: str) -> int:
-    """Width of the product of the program's number and a stride, followed through the PTX."""
-    row = re.search(r"mov\.u32\s+(%r\d+), %ctaid\.x", ptx)
-    assert row, "the kernel does not ask which row it is"
-    wide = re.search(rf"cvt\.[us]64\.[us]32\s+(%rd\d+), {row.group(1)};", ptx)
-    if wide and re.search(rf"(mul\.lo|mad\.lo)\.s64\s+%rd\d+, .*{wide.group(1)}\b", ptx):
-        return 64
-    return 32
+    return int(numbers["vgpr_count"]), int(numbers["private_segment_fixed_size"]), loops
 
 
 def main() -> None:
@@ -255,9 +217,8 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows))
         return
-    for row in rows:
-        row |= {key: f"{row[key]:.2f}" for key in ("loop_per_element", "special")}
-    print(aligned({head: [str(row[key]) for row in rows] for key, head in HEADS.items()}))
+    forms = {"instr": ".2f", "special": ".2f"}
+    print(aligned({k: [format(row[k], forms.get(k, "")) for row in rows] for k in rows[0]}))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import torch_kl_div, torch_teacher
-from .arguments import (
-    mean_of,
-    refuse_forward_mode,
-    refuse_negative,
-    resolve_impl,
-    resolve_row_weights,
-    resolve_target,
-    weighted,
-)
+from . import arguments, torch_kl_div, torch_teacher
 from .reference import compute_dtype
 from .target import Target, TeacherTarget, TokenBias, TwoLevelTarget, check_floating
 
@@ -76,23 +67,34 @@ def fused_kl_div(
     check_floating("logits", logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
-    refuse_forward_mode("fused_kl_div", logits)
-    target = resolve_target(target, logits.shape, logits.device, reduction)
+    arguments.refuse_forward_mode("fused_kl_div", logits)
+    target = arguments.resolve_target(target, logits.shape, logits.device, reduction)
     if isinstance(target, TeacherTarget) and target.logits is None:
         raise ValueError(
             "got TeacherTarget.from_hidden(...), which is for fused_linear_kl_div; pass "
             "TeacherTarget(teacher_logits, bias)"
         )
-    weights = resolve_row_weights(row_weights, logits.shape[:-1], logits.device)
-    impl = resolve_impl(impl, logits.device, logits.dtype)
+    weights = arguments.resolve_row_weights(row_weights, logits.shape[:-1], logits.device)
+    impl = arguments.resolve_impl(impl, logits.device, logits.dtype)
     rows = _as_rows(logits, inplace_backward)
     loss, *_ = _KlDiv.apply(rows, inplace_backward, *pack(target, rows.dtype, impl))
-    if weights is not None:
-        loss = weighted(loss, weights)
+    loss = weighted(loss, weights)
     if reduction == "none":
         return loss.view(logits.shape[:-1])
     # Not loss.mean(): the gradient of a sum is one number, which the backward reads as such.
     return mean_of(loss.sum(), reduction, loss.shape[0], weights)
+
+
+def weighted(loss: Tensor, weights: Tensor | None) -> Tensor:
+    """The loss of each row times its weight; 0 where that is 0, whatever the loss is."""
+    return loss if weights is None else torch.where(weights == 0, 0.0, loss * weights)
+
+
+def mean_of(total: Tensor, reduction: str, rows: int, weights: Tensor | None) -> Tensor:
+    """Divide the summed loss by what "batchmean" divides by: the rows, or the sum of weights."""
+    if reduction == "sum":
+        return total
+    return total / (rows if weights is None else weights.sum(dtype=total.dtype))
 
 
 def _as_rows(logits: Tensor, inplace: bool) -> Tensor:
@@ -123,7 +125,6 @@ def pack(target: Target, dtype: torch.dtype, impl: str) -> tuple[Any, ...]:
         return "two-level", target.mask, target.index, table, target.alpha, target.beta, impl
     if isinstance(target, TeacherTarget):
         t, bias = target.hidden if target.logits is None else target.logits, target.bias
-        assert t is not None
         t = _as_rows(t, False)
         if bias is None:
             return "teacher", t, None, None, 0.0, 0.0, impl
@@ -191,7 +192,7 @@ def kl_div_forward(logits: Tensor, *packed: Any) -> tuple[Tensor, Tensor, Tensor
     """Loss and log-sum-exp per row, (N,) each; and norm, (N,), or (N, 3) for a teacher."""
     kernels, target = unpack(logits, *packed)
     results = kernels.forward(logits, target)
-    refuse_negative(results[0], target)
+    arguments.refuse_negative(results[0], target)
     return results
 
 
@@ -251,30 +252,30 @@ class _KlDiv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, lse, norm, *tensors = ctx.saved_tensors
-        arguments = lse, norm, grad_loss, ctx.kind, *tensors, *ctx.options
+        others = lse, norm, grad_loss, ctx.kind, *tensors, *ctx.options
         if not ctx.inplace:
-            grad = first_derivative("fused_kl_div", kl_div_backward, logits, *arguments)
+            grad = first_derivative("fused_kl_div", kl_div_backward, logits, *others)
         elif torch.is_grad_enabled():  # the graph would keep logits that are overwritten here
             refuse_second_derivative("fused_kl_div")
         else:
             grad = logits.detach()
-            kl_div_backward_(grad, *arguments)
+            kl_div_backward_(grad, *others)
         return grad, *(None,) * 8
 
 
-def first_derivative(name: str, operator: Any, *arguments: Any) -> Any:
+def first_derivative(name: str, operator: Any, *inputs: Any) -> Any:
     """The results of an operator that computes a derivative; theirs is refused, not 0."""
     if torch.is_grad_enabled():  # create_graph=True, or torch.func.grad
-        return _FirstDerivative.apply(name, operator, *arguments)
-    return operator(*arguments)
+        return _FirstDerivative.apply(name, operator, *inputs)
+    return operator(*inputs)
 
 
 class _FirstDerivative(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: str, operator: Any, *arguments: Any) -> Any:
-        return operator(*arguments)
+    def forward(name: str, operator: Any, *inputs: Any) -> Any:
+        return operator(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:

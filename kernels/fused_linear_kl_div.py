@@ -39,54 +39,19 @@ memory and cost V C.
 """
 
 import math
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import (
-    mean_of,
-    refuse_forward_mode,
-    refuse_negative,
-    resolve_impl,
-    resolve_row_weights,
-    resolve_target,
-    weighted,
-)
-from .fused_kl_div import PACKED, empty_results, first_derivative, pack, unpack
+from . import arguments
+from .fused_kl_div import PACKED, empty_results, first_derivative, mean_of, pack, unpack, weighted
 from .reference import compute_dtype
 from .target import Target, TeacherTarget, check_head
 
 CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
 CUDA_CHUNK_ROWS = 2048  # 412 MB: what a GPU needs to be busy with each product
 VOCAB_BLOCK = 8192  # rows of dW converted to float32 at a time
-
-
-@overload
-def fused_linear_kl_div(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Target,
-    reduction: str = ...,
-    chunk_rows: int | None = ...,
-    impl: str | None = ...,
-    *,
-    row_weights: Tensor | None = ...,
-) -> Tensor: ...
-
-
-@overload
-def fused_linear_kl_div(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Target,
-    reduction: str = ...,
-    chunk_rows: int | None = ...,
-    impl: str | None = ...,
-    *,
-    return_lse: Literal[True],
-    row_weights: Tensor | None = ...,
-) -> tuple[Tensor, ...]: ...
 
 
 def fused_linear_kl_div(
@@ -99,7 +64,7 @@ def fused_linear_kl_div(
     *,
     return_lse: bool = False,
     row_weights: Tensor | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """fused_kl_div(F.linear(hidden, weight), target, reduction) without the logits.
 
     Args:
@@ -112,21 +77,22 @@ def fused_linear_kl_div(
             row of weight 0.
 
     Returns:
-        The loss in float32 (float64 for float64 arguments), first derivatives in reverse mode only.
-        With return_lse the pair of it and lse, (...) and of the same dtype; with a TeacherTarget
-        the triple of it, lse and lse_target, (...), the log-sum-exp of the teacher's t + b: the
-        target itself gives a token the probability e^(t + b - lse_target).
+        The loss, a tensor in float32 (float64 for float64 arguments), first derivatives in reverse
+        mode only. With return_lse the pair of it and lse, (...) and of the same dtype; with a
+        TeacherTarget the triple of it, lse and lse_target, (...), the log-sum-exp of the teacher's
+        t + b: the target itself gives a token the probability e^(t + b - lse_target).
 
     Raises:
         TypeError, ValueError, RuntimeError: as fused_kl_div.
     """
     check_head(hidden, weight)
     dtype = _product_dtype(hidden, weight)
-    refuse_forward_mode("fused_linear_kl_div", hidden, weight)
-    vocab, leading = weight.shape[0], hidden.shape[:-1]
-    target = resolve_target(target, torch.Size((*leading, vocab)), hidden.device, reduction)
-    weights = resolve_row_weights(row_weights, leading, hidden.device)
-    impl = resolve_impl(impl, hidden.device, dtype)
+    arguments.refuse_forward_mode("fused_linear_kl_div", hidden, weight)
+    leading = hidden.shape[:-1]
+    shape = torch.Size((*leading, weight.shape[0]))
+    target = arguments.resolve_target(target, shape, hidden.device, reduction)
+    weights = arguments.resolve_row_weights(row_weights, leading, hidden.device)
+    impl = arguments.resolve_impl(impl, hidden.device, dtype)
     if chunk_rows is None:
         chunk_rows = CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS
     if chunk_rows < 1:
@@ -217,7 +183,7 @@ def linear_kl_div(
             z = torch.mm(h, w.t(), out=buffer[: len(h)])  # (1): (R, V)
             kernels, target = unpack(z, kind, p_rows, *packed)
             loss[rows], lse[rows], norm[rows] = kernels.forward(z, target)
-            refuse_negative(loss[rows], target)
+            arguments.refuse_negative(loss[rows], target)
             if need_hidden or need_weight:  # (2), over z
                 kernels.backward(z, lse[rows], norm[rows], target, upstream[rows], z)
             if need_hidden:
@@ -281,8 +247,7 @@ class _LinearKlDiv(torch.autograd.Function):
         hidden: Tensor, weight: Tensor, row_weights: Tensor | None, sum_rows: bool, *options: Any
     ) -> tuple[Tensor, ...]:
         loss, *rest = linear_kl_div(hidden, weight, row_weights, *options)
-        if row_weights is not None:
-            loss = weighted(loss, row_weights)
+        loss = weighted(loss, row_weights)
         return loss.sum() if sum_rows else loss, *rest
 
     @staticmethod

@@ -16,6 +16,7 @@ never inside an operator: a CUDA graph that captured a loss would own what it al
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +32,17 @@ class TwoLevelTarget:
     """Probability alpha on each target token and beta on every other token.
 
     Args:
-        mask: bool (V,), on any device that holds data; True on the target tokens. It is copied.
-        alpha, beta: relative weights, alpha > beta >= 0; scaled so that P sums to 1.
+        mask: bool (V,), on any device that holds data; True on the target tokens, which are some
+            and not all. It is copied.
+        alpha, beta: relative weights, finite, alpha > beta >= 0; scaled so that P sums to 1.
 
     Attributes:
-        mask: bool (V,).
+        mask, alpha, beta: the copy, and the two probabilities.
         index: int64 (|S|,), the ids of the target tokens, ascending.
         bitmasks: the tables of bitmask.py, by the elements in 16 bytes of logits.
-        alpha, beta: the normalised probabilities.
 
     Raises:
-        TypeError: mask is not a bool tensor.
-        ValueError: mask is not one-dimensional, is all True or all False, or is on "meta"; a
-            weight is negative or not finite; alpha <= beta.
+        TypeError, ValueError: an argument is not as above.
     """
 
     def __init__(self, mask: Tensor, alpha: float = 1.0, beta: float = 0.0) -> None:
@@ -130,16 +129,13 @@ class TwoLevelTarget:
 
 @dataclass(frozen=True, eq=False)
 class TokenBias:
-    """A teacher's bias b, (V,), as the losses read it.
+    """A teacher's bias b, (V,), as the losses read it; the tables are for the Triton kernels."""
 
-    vector: b. mask, strength: where b is not 0, and its value there; None and 0 unless it has one.
-    tables: for the Triton kernels, by the elements in 16 bytes of logits: bitmasks if there is a
-    mask, else float32 copies of b, one per alignment.
-    """
-
-    vector: Tensor
-    mask: Tensor | None
-    strength: float
+    vector: Tensor  # b
+    mask: Tensor | None  # where b is not 0, if it has one value there
+    strength: float  # that value, or 0
+    # By the elements in 16 bytes of logits: bitmasks if there is a mask, else float32 copies of b,
+    # one per alignment.
     tables: dict[int, Tensor]
 
 
@@ -166,14 +162,13 @@ class TeacherTarget:
         bias: TokenBias, a copy of b; None if b is None or 0 everywhere.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
-        ValueError: an argument has another shape or device, or requires grad (no gradient flows to
-            a teacher); b has NaN or +inf, or is -inf everywhere.
+        TypeError, ValueError: an argument is not as above, or requires grad (no gradient flows to a
+            teacher); b has NaN or +inf, or is -inf everywhere.
     """
 
     logits: Tensor | None = None
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
+    hidden: Any = None  # not Tensor | None: where logits is None, these are tensors
+    weight: Any = None
 
     def __init__(self, logits: Tensor, bias: Tensor | None = None) -> None:
         self.logits = _constant("the teacher's logits", logits)
@@ -213,12 +208,7 @@ class TeacherTarget:
 
     def whole_logits(self, dtype: torch.dtype) -> Tensor:
         """t + b of all rows, (..., V), in this dtype: for the definition, which keeps them."""
-        if self.logits is not None:
-            t = self.logits
-        else:
-            assert self.hidden is not None
-            assert self.weight is not None
-            t = F.linear(self.hidden, self.weight)
+        t = F.linear(self.hidden, self.weight) if self.logits is None else self.logits
         return t.to(dtype) if self.bias is None else t.to(dtype) + self.bias.vector.to(dtype)
 
 

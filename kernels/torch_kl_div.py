@@ -15,15 +15,12 @@ becomes a relative error in the gradient. So the backward does not read it: it t
 whose e^(z - max) is accurate, and divides each row by its pairwise sum. The gradient's error is
 then 1e-7 relative (norm), whatever the level of the logits and the number of accumulators.
 
-Speed. Each step of a tile is one ATen call, and each call ends at a barrier of all threads. A
-gradient in the dtype of the arithmetic is its own scratch, even where it overwrites the logits:
-ATen's softmax reads a row for its maximum, then puts each element's exponential where the result
-goes, so no element is written before its last read. The gradient's memory asks for 2 MB pages: a
-fresh 51 MB tensor costs 12,566 page faults of 4 KB, which took longer than the arithmetic (13 ms
-against 3 ms on two Zen 5 cores).
-
-What this does not do: give whole tiles to threads. Each step is parallel inside, so on many cores a
-tile is too small to keep all of them busy.
+Speed. Each step of a tile is one ATen call, parallel inside, and ends at a barrier of all threads:
+on many cores a tile is too small to keep all of them busy. A gradient in the dtype of the
+arithmetic is its own scratch, even where it overwrites the logits: ATen's softmax reads a row for
+its maximum, then puts each element's exponential where the result goes, so no element is written
+before its last read. The gradient's memory asks for 2 MB pages: a fresh 51 MB tensor costs 12,566
+page faults of 4 KB, which took longer than the arithmetic (13 ms against 3 ms on two Zen 5 cores).
 """
 
 import math
@@ -65,17 +62,14 @@ def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tens
 def backward(
     logits: Tensor, lse: Tensor, norm: Tensor, target: Probabilities, grad_loss: Tensor, out: Tensor
 ) -> None:
-    """Write grad_loss (N,) times (2) to out (N, V), which may be the logits themselves.
-
-    The difference is formed in the dtype of the arithmetic and rounded once, at the store.
-    """
+    """Write grad_loss (N,) times (2) to out (N, V), which may be the logits themselves. It is
+    formed in the dtype of the arithmetic and rounded once, at the store."""
     dtype = compute_dtype(logits.dtype)
     dense = target.dense(dtype) if isinstance(target, TwoLevelTarget) else target
     one_g = grad_loss.stride(0) == 0  # then g P of a shared P is one row
     for rows, (scratch,) in tiles(logits, 1):
-        q = torch.softmax(
-            logits[rows], -1, dtype=dtype, out=out[rows] if out.dtype == dtype else scratch
-        )
+        q = out[rows] if out.dtype == dtype else scratch
+        torch.softmax(logits[rows], -1, dtype=dtype, out=q)
         g = (grad_loss[:1] if one_g else grad_loss[rows]).to(dtype).unsqueeze(-1)
         scale = g * norm[rows, None] / q.sum(-1, keepdim=True)
         torch.addcmul(_rows_of(dense, rows, dtype) * -g, q, scale, out=out[rows])  # (2)

@@ -43,10 +43,8 @@ def forward(logits: Tensor, target: TeacherTarget) -> tuple[Tensor, Tensor, Tens
 def backward(
     logits: Tensor, lse: Tensor, norm: Tensor, target: TeacherTarget, grad_loss: Tensor, out: Tensor
 ) -> None:
-    """Write grad_loss (N,) times (3) to out (N, V), which may be the logits themselves.
-
-    Each softmax is divided by its pairwise sum, for the reason that torch_kl_div.py gives.
-    """
+    """Write grad_loss (N,) times (3) to out (N, V), which may be the logits themselves. Each
+    softmax is divided by its pairwise sum, for the reason that torch_kl_div.py gives."""
     for rows, (q, p) in tiles(logits, 2):
         _tilted(target, rows, p)
         torch.softmax(p, -1, out=p)

@@ -112,7 +112,7 @@ fewer rows than multiprocessors leave some idle.
 """
 
 # Triton compiles the functions below, so they follow its rules and not Python's:
-# ruff: noqa: RET505, SIM108, E741
+# ruff: noqa: RET505, E741
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -160,10 +160,7 @@ def tile_layout(VEC: tl.constexpr):
 @triton.jit
 def load(ptr, mask, OTHER: tl.constexpr):
     """Load as float32; OTHER where the mask, if there is one, is false."""
-    if mask is None:
-        return tl.load(ptr).to(tl.float32)
-    else:
-        return tl.load(ptr, mask, other=OTHER).to(tl.float32)
+    return tl.load(ptr, mask, other=None if mask is None else OTHER).to(tl.float32)
 
 
 @triton.jit
@@ -217,11 +214,9 @@ def _open_row(row, logits_ptr, stride, vocab, target_ptr, target_stride, target_
     z = load(row_ptr + column, live, -float("inf"))
     target = tl.load(edge_ptr + row * target_stride + column, live, other=0)
     target_ptr += row * target_stride + prologue * target_step
+    target = target.to(tl.float32) if DENSE else target != 0
     if DENSE:
-        target = target.to(tl.float32)
         target_ptr = tl.multiple_of(target_ptr, P_ALIGN)
-    else:
-        target = target != 0
     z_ptr = tl.multiple_of(row_ptr + prologue, 16)
     return prologue, vectors, z_ptr, target_ptr, column, live, z, target
 
@@ -334,10 +329,7 @@ def forward_kernel(
 @triton.jit
 def _gradient(z, r, scale, target, pull, ratio, dtype, DENSE: tl.constexpr):
     """g times (2) as dtype, rounded once. scale: g norm; pull: -g alpha, which is -g if DENSE."""
-    if DENSE:
-        pull = pull * target
-    else:
-        pull = tl.where(target, pull, pull * ratio)
+    pull = pull * target if DENSE else tl.where(target, pull, pull * ratio)
     return (tl.exp2(tl.fma(z, LOG2E, -r)) * scale + pull).to(dtype)  # (2), as (8) has it
 
 

@@ -26,17 +26,9 @@ MAX_REGISTERS_SHIFTED = 104  # of a teacher whose vectors lie in two blocks; sm_
 
 
 def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence of each row in nats, and what the backward needs of it.
-
-    Args:
-        logits: (N, V), float32, bfloat16 or float16; last dimension contiguous, any row stride.
-        target: a TwoLevelTarget; probabilities (V,) or (N, V); or a TeacherTarget with logits
-            (N, V), like the logits, whose dtype may be another. On the device of the logits.
-
-    Returns:
-        loss, lse: float32 (N,). norm: float32 (N,), (8) of kernels/triton_kl_div.py; for a
-        teacher (N, 3), (7) of kernels/triton_teacher.py.
-    """
+    """Loss and lse per row in nats, float32 (N,); and norm, float32: (N,), (8) of
+    kernels/triton_kl_div.py, or for a teacher (N, 3), (7) of kernels/triton_teacher.py. Logits are
+    float32, bfloat16 or float16, a teacher's of any of these, with any row stride."""
     rows = len(logits)
     loss = logits.new_empty(rows, dtype=torch.float32)
     lse = torch.empty_like(loss)
@@ -51,15 +43,9 @@ def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
 def backward(
     logits: Tensor, lse: Tensor, norm: Tensor, target: Target, grad_loss: Tensor, out: Tensor
 ) -> None:
-    """Write grad_loss * dKL/d logits into out.
-
-    Args:
-        logits, target: as in forward. lse, norm: from forward.
-        grad_loss: float32 (N,), any stride.
-        out: (N, V), dtype of the logits, any row stride; may be the logits themselves.
-    """
+    """Write grad_loss, float32 (N,) of any stride, times dKL/d logits into out, of their shape and
+    dtype and any row stride, which may be the logits themselves. lse, norm: from forward."""
     rows = len(logits)
-    assert out.dtype == logits.dtype, (out.dtype, logits.dtype)
     if rows == 0:
         return
     kernels, arguments, constants = _arguments(logits, target, "backward")
@@ -98,26 +84,20 @@ def _current_gpu() -> GPUTarget | None:
 
 
 def meta(
-    dtype: torch.dtype, gpu: GPUTarget | None, kernel: str, dense: bool, p_align: int = 16
+    dtype: torch.dtype, gpu: GPUTarget | None, kernel: str, **constants: Any
 ) -> dict[str, Any]:
     """Constants and options of a kernel, for the launch and for kernels/compile_report.py."""
-    by_element = kernel == "forward" and dense and p_align <= 4
-    registers = MAX_REGISTERS_BY_ELEMENT if by_element else MAX_REGISTERS
-    return {"DENSE": dense, "P_ALIGN": p_align} | _options(dtype, gpu, registers)
-
-
-def teacher_meta(
-    dtype: torch.dtype, gpu: GPUTarget | None, bias: str, shift: bool, t_align: int
-) -> dict[str, Any]:
-    """The same of both kernels for a teacher."""
-    registers = MAX_REGISTERS_SHIFTED if shift else MAX_REGISTERS_TEACHER
-    return {"BIAS": bias, "SHIFT": shift, "T_ALIGN": t_align} | _options(dtype, gpu, registers)
-
-
-def _options(dtype: torch.dtype, gpu: GPUTarget | None, registers: int) -> dict[str, int]:
+    nvidia = gpu is not None and gpu.backend == "cuda"
+    registers = MAX_REGISTERS
+    if "SHIFT" in constants:  # for a teacher
+        registers = MAX_REGISTERS_SHIFTED if constants["SHIFT"] else MAX_REGISTERS_TEACHER
+    elif kernel == "forward":
+        constants["PTX"] = nvidia
+        if constants["P_ALIGN"] <= 4:
+            registers = MAX_REGISTERS_BY_ELEMENT
     warp_size = gpu.warp_size if gpu else 32
-    options = {"VEC": 16 // dtype.itemsize, "num_warps": bitmask.THREADS // warp_size}
-    return options | ({"maxnreg": registers} if gpu and gpu.backend == "cuda" else {})
+    constants |= {"VEC": 16 // dtype.itemsize, "num_warps": bitmask.THREADS // warp_size}
+    return constants | ({"maxnreg": registers} if nvidia else {})
 
 
 def _arguments(
@@ -127,6 +107,7 @@ def _arguments(
     rows = logits, logits.stride(0), logits.shape[1]
     if isinstance(target, TeacherTarget):
         arguments, constants = _teacher_arguments(logits, target)
+        constants = meta(logits.dtype, _current_gpu(), kernel, **constants)
         return triton_teacher, (*rows, *arguments), constants
     vec, p_align, beta, sum_p_log_p = 16 // logits.element_size(), 16, 0.0, 0.0
     if isinstance(target, TwoLevelTarget):
@@ -136,11 +117,11 @@ def _arguments(
     else:
         p, stride, step, p_align = _aligned_p(logits, target)
         arguments = p, stride, step, p, 1.0, 0.0
-    gpu, dense = _current_gpu(), isinstance(target, Tensor)
-    constants = meta(logits.dtype, gpu, kernel, dense, p_align)
+    constants = {"DENSE": isinstance(target, Tensor), "P_ALIGN": p_align}
     if kernel == "forward":
         arguments += (sum_p_log_p,)
-        constants |= {"BETA": beta > 0, "PTX": gpu is not None and gpu.backend == "cuda"}
+        constants["BETA"] = beta > 0
+    constants = meta(logits.dtype, _current_gpu(), kernel, **constants)
     return triton_kl_div, (*rows, *arguments), constants
 
 
@@ -174,5 +155,5 @@ def _teacher_arguments(logits: Tensor, target: TeacherTarget) -> tuple[tuple, di
     if _misalignment(t, elements) != _misalignment(logits, elements):
         shift = t.element_size() == logits.element_size() and kind != "vector"
         t_align = t.element_size()
-    constants = teacher_meta(logits.dtype, _current_gpu(), kind, shift, t_align)
+    constants = {"BIAS": kind, "SHIFT": shift, "T_ALIGN": t_align}
     return (t, t.stride(0), bias, step, edge, strength), constants

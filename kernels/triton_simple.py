@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .target import Target, TwoLevelTarget
+from .target import TwoLevelTarget
 
 BLOCK = 1024  # logits that a program holds at a time, 8 per thread
 
@@ -82,14 +82,8 @@ def backward_kernel(
         tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), inside)
 
 
-def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, lse and sum of P per row, float32 (N,).
-
-    Args:
-        logits: (N, V), float32, bfloat16 or float16; last dimension contiguous, any row stride.
-        target: a TwoLevelTarget on their device.
-    """
-    assert isinstance(target, TwoLevelTarget)
+def forward(logits: Tensor, target: TwoLevelTarget) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, lse and sum of P per row, float32 (N,), of logits (N, V) of any row stride."""
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     lse = torch.empty_like(loss)
     if len(logits):
@@ -101,10 +95,9 @@ def forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(
-    logits: Tensor, lse: Tensor, norm: Tensor, target: Target, grad_loss: Tensor, out: Tensor
+    logits: Tensor, lse: Tensor, _: Tensor, target: TwoLevelTarget, grad_loss: Tensor, out: Tensor
 ) -> None:
     """Write grad_loss (N,) * dKL/d logits into out (N, V), which may be the logits themselves."""
-    assert isinstance(target, TwoLevelTarget)
     if len(logits):
         upstream = grad_loss, grad_loss.stride(0)
         with torch.cuda.device_of(logits):

@@ -43,7 +43,7 @@ Hazards, besides those of kernels/triton_kl_div.py.
 """
 
 # Triton compiles the functions below, so they follow its rules and not Python's:
-# ruff: noqa: SIM108, E741
+# ruff: noqa: E741
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -69,9 +69,9 @@ from .triton_kl_div import (
 def _open_row(row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
               edge_ptr, strength, BIAS: tl.constexpr, SHIFT: tl.constexpr, T_ALIGN: tl.constexpr,
               VEC: tl.constexpr):  # fmt: skip
-    """The program's row: size of its prologue, number of vectors, where those of z, t and b begin,
-    and k: how many elements before its first vector t's 16-byte block begins. Then of prologue
-    and epilogue row_layout, z and u.
+    """The program's row: size of its prologue, number of vectors, and for _load_tile where those of
+    z, t and b begin, strength, and k: how many elements before its first vector t's 16-byte block
+    begins. Then of prologue and epilogue row_layout, z and u.
 
     A vector of t lies in two blocks if k > 0, of which the second must end within the row.
     """
@@ -94,7 +94,7 @@ def _open_row(row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_
         bias_ptr = tl.multiple_of(bias_ptr, 16)
     z_ptr = tl.multiple_of(z_ptr + prologue, 16)
     t_ptr = tl.multiple_of(t_ptr + prologue, T_ALIGN)
-    return prologue, vectors, z_ptr, t_ptr, bias_ptr, k, column, live, z, u
+    return prologue, vectors, (z_ptr, t_ptr, bias_ptr, strength, k), column, live, z, u
 
 
 @triton.jit
@@ -127,11 +127,9 @@ def _shifted(t_ptr, k, rest, VEC: tl.constexpr):
     second = tl.multiple_of(first + tl.where(k > 0, 4, 0), 16)
     vector = tl.arange(0, ROUNDS)[:, None, None] * THREADS + tl.arange(0, THREADS)[None, :, None]
     at = vector * 4 + tl.arange(0, 4)[None, None, :]
-    if rest is None:
-        a, b = tl.load(first + at), tl.load(second + at)
-    else:
-        a = tl.load(first + at, at < rest * 4, other=0)
-        b = tl.load(second + at, at < rest * 4, other=0)
+    mask = None if rest is None else at < rest * 4
+    other = None if rest is None else 0
+    a, b = tl.load(first + at, mask, other), tl.load(second + at, mask, other)
     a0, a1, a2, a3 = _words(a)
     b0, b1, b2, b3 = _words(b)
     two = ((k // HALVES) & 2) != 0
@@ -152,13 +150,11 @@ def _shifted(t_ptr, k, rest, VEC: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tile, offsets, bit, rest,
-               BIAS: tl.constexpr, SHIFT: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+def _load_tile(of_row, tile, offsets, bit, rest, BIAS: tl.constexpr, SHIFT: tl.constexpr,
+               VEC: tl.constexpr):  # fmt: skip
     """z and u = t + b of a tile, -inf beyond the first `rest` vectors, if that is not None."""
-    if rest is None:
-        mask = None
-    else:
-        mask = offsets < rest * VEC
+    z_ptr, t_ptr, bias_ptr, strength, k = of_row
+    mask = None if rest is None else offsets < rest * VEC
     z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
     t_ptr += tile * TILE
     if BIAS == "vector":  # before t: behind it, gfx942 waits three times, with Triton 3.8
@@ -216,7 +212,7 @@ def forward_kernel(
     SHIFT: t has another alignment than z. T_ALIGN: bytes to which its vectors are aligned, if not.
     """
     row = tl.program_id(0).to(tl.int64)
-    _, vectors, z_ptr, t_ptr, bias_ptr, k, _, _, z_edge, u_edge = _open_row(
+    _, vectors, of_row, _, _, z_edge, u_edge = _open_row(
         row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
         edge_ptr, strength, BIAS, SHIFT, T_ALIGN, VEC)  # fmt: skip
     zero = tl.zeros((THREADS,), tl.float32)
@@ -225,12 +221,10 @@ def forward_kernel(
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tile, offsets, bit, None,
-                          BIAS, SHIFT, VEC)  # fmt: skip
+        z, u = _load_tile(of_row, tile, offsets, bit, None, BIAS, SHIFT, VEC)
         state = _accumulate(state, z, u)
     rest = vectors - tiles * (TILE // VEC)
-    z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tiles, offsets, bit, rest,
-                      BIAS, SHIFT, VEC)  # fmt: skip
+    z, u = _load_tile(of_row, tiles, offsets, bit, rest, BIAS, SHIFT, VEC)
     m, l, n, r, d = _accumulate(state, z, u)
 
     row_m, row_n = tl.max(m, axis=0), tl.max(n, axis=0)
@@ -273,7 +267,7 @@ def backward_kernel(
     if tl.load(grad_loss_ptr + row * grad_loss_stride) == 0:
         zero_row(out_ptr, vocab)
         return
-    prologue, vectors, z_ptr, t_ptr, bias_ptr, k, column, live, z_edge, u_edge = _open_row(
+    prologue, vectors, of_row, column, live, z_edge, u_edge = _open_row(
         row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
         edge_ptr, strength, BIAS, SHIFT, T_ALIGN, VEC)  # fmt: skip
     r_z, r_u = tl.load(lse_ptr + row) * LOG2E, tl.load(norm_ptr + 3 * row) * LOG2E
@@ -287,12 +281,10 @@ def backward_kernel(
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tile, offsets, bit, None,
-                          BIAS, SHIFT, VEC)  # fmt: skip
+        z, u = _load_tile(of_row, tile, offsets, bit, None, BIAS, SHIFT, VEC)
         grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
         tl.store(out_ptr + tile * TILE + offsets, grad)
     rest = vectors - tiles * (TILE // VEC)
-    z, u = _load_tile(z_ptr, t_ptr, bias_ptr, strength, k, tiles, offsets, bit, rest,
-                      BIAS, SHIFT, VEC)  # fmt: skip
+    z, u = _load_tile(of_row, tiles, offsets, bit, rest, BIAS, SHIFT, VEC)
     grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
     tl.store(out_ptr + tiles * TILE + offsets, grad, offsets < rest * VEC)
