@@ -3,15 +3,16 @@
     python -m kernels.benchmark
     python -m kernels.benchmark --rows 256 1024 4096 --dtype bfloat16 --plot benchmark.png --json
 
-Times are medians over interleaved repetitions, ± half the interquartile range; forward runs
+Times are medians over interleaved repetitions, +- half the interquartile range; forward runs
 without gradients. On CUDA they are the device's, its queue filled and its L2 cache emptied
 beforehand. "host" is the CPU's time to launch forward + backward: where it exceeds the device's,
 the host sets the pace, unless a CUDA graph holds the launches.
 
-Roofline is the time to move what any implementation must, at the speed of copying a large tensor on
-the same device, over the time of forward + backward. That is: logits, and a teacher's, read twice
-and the gradient written; or with the LM head hidden states and weight, and a teacher's, read and
-the gradients written. With the LM head it is low, for arithmetic sets the bound.
+Roofline is the least possible time over the time of forward + backward: the time to move what any
+implementation must, at the speed of copying a large tensor on the same device. Without the LM head
+that is the logits (and a teacher's) read twice and the gradient written; with it, hidden states and
+weight (and a teacher's) read once and their gradients written, and the fraction is low, because
+there arithmetic is the limit.
 
 Memory is the peak of one forward + backward above its inputs: of CUDA's allocator, or on Linux of
 the resident set (VmHWM). Error is the RMS error of the gradient of the logits or hidden states over
@@ -22,6 +23,7 @@ has 984 with an x among 50,257. Losses of other libraries take a dense P or one 
 
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -52,12 +54,13 @@ HAS_CUDA = torch.cuda.is_available()
 class Options:
     """What to measure, and where."""
 
-    rows: tuple[int, ...] = (256, 1024, 4096) if HAS_CUDA else (256, 1024)  # one table for each
+    rows: tuple[int, ...] = (256, 1024, 4096) if HAS_CUDA else (256, 1024)
+    """numbers of rows N; one table each"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of logits or hidden states
     device: str = "cuda" if HAS_CUDA else "cpu"  # cpu, cuda or cuda:N
     vocab: int = 50257  # V, tokens in the vocabulary
     width: int = 1024  # C, of the hidden states
-    seconds: float = 15.0  # for each number of rows
+    seconds: float = 15.0  # to measure, per number of rows
     plot: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """an image to draw time and memory in"""
     json: bool = False  # end with one line of JSON
@@ -237,10 +240,11 @@ def main(arguments: list[str] | None = None) -> None:
     hardware = f"{torch.get_num_threads()} threads"
     if not options.rows or min(*options.rows, options.vocab, options.width) < 1:
         sys.exit("error: --rows, --vocab, --width: expected at least 1 each")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        sys.exit(f"error: --device: {error}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
+        sys.exit(f"error: --device {options.device}: expected cpu, cuda or cuda:N")
+    if options.plot and not options.plot.parent.is_dir():
+        sys.exit(f"error: --plot {options.plot}: got no such folder; create it first")
+    device = torch.device(options.device)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             sys.exit(f"error: --device {device}: got {torch.cuda.device_count()} CUDA devices")
@@ -256,11 +260,14 @@ def main(arguments: list[str] | None = None) -> None:
             losses = {name: loss for name, loss in LOSSES.items() if loss.head == head}
             table += measure(options, rows, bandwidth, losses)
     print(format_table(table))
-    if options.plot:
-        plot(table, options.plot, title)
     if options.json:
         result = {"setting": title, "copy_gb_per_s": bandwidth / 1e9}
         print(json.dumps(result | {"table": [asdict(row) for row in table]}))
+    if options.plot:
+        try:
+            plot(table, options.plot, title)
+        except (OSError, ValueError) as error:  # a format that matplotlib does not know
+            sys.exit(f"error: --plot {options.plot}: {error}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def timing(times: list[float]) -> str:
     if not times:
         return "-"
     low, middle, high = statistics.quantiles(times, n=4)
-    return f"{middle:.4g} ± {(high - low) / 2:.2g}"
+    return f"{middle:.4g} +- {(high - low) / 2:.2g}"
 
 
 def format_table(table: list[Row]) -> str:

@@ -44,7 +44,7 @@ def test_every_loss_is_measured_or_says_why_not(capsys, tmp_path, monkeypatch):
             assert len(row["forward"]) == len(row["fwd_bwd"]) == 3
             assert row["error"] < 1e-5
             assert " - " not in line
-            assert re.search(r"\d ± \d", line)
+            assert re.search(r"\d \+- \d", line)
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 
 
@@ -140,7 +140,7 @@ def test_the_host_has_a_column_where_it_was_timed():
     assert "host ms" not in benchmark.format_table([row])
     row.host = [0.4, 0.5]
     head, line = benchmark.format_table([row]).splitlines()
-    assert line[head.index("host ms") :].startswith("0.45 ± 0.075")
+    assert line[head.index("host ms") :].startswith("0.45 +- 0.075")
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "1000"), ("77", "77")])
@@ -242,11 +242,13 @@ def test_help_says_in_words_that_no_figure_is_drawn(capsys):
     assert "''" not in words
 
 
-def test_a_device_that_is_not_there_ends_in_one_line():
-    """--device cuda:7 is asked for by its number; an unknown name and no rows are errors too."""
+def test_what_cannot_be_measured_or_drawn_ends_in_one_line():
+    """Before anything is measured: a device or a folder that is not there, no rows."""
     for arguments, message in (
         (["--device", "cuda:77"], "--device cuda:77: got"),
-        (["--device", "abacus"], "--device: "),
+        (["--device", "abacus"], "--device abacus: expected cpu, cuda or cuda:N"),
+        (["--device", "mps"], "--device mps: expected cpu, cuda or cuda:N"),
+        (["--plot", "/no/such/folder/x.png"], "--plot /no/such/folder/x.png: got no such folder"),
         (["--rows", "0"], "--rows, --vocab, --width: expected at least 1"),
     ):
         with pytest.raises(SystemExit, match=f"^error: {message}"):
