@@ -18,7 +18,9 @@ import pytest
 from model.tokenizer import load_tokenizer
 from tests.train.run_folder import PROMPTS, TEXT, write_run
 from train import console
+from train.checkpoint import replacing
 from train.report import summary, write_report
+from train.report.__main__ import report as report_command
 from train.report.runs import read_runs
 from train.report.samples import moments, opening, pieces, typical
 
@@ -278,19 +280,40 @@ def test_a_report_that_cannot_be_written_says_how_to_write_it_elsewhere(tmp_path
 
 def test_the_summary_has_a_row_per_run_its_text_and_the_next_command(tmp_path: Path) -> None:
     """The columns line up; one sample before and after each run; the last line samples the dial,
-    whose R is the highest of those that did not collapse."""
+    whose R is the highest of those that did not collapse and have weights to sample from."""
     folders = [
         write_run(tmp_path / "nudge", 1e-6, final_loss=6.0),
         write_run(tmp_path / "collapse", 1e-4, final_loss=0.001),
         write_run(tmp_path / "a dial", 1e-3, 5.0),
+        write_run(tmp_path / "diverged", 1e-3, 7.0),
     ]
+    assert "Sample it" not in summary(folders)
+    for folder in folders[:3]:
+        (folder / "model.safetensors").touch()
     lines = summary(folders).splitlines()
-    assert len({len(line) for line in lines[1:6]}) == 1
+    assert len({len(line) for line in lines[1:7]}) == 1
     assert [line.split()[0] for line in lines[1:4]] == ["run", "before", "lr"]
     samples = [line for line in lines if f": {PROMPTS[0]}" in line]
     labels = [line.partition(":")[0] for line in samples]
-    assert labels == ["before", "lr 1e-6", "lr 1e-4", "G = 5"]
+    assert labels == ["before", "lr 1e-6", "lr 1e-4", "G = 5", "G = 7"]
     assert lines[-1] == f"    python -m train.sample --model {shlex.quote(str(folders[2]))}"
+
+
+def test_a_tilde_is_the_home_folder_here_too(monkeypatch, tmp_path: Path) -> None:
+    """Of the runs and of the report."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_run(tmp_path / "run", steps=2, eval_every=2)
+    report_command((Path("~/run"),), Path("~/out"))
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_report_does_not_touch_the_temporary_files_of_a_run(tmp_path: Path) -> None:
+    """Written into the run's own folder while the run saves there."""
+    folder = write_run(tmp_path / "run", steps=2, eval_every=2)
+    with replacing(folder / "file") as temporary:
+        write_report([folder], folder)
+        temporary.write_text("whole")
+    assert (folder / "file").read_text() == "whole"
 
 
 def test_odd_paths_are_reported_and_printed(tmp_path: Path) -> None:

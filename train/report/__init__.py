@@ -15,7 +15,7 @@ from statistics import median
 
 from jinja2 import StrictUndefined, Template
 
-from train.checkpoint import replacing
+from train.checkpoint import MODEL, replacing
 from train.report.runs import Evaluation, Run, best, read_runs, scientific
 from train.report.samples import count, moments, opening, pieces, typical
 from weights.layout import printable
@@ -66,11 +66,11 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            with replacing(out / name) as temporary:
+            with replacing(out / name, staging=".report.tmp") as temporary:
                 temporary.write_bytes(content)
     except OSError as error:
         again = f"python -m train.report {shlex.join(map(str, run_folders))} --out FOLDER"
-        message = f"{error}. The runs are complete; report them elsewhere: {again}"
+        message = f"{error}. The runs are unchanged; report them elsewhere: {again}"
         raise ValueError(printable(f"cannot write the report to {out}: {message}")) from error
     return [out / name for name in files]
 
@@ -89,8 +89,10 @@ def summary(run_folders: Sequence[Path]) -> str:
         sample = typical(run, evaluation)[0]
         text = "".join(piece.text for piece in pieces(sample.ids, run.target_token_ids))
         lines += ["", f"{row['run']}: {printable(sample.prompt)}{text}"]
-    folder = printable(shlex.quote(str(best(runs).folder)))
-    return "\n".join([*lines, "", "Sample it:", f"    python -m train.sample --model {folder}"])
+    if whole := [run for run in runs if (run.folder / MODEL).exists()]:  # none that diverged
+        folder = printable(shlex.quote(str(best(whole).folder)))
+        lines += ["", "Sample it:", f"    python -m train.sample --model {folder}"]
+    return "\n".join(lines)
 
 
 def _rows(runs: Sequence[Run]) -> Rows:

@@ -7,6 +7,7 @@ import tyro
 
 from train import console
 from train.report import summary, write_report
+from weights.layout import expand
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 
@@ -15,12 +16,13 @@ def report(runs: tyro.conf.Positional[Runs], out: Path = Path("report")) -> None
     """Report one or several runs.
 
     Args:
-        runs: each a run's folder or a folder of them
+        runs: the folder of a run, or a folder that contains runs
         out: folder for report.html, the figures and table.csv
     """
-    for path in write_report(runs, out):
+    folders = [expand(run) for run in runs]
+    for path in write_report(folders, expand(out)):
         console.say(f"wrote {path}")
-    console.say(summary(runs))
+    console.say(summary(folders))
 
 
 if __name__ == "__main__":
