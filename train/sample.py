@@ -34,7 +34,7 @@ class Options:
     """Print text sampled from a GPT-2."""
 
     model: str = "tiny"  # tiny, gpt2, gpt2-medium, gpt2-xl, a safetensors file or a run's folder
-    prompt: str = "Once upon a time"
+    prompt: str = "Once upon a time"  # text to continue
     samples: Count = 1  # texts to print, one after the other
     length: Count = 64  # new tokens per sample; fewer if the text ends before
     temperature: Annotated[FiniteFloat, Ge(0)] = 1.0  # 0: always the likeliest token
@@ -56,6 +56,8 @@ def sample(options: Options) -> None:
         raise ValueError(f"{options.model}: got {got} tokens, expected GPT-2's {tokenizer.n_vocab}")
     targets = _target_tokens(options.model) if sys.stdout.isatty() else frozenset()
     prompt = torch.tensor([tokenizer.encode(options.prompt) or [tokenizer.eot]], device=device)
+    if options.length > (room := model.config.n_positions - prompt.shape[1]):
+        raise ValueError(f"--length {options.length}: expected at most {room} after this prompt")
     generator = torch.Generator(device).manual_seed(options.seed)
     choice = options.temperature, options.top_k or None, generator, tokenizer.eot
     for n in range(options.samples):

@@ -88,7 +88,7 @@ def test_what_could_steer_a_terminal_is_escaped(capsys, monkeypatch) -> None:
         ({"seed": -1}, "--seed"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": -1}, "--top-k"),
-        ({"length": 300}, "max_new_tokens"),
+        ({"length": 300}, "--length 300: expected at most 252 after this prompt"),
         ({"model": "no/such/run"}, "no weights at no/such/run"),
     ],
 )
