@@ -7,8 +7,8 @@ Both start from the same random weights, saved in a temporary folder. Theirs tra
 F.log_softmax, F.kl_div and torch.optim.Adam at their defaults; ours is the loop of train.xfactor,
 which also measures the target probability at every step. They take turns, each time in a new
 process, so that both see the same machine and neither inherits the other's settings. Each time is
-that of a third call, as the first two take fresh memory; the table shows medians, and the last line
-is JSON.
+that of a third call, because the first two also pay for new memory; the table shows medians, and
+the last line is JSON.
 
     load        from a file in the page cache to the logits of one token
     generate    greedy, batch size 1, with a key/value cache
@@ -55,13 +55,14 @@ MASK = torch.arange(GPT2Config.vocab_size) < 984  # as many target tokens as con
 class Options:
     """The sizes to measure with."""
 
-    model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"  # its size only
+    model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"
+    """only its size is used: the weights are random"""
     dtype: Annotated[tuple[Literal["bfloat16", "float32"], ...], MinLen(1)] = "bfloat16", "float32"
     """bfloat16 is autocast"""
     batch: Annotated[int, Ge(1)] = 4  # B, sequences per step
     length: Annotated[int, Ge(1)] = 64  # T, tokens per sequence
     repetitions: Annotated[int, Ge(1)] = 3  # of every measurement, each in a new process
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # to measure on
 
 
 class Ours:
@@ -149,6 +150,8 @@ def measure(name: str, folder: str, options: Options) -> dict[str, float]:
 
 def benchmark(options: Options) -> None:
     """Measure and print. Raises ValueError if transformers is not installed."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: got a machine without CUDA, expected a GPU; use cpu")
     if find_spec("transformers") is None:
         raise ValueError('transformers is not installed; run: pip install "transformers>=5"')
     where = f"{device_name(torch.device(options.device))}, {torch.get_num_threads()} threads"

@@ -79,6 +79,13 @@ def test_each_repetition_measures_everything_in_a_process_of_its_own(
     assert results == {"load, ms": {"ours": 2.0, "transformers": 15.0}}
 
 
+def test_a_gpu_that_is_not_there_is_one_line(options: Options, monkeypatch) -> None:
+    """Before anything is measured."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^--device cuda: got a machine without CUDA, .*$"):
+        benchmark.benchmark(replace(options, device="cuda"))
+
+
 def test_without_transformers_the_command_says_what_to_install(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
