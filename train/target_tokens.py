@@ -8,7 +8,7 @@ from typing import Annotated
 
 import regex
 import torch
-from annotated_types import MinLen
+from annotated_types import Ge, Le, MinLen
 from pydantic import FiniteFloat
 from torch import Tensor
 from tyro.conf import UseAppendAction, arg
@@ -16,7 +16,8 @@ from tyro.conf import UseAppendAction, arg
 from kernels import TwoLevelTarget
 from model.tokenizer import Tokenizer
 
-Floats = Annotated[tuple[FiniteFloat, ...], MinLen(1)]
+Factor = Annotated[FiniteFloat, Ge(-100), Le(100)]  # e^100 leaves nothing to the other tokens
+Factors = Annotated[tuple[Factor, ...], MinLen(1)]
 TIME_LIMIT = 10.0  # seconds that a pattern may take for the whole vocabulary
 
 
@@ -26,21 +27,24 @@ class Goal:
 
     letter: str = "X"  # target tokens contain this letter
     contains: UseAppendAction[tuple[str, ...]] = ()
-    """instead: contain this string; repeat the option for several, any of which will do"""
+    """instead of --letter: contain this string; repeat the option for several, any of which will
+    do"""
     regex: Annotated[str, arg(metavar="PATTERN", help_behavior_hint="(default: none)")] = ""
-    """instead: match this pattern, which is case-sensitive"""
+    """instead of --letter: match this pattern, which is case-sensitive"""
     tokens: Annotated[str, arg(metavar="FILE", help_behavior_hint="(default: none)")] = ""
-    """instead: are named in a file, an id or a text per line"""
+    """instead of --letter: are listed in a file, an id or the text of one token per line"""
     match_case: bool = False  # tell "X" from "x" in --letter and --contains
     alpha: FiniteFloat = 1.0  # relative weight of a target token
     beta: FiniteFloat = 0.0  # relative weight of any other token; alpha > beta >= 0
     mass: Annotated[FiniteFloat | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
-    """instead: the probability of all target tokens together (default: by the weights)"""
-    tilt: Annotated[Floats | None, arg(metavar="G [G ...]", help_behavior_hint="")] = None
-    """instead: the start's distribution, G nats added to the target tokens' logits; a run per G
-    (default: no tilt)"""
-    strength: Annotated[Floats | None, arg(metavar="S [S ...]", help_behavior_hint="")] = None
-    """with --tilt: a factor of G for each --contains (default: 1 each)"""
+    """instead of --alpha and --beta: the probability of all target tokens together (default: what
+    these give)"""
+    tilt: Annotated[Factors | None, arg(metavar="G [G ...]", help_behavior_hint="")] = None
+    """instead of --alpha and --beta: the start's distribution, G nats added to the target tokens'
+    logits; a run per G (default: no tilt)"""
+    strength: Annotated[Factors | None, arg(metavar="S [S ...]", help_behavior_hint="")] = None
+    """with --tilt: multiply G by S, one S per --contains; a negative S suppresses (default: 1 each)
+    """
 
 
 def choose_tokens(tokenizer: Tokenizer, goal: Goal) -> tuple[Tensor, str]:
