@@ -71,7 +71,8 @@ def process_group() -> Iterator[torch.device]:
         if "by peer" not in str(error):
             raise
         raise ValueError(
-            f"rank {rank()} of {world_size()} ended because another one did; see its message"
+            f"rank {rank()} of {world_size()} ended because another one did; unless that was "
+            "killed, its message says why"
         ) from error
     # Skipped after an error: the other ranks may be in a collective that never completes, and
     # leaving the group would wait for them. torchrun stops them once this process has ended.

@@ -1,7 +1,7 @@
 """Follow one batch from token ids to the loss: one line per stage, with a number to check by hand.
 
     python -m train.walkthrough                        the embedded checkpoint
-    python -m train.walkthrough --model gpt2-medium    or any file that load_weights takes
+    python -m train.walkthrough --model gpt2-medium    OpenAI's, or the path of another checkpoint
 
 The first block is shown step by step, in the names of `gpt2.py`; the others repeat it. Attention,
 one fused call there, is written out here, so this is also an independent check: the logits must
@@ -185,7 +185,7 @@ def walkthrough(model: str = "tiny") -> None:
     """Print everything. Raises ValueError for weights that cannot be loaded or shown.
 
     Args:
-        model: tiny, gpt2-medium or a path
+        model: tiny, gpt2, gpt2-medium, gpt2-xl or a path
     """
     gpt2 = GPT2.from_state_dict(load_weights(model), assign=True)
     config, n_vocab = gpt2.config, load_tokenizer().n_vocab

@@ -139,7 +139,7 @@ def command(name: str, check: bool = False, list: bool = False) -> None:
     Args:
         name: gpt2, gpt2-medium or gpt2-xl; with --check a file or folder
         check: read every value and print the sizes and the hash
-        list: the same, and every tensor
+        list: like --check, and list every tensor
     """
     if check or list:
         print(describe(name, list))

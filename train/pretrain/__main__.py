@@ -4,7 +4,7 @@
 
 Next-token cross-entropy over all 50,257 tokens, AdamW, warm-up and cosine, bf16 autocast, dropout;
 on the CPU. Stop it at any time: the same command resumes from the last save, with the same batches,
-because the batch and the dropout of a step are drawn from (seed, step) alone.
+because the batch and the dropout of a step are drawn from seed + step alone.
 """
 
 import json
