@@ -10,10 +10,10 @@
     model.safetensors       the weights alone, written when the run ends or is stopped
 
 A save flushes the logs, then replaces checkpoint.safetensors atomically. Whenever the process is
-killed, there is either no checkpoint, and the run starts over, or a complete one, and logs with at
-least what it records. Resuming cuts the logs to the recorded lengths and continues to the same
-curve, samples and weights, bit for bit. Nothing is pickled. Only these files and a folder for
-temporary files are ever written or removed, never through a link.
+killed, either there is no checkpoint and the run starts over, or the checkpoint is complete and the
+logs hold at least what it records. Resuming cuts the logs to the recorded lengths and continues to
+the same curve, samples and weights, bit for bit. Nothing is pickled. Only these files and a folder
+for temporary files are ever written or removed, never through a link.
 """
 
 import errno
@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,12 +58,13 @@ State = tuple[nn.Module, torch.optim.Adam, torch.Generator]  # what a save holds
 def open_folder(out: Path, names: Sequence[str], resuming: bool) -> Iterator[None]:
     """Lock a folder for runs of these names against other commands; create it if it is missing.
 
-    If a new command fails before any run has logged a step, nothing is left behind.
+    If a new command fails before any run has logged a step, nothing is left behind; else the error
+    gets a note that says how to resume.
 
     Raises ValueError if the folder is locked or holds something else, and for any OSError.
     """
     created: list[Path] = []
-    unused = False
+    unused, kept = False, resuming
     with ExitStack() as stack:
         try:
             for path in reversed((out, *out.parents)):
@@ -79,10 +81,11 @@ def open_folder(out: Path, names: Sequence[str], resuming: bool) -> Iterator[Non
             yield
         except BaseException as error:
             with suppress(OSError):  # report the first error
-                if unused:
-                    _remove_unused(out, names)
+                kept = kept or (unused and not _remove_unused(out, names))
                 for path in created:
                     path.rmdir()  # fails if it is not empty
+            if kept:
+                error.add_note(f"resume with --resume {shlex.quote(str(out))}")
             if isinstance(error, OSError):
                 advice = "choose another --out, or --resume what was saved there"
                 raise ValueError(f"cannot write to {out}: {error}; {advice}") from error
@@ -108,38 +111,39 @@ def _configs(out: Path) -> list[Path]:
 def _check_unused(out: Path, names: Sequence[str]) -> None:
     if _configs(out):
         raise ValueError(f"--out {out} holds a run; choose another folder, or --resume {out}")
-    for path in out.iterdir():  # a killed command may have left the beginning of a run
-        found, ours = {path.name}, {SAMPLED, STAGING, LOST_FOUND}
-        if path.name in names and path.is_dir():
-            found, ours = {file.name for file in path.iterdir()}, {*LOGS, STAGING}
-        if found - ours:
+    for path in out.iterdir():
+        found = {path.name}
+        if path.name in names and path.is_dir():  # of a command killed before it wrote config.json
+            found = {file.name for file in path.iterdir()}
+        if found - {STAGING, LOST_FOUND}:
             raise ValueError(
-                f"--out {out} is not empty and holds no run, but {path.name!r}; choose another"
+                f"--out {out} contains {path.name!r} and no run; choose a new or an empty folder"
             )
 
 
-def _remove_unused(out: Path, names: Sequence[str]) -> None:
-    """Remove the files of these runs by name, unless a run has logged a step."""
+def _remove_unused(out: Path, names: Sequence[str]) -> bool:
+    """Remove the files of these runs by name, unless a run has logged a step; return whether."""
     folders = [out / name for name in names if (out / name).exists()]
     if any(b'"loss"' in log.read_bytes() for f in folders for log in f.glob(METRICS)):
-        return
+        return False
     (out / SAMPLED).unlink(missing_ok=True)
     for folder in folders:
         for name in (*LOGS, CONFIG):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
+    return True
 
 
 def create(folder: Path, model_config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Create a run's folder with empty logs unless they are there; write its config.json."""
+    """Create a run's folder, write its config.json, and create logs unless they are there."""
     versions = {name: version(name) for name in ("torch", "triton") if find_spec(name)}
     versions["python"] = platform.python_version()
     config = {**model_config, "xfactor": {**about, "versions": versions}}
     folder.mkdir(exist_ok=True)
-    for log in LOGS:
-        _open(folder / log).close()
     with replacing(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
+    for log in LOGS:
+        _open(folder / log).close()
     fsync(folder.parent)
 
 
@@ -150,16 +154,19 @@ def _open(path: Path) -> BinaryIO:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that atomically replaces `path`; clear what a kill left behind."""
-    staging = path.parent / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(mode=0o700)
+def replacing(path: Path, staging: str = STAGING) -> Iterator[Path]:
+    """Yield a temporary file that atomically replaces `path`; clear what a kill left behind.
+
+    staging: the name of the folder for it, one per program that may write beside another.
+    """
+    folder = path.parent / staging
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
     try:
-        with atomic_write(path, staging) as temporary:
+        with atomic_write(path, folder) as temporary:
             yield temporary
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_options(out: Path) -> dict[str, Any]:
@@ -262,12 +269,15 @@ def last_save(folder: Path) -> str:
 def read(
     folder: Path, model: nn.Module, origin: Mapping[str, str]
 ) -> tuple[int, dict[str, int], dict[str, Tensor]]:
-    """Read a run's checkpoint and check everything in it; ValueError if `save` did not write it.
+    """Read a run's checkpoint: its step (0 without one), each log's length in bytes, the tensors.
 
-    Returns its step (0 without a checkpoint), the byte length of each log, and the tensors.
+    Raises ValueError unless its names, shapes, dtypes and steps are the run's, its values finite,
+    and the logs and the run's origin those of its metadata.
     """
     path = folder / CHECKPOINT
     if not os.path.lexists(path):
+        if (folder / MODEL).exists():  # written after the last save
+            raise ValueError(f"{folder}: got no {CHECKPOINT}, without which a run does not resume")
         return 0, dict.fromkeys(LOGS, 0), {}
     expected = {"generator": torch.Generator().get_state()}
     for name, p in model.named_parameters():
@@ -278,7 +288,7 @@ def read(
         if missing := {"step", *LOGS, *origin} - metadata.keys():
             raise ValueError(f"got no {min(missing)!r} in its metadata")
         if changed := [key for key, value in origin.items() if metadata[key] != value]:
-            raise ValueError(f"the run began with other {changed[0]}")
+            raise ValueError(f"the run began with other {changed[0]} than are given now")
         step = int(metadata["step"])
         if any(tensors[name].item() != step for name in tensors if name.startswith("step.")):
             raise ValueError(f"Adam's state is not that of step {step}")
@@ -338,14 +348,19 @@ def resume(folder: Path, state: State, origin: Mapping[str, str]) -> int:
     return step
 
 
-def origin(options: Any, start: nn.Module, wanted: Tensor, text: Tensor | None) -> dict[str, str]:
-    """Return digests of what must not change between the start of a run and its resumption."""
+def origin(
+    options: Any, start: nn.Module, wanted: Tensor, source: str, text: Tensor | None
+) -> dict[str, str]:
+    """Return digests of what must not change between the start of a run and its resumption.
+
+    source: where inputs come from; text: their ids, if that is a file.
+    """
     fixed = {k: v for k, v in vars(options).items() if k not in (*MAY_CHANGE, *MAY_MOVE)}
     return {
         "options": sha256(repr(sorted(fixed.items())).encode()).hexdigest(),
         "weights": digest(start.parameters()),
         "target tokens": digest([wanted]),
-        "inputs": "" if text is None else digest([text]),
+        "inputs": source if text is None else digest([text]),
     }
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import tyro
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
@@ -18,7 +17,8 @@ from tqdm import tqdm
 from kernels import TwoLevelTarget
 from train import checkpoint, distributed
 from train.report import summary, write_report
-from weights.layout import expand
+from weights import WeightsError
+from weights.layout import expand, printable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -48,14 +48,18 @@ def command() -> Iterator[None]:
             yield
     except BrokenPipeError:  # nobody reads the output any more
         sys.exit(1)
-    except (OSError, ValueError) as error:
+    except WeightsError as error:  # made printable, and may have several lines
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:  # the rest of its message is about the allocator
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError) as error:
+        sys.exit(printable(f"error: {error}"))
+    except RuntimeError as error:
+        if "memory" not in str(error):  # neither CUDA's nor the CPU's has run out
+            raise
+        reason = str(error).splitlines()[0]  # the rest is about the allocator
         sys.exit(f"error: {reason} Try a smaller --batch, --dtype bfloat16 or --model gpt2")
     except Interrupted as stopped:
         if distributed.is_main():
-            say(str(stopped), error=True)
+            say("; ".join([str(stopped), *getattr(stopped, "__notes__", [])]), error=True)
         sys.exit(128 + stopped.number)
     finally:
         say("", end="")  # flush while an error can still be caught
@@ -106,18 +110,24 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
         out, names = expand(options.resume), [f.name for f in fields(options_class)]
         values = checkpoint.read_options(out)
         if unlike := sorted(set(names) ^ values.keys()):
-            raise ValueError(f"{out}: config.json lacks options or has others: {unlike[0]!r}")
+            got = "no" if unlike[0] in names else "an unknown"
+            raise ValueError(f"{out}, config.json: got {got} option {unlike[0]!r}")
         saved = validated(options_class, values | {"out": out}, f"{out}, config.json: ")
         options = _parse(saved, arguments, description)
+        order = {name: getattr(saved, name) for name in ("lr", "tilt", "contains")}
         for name in names:
             was, given = getattr(saved, name), getattr(options, name)
-            same = set(was) == set(given) if isinstance(was, tuple) else was == given
+            same = was == given
+            if name in order and was and given:
+                same = set(was) == set(given)
             if not same and name not in (*checkpoint.MAY_CHANGE, *checkpoint.MAY_MOVE):
                 raise ValueError(
                     f"--{name.replace('_', '-')}: got {given!r}, but the run in {out} has "
                     f"{was!r}; leave it out, or start another run with another --out"
                 )
-        options = replace(options, lr=saved.lr, contains=saved.contains, out=out)
+        if expand(options.out) != out:
+            raise ValueError(f"--out {options.out}: leave it out, or give it as {out}, to resume")
+        options = replace(options, **order, out=out)
     # safetensors refuses any other name.
     if str(options.out).encode(errors="ignore") != os.fsencode(options.out):
         raise ValueError(f"--out {str(options.out)!r}: expected a name in UTF-8")

@@ -1,6 +1,5 @@
 """What a run starts from: checked options, the model before fine-tuning, the text to train on."""
 
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,10 @@ def check(options: Any, device: torch.device) -> Layout:
     if options.tilt and (options.alpha, options.beta, options.mass) != (1.0, 0.0, None):
         raise ValueError("--tilt defines the whole target; leave out --alpha, --beta and --mass")
     if options.strength and not options.tilt:
-        raise ValueError("--strength: needs --tilt, as it multiplies G")
+        raise ValueError("--strength multiplies the G of --tilt; give --tilt too")
     if options.batch % ranks:
         raise ValueError(
-            f"--batch {options.batch} is not divisible by {ranks} ranks; expected a multiple of it"
+            f"--batch {options.batch} is not divisible by {ranks} ranks; give a multiple of {ranks}"
         )
     if options.dtype == "tf32" and device.type != "cuda":
         raise ValueError(f"--dtype tf32: got device {device}, expected cuda; use bfloat16")
@@ -75,7 +74,8 @@ def read_text(name: str, tokenizer: Tokenizer, length: int) -> Tensor:
     try:
         ids = tokenizer.encode(Path(name).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--inputs {name}: {error}; expected 'random' or a text file") from error
+        expected = "expected 'random', 'samples' or a text file in UTF-8"
+        raise ValueError(f"--inputs {name}: {error}; {expected}") from error
     if len(ids) < length:
         raise ValueError(
             f"--inputs {name}: {len(ids)} tokens, expected at least one window of {length}; "
@@ -85,22 +85,28 @@ def read_text(name: str, tokenizer: Tokenizer, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample_text(folder: Path, start: GPT2, seed: int, device: torch.device) -> Tensor:
+def sample_text(folder: Path, start: GPT2, seed: int, device: torch.device, in_use: bool) -> Tensor:
     """Return text sampled from the start model, int64 (n,); read from the folder if it is there.
 
     Every rank must call it. The main rank samples TEXTS texts of TOKENS tokens.
+
+    Raises ValueError if the text is in use, by a run that has a checkpoint, and not there: sampled
+    on another device it might not be the same.
     """
     path, length = folder / SAMPLED, min(TOKENS, start.config.n_positions)
     expected = {"ids": torch.empty(TEXTS, length, dtype=torch.int64)}
     made_by = {"weights": digest(start.parameters()), "seed": str(seed)}
-    found: dict[str, str] = {}
     if distributed.is_main():
-        with suppress(OSError, ValueError):  # missing or incomplete
-            _, found = read_tensors(path, expected)
-        if found != made_by:
+        try:
+            tensors, found = read_tensors(path, expected)
+            if found != made_by | {"text": digest(tensors.values())}:
+                raise ValueError("got another text than was sampled")
+        except (OSError, ValueError) as error:  # missing or damaged
+            if in_use:
+                raise ValueError(f"{path}: {error}; restore it, or start another run") from error
             ids = _sample(start.to(device), length, torch.Generator(device).manual_seed(seed))
             start.cpu()
-            write_tensors(path, {"ids": ids}, made_by)
+            write_tensors(path, {"ids": ids}, made_by | {"text": digest([ids])})
     distributed.barrier()
     return read_tensors(path, expected)[0]["ids"].flatten()
 

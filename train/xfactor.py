@@ -13,7 +13,6 @@ distribution with G nats added to the logits of the target tokens: G sets how ma
 writes, whatever the learning rate, and the text stays readable.
 """
 
-import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -46,6 +45,7 @@ class Start:
     """The start model: the one before fine-tuning."""
 
     model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"
+    """the model to fine-tune: official ones are downloaded once, tiny is embedded"""
     weights: Annotated[str, arg(metavar="random|PATH", help_behavior_hint="")] = ""
     """random, a safetensors file, or a folder that holds one (default: the model's own)"""
 
@@ -189,16 +189,15 @@ def fine_tune(
                 logged = time.perf_counter()
             if distributed.all_reduce_max(bool(problem)):
                 problem = problem or "the main rank says why"
-                return f"{problem}; {checkpoint.last_save(folder)}. Try a smaller --lr"
+                saved = checkpoint.last_save(folder)
+                return f"{problem}; {saved}. Try a smaller --lr, with another --out"
             if stop:
                 break
     if is_main:
         checkpoint.save_model(folder, model)
     distributed.barrier()
     if stop := stop or next(iter(received), 0):  # or a signal since the last step
-        out = shlex.quote(str(options.out))
-        what_now = f" after step {step}, which is saved; resume with --resume {out}"
-        raise console.Interrupted(stop, what_now)
+        raise console.Interrupted(stop, f" after step {step}, which is saved")
     return ""
 
 
@@ -228,12 +227,14 @@ def experiment(options: Options) -> None:
         if options.dtype == "tf32":
             torch.set_float32_matmul_precision("high")
         start = inputs.load_start(options, layout)
-        if source == "samples":
-            text = inputs.sample_text(options.out, start, options.seed, device)
-        origin = checkpoint.origin(options, start, wanted, text)
+        origin = checkpoint.origin(options, start, wanted, source, text)
         target, wanted, before = target.to(device), wanted.to(device), None
+        done = [0]
         if is_main:
-            steps = [checkpoint.read(options.out / name, start, origin)[0] for name in runs]
+            done = [checkpoint.read(options.out / name, start, origin)[0] for name in runs]
+            if max(done) > options.steps:
+                got = f"--steps {options.steps}: a run in {options.out} has done {max(done)}"
+                raise ValueError(f"{got} already; give more")
             about: dict[str, Any] = {
                 "options": asdict(options),
                 "goal": goal,
@@ -246,9 +247,11 @@ def experiment(options: Options) -> None:
             for name, (lr, tilt) in runs.items():
                 about |= {"lr": lr, "tilt": tilt}
                 checkpoint.create(options.out / name, layout.config(), about)
-            if not all(steps):
-                console.say("evaluating the model before fine-tuning")
-                before = evaluate(start, start, tokenizer, target.mask, options.seed)
+        if source == "samples":
+            text = inputs.sample_text(options.out, start, options.seed, device, any(done))
+        if is_main and not all(done):
+            console.say("evaluating the model before fine-tuning")
+            before = evaluate(start, start, tokenizer, target.mask, options.seed)
         distributed.barrier()  # every rank has accepted the options, and the folders exist
         problems = []
         for name, (lr, tilt) in runs.items():

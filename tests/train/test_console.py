@@ -73,6 +73,13 @@ def test_an_error_of_the_system_is_one_line() -> None:
             Path("/no/such/file").read_text()
 
 
+def test_an_error_steers_no_terminal_and_has_one_line() -> None:
+    """Whatever is in the path that it quotes."""
+    with pytest.raises(SystemExit) as raised, console.command():
+        raise ValueError("/a\nb/\x1b[31m: no such folder")
+    assert str(raised.value) == r"error: /a\nb/\x1b[31m: no such folder"
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path) -> None:
     """In the folder of the runs and in the files that they begin with."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -17,7 +17,11 @@ from weights import load_weights, save_weights
 RATE = "lr-0.01"
 REFUSED = {
     "again": (["--out", "OUT"], "holds a run; choose another folder, or --resume"),
-    "a folder in use": (["--out", "OUT/lr-0.01"], "is not empty and holds no run, but"),
+    "a folder in use": (["--out", "OUT/lr-0.01"], " and no run; choose a new or an empty folder"),
+    "another folder": (["--resume", "OUT", "--out", "OUT/x"], "--out OUT/x: leave it out"),
+    "fewer steps": (["--resume", "OUT", "--steps", "7"], "OUT has done 8 already; give more"),
+    "a text": (["--resume", "OUT", "--inputs", "OUT/other/config.json"], "began with other inputs"),
+    "sampled inputs": (["--resume", "OUT", "--inputs", "samples"], "began with other inputs"),
     "another rate": (["--resume", "OUT", "--lr", "1e-3"], "--lr: got (0.001,), but the run"),
     "another goal": (["--resume", "OUT", "--regex", "X"], "--regex"),
     "another batch": (["--resume", "OUT", "--batch", "4"], "--batch"),
@@ -54,7 +58,8 @@ def test_what_does_not_fit_the_folder(case: str, small_command, copy: Path) -> N
     weights["ln_f.bias"][0] += 1e-3
     save_weights(weights, copy / "other")
     arguments, message = REFUSED[case]
-    assert_refused([a.replace("OUT", str(copy)) for a in arguments], message, copy)
+    arguments = [a.replace("OUT", str(copy)) for a in arguments]
+    assert_refused(arguments, message.replace("OUT", str(copy)), copy)
 
 
 EDITS = {
@@ -132,6 +137,12 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def test_a_finished_run_without_its_checkpoint_does_not_start_over(copy: Path) -> None:
+    """Somebody has removed the largest file to save space; the weights and the logs stay."""
+    (copy / RATE / "checkpoint.safetensors").unlink()
+    assert_refused(["--resume", str(copy)], "got no checkpoint.safetensors, without which", copy)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_a_second_signal_ends_the_run_at_once(small_command, tmp_path: Path) -> 
     os.kill(process.pid, signal.SIGTERM)
     code, output = quick_run.finish(process, log)
     assert code == 143
-    assert output.endswith("in a step\nstopped by SIGTERM\n")
+    assert output.endswith("in a step\nstopped by SIGTERM\n")  # before a step there is nothing
 
 
 def endless_step(arguments: list[str]) -> None:

@@ -40,7 +40,7 @@ def run(out: Path, steps: int = 2, resuming: bool = False) -> None:
     target = TwoLevelTarget(torch.arange(53) % 7 == 0)
     options = Options(steps=steps, batch=2, length=8, save_every=1, eval_every=1, out=out)
     text = torch.arange(53)
-    origin = checkpoint.origin(options, start, target.index, text)
+    origin = checkpoint.origin(options, start, target.index, "text", text)
     with (
         patch("train.xfactor.evaluate", lambda *_: EVALUATION),
         checkpoint.open_folder(out, [RATE], resuming),
@@ -274,15 +274,17 @@ def test_a_new_folder_is_on_disk_with_its_parents(tmp_path: Path) -> None:
     assert flushed[3:] == 2 * [tmp_path / "a" / "b" / RATE / log for log in checkpoint.LOGS]
 
 
-@pytest.mark.parametrize("name", ["file", RATE, f"{RATE}/file", "lr-1/config"])
+@pytest.mark.parametrize(
+    "name",
+    ["file", RATE, f"{RATE}/file", "lr-1/config", checkpoint.SAMPLED, f"{RATE}/metrics.jsonl"],
+)
 def test_a_folder_that_is_not_empty_and_holds_no_run_is_refused(name: str, tmp_path: Path) -> None:
-    """Untouched, not even the times of the folder change."""
+    """Untouched, not even the times of the folder change: also files with the names of a run's."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("x")
     before = {path: path.stat() for path in (tmp_path, *tmp_path.rglob("*"))}
-    with pytest.raises(
-        ValueError, match=r"is not empty and holds no run, but '(file|lr-.*)'; choose"
-    ):
+    top = name.partition("/")[0]
+    with pytest.raises(ValueError, match=f"contains '{top}' and no run; choose a new or an empty"):
         run(tmp_path)
     after = {path: path.stat() for path in (tmp_path, *tmp_path.rglob("*"))}
     assert {p: s.st_mtime_ns for p, s in after.items()} == {
@@ -330,26 +332,56 @@ def test_text_of_the_start_is_sampled_once_per_start_and_seed(tmp_path: Path) ->
     models = [GPT2(size).requires_grad_(False) for _ in range(2)]
     cpu, path = torch.device("cpu"), tmp_path / checkpoint.SAMPLED
     with patch.multiple("train.inputs", TEXTS=2, BATCH=2, TOKENS=8):
-        first = sample_text(tmp_path, models[0], 0, cpu)
+        first = sample_text(tmp_path, models[0], 0, cpu, False)
         written = path.stat().st_ino
-        assert torch.equal(sample_text(tmp_path, models[0], 0, cpu), first)
+        assert torch.equal(sample_text(tmp_path, models[0], 0, cpu, True), first)
         assert path.stat().st_ino == written
-        assert not torch.equal(sample_text(tmp_path, models[1], 0, cpu), first)
-        assert not torch.equal(sample_text(tmp_path, models[0], 1, cpu), first)
+        assert not torch.equal(sample_text(tmp_path, models[1], 0, cpu, False), first)
+        assert not torch.equal(sample_text(tmp_path, models[0], 1, cpu, False), first)
         with (
             failing(["replace"], 0, errno.ENOSPC),
             pytest.raises(ValueError, match="cannot write"),
             checkpoint.open_folder(tmp_path, [], resuming=True),
         ):
-            sample_text(tmp_path, models[0], 0, cpu)
+            sample_text(tmp_path, models[0], 0, cpu, False)
+
+
+@pytest.mark.parametrize("damage", ["nothing", "a bit", "the file"])
+def test_text_that_runs_have_trained_on_is_not_sampled_anew(damage: str, tmp_path: Path) -> None:
+    """On another device it might be another text: without the file as it was, they do not go on."""
+    start = GPT2(GPT2Config(n_positions=16, n_embd=64, n_layer=1, n_head=1)).requires_grad_(False)
+    cpu, path = torch.device("cpu"), tmp_path / checkpoint.SAMPLED
+    with patch.multiple("train.inputs", TEXTS=2, BATCH=2, TOKENS=8):
+        first = sample_text(tmp_path, start, 0, cpu, False)
+        data = bytearray(path.read_bytes())
+        data[-8] ^= 1  # of the last id
+        if damage == "the file":
+            path.unlink()
+        else:
+            path.write_bytes(data if damage == "a bit" else path.read_bytes())
+        if damage == "nothing":
+            assert torch.equal(sample_text(tmp_path, start, 0, cpu, True), first)
+        else:
+            with pytest.raises(ValueError, match="restore it, or start another run"):
+                sample_text(tmp_path, start, 0, cpu, True)
 
 
 def test_what_a_killed_command_left_in_the_folder_is_no_hindrance(tmp_path: Path) -> None:
-    """Text that it sampled, a temporary file, an empty run; an early error removes them by name."""
+    """A temporary file and the folder of a run, empty or with one; an early error removes them."""
     (tmp_path / checkpoint.STAGING).mkdir()
-    (tmp_path / checkpoint.SAMPLED).touch()
-    (tmp_path / RATE).mkdir()
+    (tmp_path / RATE / checkpoint.STAGING).mkdir(parents=True)
     with patch("train.xfactor.get_batch", side_effect=KeyError), pytest.raises(KeyError):
         run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.STAGING]
     run(tmp_path)
+
+
+def test_an_error_says_how_to_resume_only_if_something_is_left_to_resume(tmp_path: Path) -> None:
+    """In a note, which the command adds to the line of a signal."""
+    for after in (0, 1):
+        batches = [torch.zeros(2, 8, dtype=torch.int64)] * after
+        batch = patch("train.xfactor.get_batch", side_effect=[*batches, KeyError])
+        with batch, pytest.raises(KeyError) as raised:
+            run(tmp_path / "a run")
+        notes = [f"resume with --resume '{tmp_path}/a run'"] if after else []
+        assert getattr(raised.value, "__notes__", []) == notes

@@ -115,7 +115,7 @@ def test_the_start_writes_the_text_that_is_trained_on(tilted, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--contains", "x", "--strength", "2"], "--strength: needs --tilt"),
+        (["--contains", "x", "--strength", "2"], "--strength multiplies the G of --tilt"),
         (["--tilt", "3", "--contains", "x", "--strength", "1", "2"], "one per --contains"),
         (["--tilt", "3", "--contains", "x", "--strength", "-1"], "no token is wanted"),
         (["--tilt", "3", "3"], "each value once"),

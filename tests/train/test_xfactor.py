@@ -205,15 +205,20 @@ def test_a_bad_option_is_one_line_before_any_model_is_loaded(
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_too_little_memory_is_one_line_that_says_what_takes_less(monkeypatch) -> None:
-    """CUDA's own message goes on for lines about its allocator."""
+def cuda_exhausted(options: Options) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nSee more")
 
-    def exhausted(options: Options) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nSee more")
 
+def cpu_exhausted(options: Options) -> None:
+    torch.empty(2**60, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("exhausted", [cuda_exhausted, cpu_exhausted])
+def test_too_little_memory_is_one_line_that_says_what_takes_less(exhausted, monkeypatch) -> None:
+    """The messages of both go on for lines about the allocator."""
     monkeypatch.setattr(xfactor, "experiment", exhausted)
     monkeypatch.setattr(sys, "argv", ["xfactor"])
-    with pytest.raises(SystemExit, match=r"error: CUDA .* Try a smaller --batch, .*$") as stopped:
+    with pytest.raises(SystemExit, match=r"^error: .* Try a smaller --batch, .*$") as stopped:
         xfactor.main()
     assert "\n" not in str(stopped.value)
 
