@@ -37,7 +37,7 @@ class Options:
     prompt: str = "Once upon a time"  # text to continue
     samples: Count = 1  # texts to print, one after the other
     length: Count = 64  # new tokens per sample; fewer if the text ends before
-    temperature: Annotated[FiniteFloat, Ge(0)] = 1.0  # 0: always the likeliest token
+    temperature: Annotated[FiniteFloat, Ge(0)] = 1.0  # divides the logits; 0: the likeliest token
     top_k: Annotated[int, Ge(0)] = 0  # sample among the k likeliest tokens only; 0: among all
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0  # the same seed gives the same text
 

@@ -27,8 +27,7 @@ class Goal:
 
     letter: str = "X"  # target tokens contain this letter
     contains: UseAppendAction[tuple[str, ...]] = ()
-    """instead of --letter: contain this string; repeat the option for several, any of which will
-    do"""
+    """instead of --letter: contain this string; repeat the option for several, any will do"""
     regex: Annotated[str, arg(metavar="PATTERN", help_behavior_hint="(default: none)")] = ""
     """instead of --letter: match this pattern, which is case-sensitive"""
     tokens: Annotated[str, arg(metavar="FILE", help_behavior_hint="(default: none)")] = ""
@@ -37,14 +36,11 @@ class Goal:
     alpha: FiniteFloat = 1.0  # relative weight of a target token
     beta: FiniteFloat = 0.0  # relative weight of any other token; alpha > beta >= 0
     mass: Annotated[FiniteFloat | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
-    """instead of --alpha and --beta: the probability of all target tokens together (default: what
-    these give)"""
+    """instead of --alpha, --beta: the probability of all target tokens together (default: none)"""
     tilt: Annotated[Factors | None, arg(metavar="G [G ...]", help_behavior_hint="")] = None
-    """instead of --alpha and --beta: the start's distribution, G nats added to the target tokens'
-    logits; a run per G (default: no tilt)"""
+    """instead of --alpha, --beta: the start, target tokens + G nats; a run per G (default: none)"""
     strength: Annotated[Factors | None, arg(metavar="S [S ...]", help_behavior_hint="")] = None
-    """with --tilt: multiply G by S, one S per --contains; a negative S suppresses (default: 1 each)
-    """
+    """with --tilt: a factor S of G for each --contains; below 0, to suppress (default: 1 each)"""
 
 
 def choose_tokens(tokenizer: Tokenizer, goal: Goal) -> tuple[Tensor, str]:

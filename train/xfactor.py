@@ -55,8 +55,7 @@ class Optimisation:
     """Data, learning rates, precision."""
 
     inputs: Annotated[str, arg(metavar="random|samples|FILE", help_behavior_hint="")] = ""
-    """random token ids, text sampled from the start model, or a text file (default: random; samples
-    with --tilt)"""
+    """random ids, text sampled from the start, or a file (default: random; with --tilt, samples)"""
     lr: Annotated[tuple[Annotated[FiniteFloat, Ge(0)], ...], MinLen(1)] = (1e-4,)
     """Adam's learning rates, one run each"""
     steps: Annotated[int, Ge(1), Le(10**9)] = 300  # optimisation steps per run
