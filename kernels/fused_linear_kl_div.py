@@ -51,7 +51,9 @@ from .target import Target, TeacherTarget, check_head
 
 CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
 CUDA_CHUNK_ROWS = 2048  # 412 MB: what a GPU needs to be busy with each product
-VOCAB_BLOCK = 8192  # rows of dW converted to float32 at a time
+VOCAB_BLOCK = 8192  # rows of dW at a time, where a product cannot be added to it
+# PyTorch 2.9's addmm with an out_dtype takes no float32 to add to: pytorch/pytorch#167931.
+HAS_WIDE_ADDMM = torch.__version__ >= "2.11"  # compared as versions, not as text
 
 
 def fused_linear_kl_div(
@@ -217,20 +219,19 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _add_product(total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
     """total = dz^T h, or += after the first chunk, without a second tensor of total's size.
 
-    Where a product can only return 16 bits, it is made in blocks and converted before it is added:
-    ATen adds tensors of two dtypes element by element.
+    Where a product cannot be added to float32 by itself, it is made in blocks, converted if it has
+    16 bits, and added: ATen adds tensors of two dtypes element by element.
     """
     if total.dtype == dz.dtype:
         torch.mm(dz.t(), h, out=total) if first else total.addmm_(dz.t(), h)
-    elif has_wide_products(dz):
-        if first:
-            torch.mm(dz.t(), h, out_dtype=total.dtype, out=total)
-        else:
-            torch.addmm(total, dz.t(), h, out_dtype=total.dtype, out=total)
+    elif has_wide_products(dz) and first:
+        torch.mm(dz.t(), h, out_dtype=total.dtype, out=total)
+    elif has_wide_products(dz) and HAS_WIDE_ADDMM:
+        torch.addmm(total, dz.t(), h, out_dtype=total.dtype, out=total)
     else:
         for start in range(0, len(total), VOCAB_BLOCK):
             block = slice(start, start + VOCAB_BLOCK)
-            product = torch.mm(dz[:, block].t(), h)
+            product = _product(dz[:, block].t(), h)
             if first:
                 total[block] = product
             else:

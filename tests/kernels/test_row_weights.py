@@ -165,10 +165,15 @@ def test_a_head_without_a_width_gives_level_logits():
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="PyTorch 2.9 has them on CUDA only")
-def test_products_that_can_return_float32_are_asked_to(monkeypatch):
-    """The calls made on CUDA, on the meta device, which has them as well: dh and dW in float32."""
+@pytest.mark.parametrize("has_wide_addmm", [True, False])
+def test_products_that_can_return_float32_are_asked_to(has_wide_addmm, monkeypatch):
+    """The calls made on CUDA, on the meta device, which has them as well: dh and dW in float32.
+    On CUDA, PyTorch 2.9's addmm refuses a float32 to add to, which meta does not show."""
     module = import_module("kernels.fused_linear_kl_div")  # the package's name is the function
     monkeypatch.setattr(module, "has_wide_products", lambda _: True)
+    monkeypatch.setattr(module, "HAS_WIDE_ADDMM", has_wide_addmm)
+    if not has_wide_addmm:
+        monkeypatch.setattr(torch, "addmm", None)
     dz, w, h = (torch.empty(s, device="meta").bfloat16() for s in ((4, 30), (30, 8), (4, 8)))
     assert _product(dz, w).dtype == torch.float32
     total = torch.empty(30, 8, device="meta")
