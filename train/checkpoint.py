@@ -305,10 +305,7 @@ def read(
 def read_tensors(
     path: Path, expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file and its metadata.
-
-    Raises ValueError unless it has exactly these names, shapes and dtypes, and finite values.
-    """
+    """Read a safetensors file and its metadata; ValueError unless it is as expected, and finite."""
     try:
         with safe_open(path, "pt") as file:
             if unlike := sorted(set(file.keys()) ^ expected.keys()):

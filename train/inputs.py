@@ -58,8 +58,7 @@ def load_start(options: Any, layout: Layout) -> GPT2:
         torch.manual_seed(options.seed)
         start = GPT2(GPT2Config(**asdict(layout), n_head=layout.n_embd // HEAD_DIM))
     else:
-        state_dict = load_weights(options.weights or options.model)
-        start = GPT2.from_state_dict(state_dict, assign=True)
+        start = GPT2.from_state_dict(load_weights(options.weights or options.model), assign=True)
     return start.requires_grad_(False)
 
 
