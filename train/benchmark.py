@@ -22,7 +22,6 @@ import math
 import signal
 import statistics
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -157,25 +156,22 @@ def benchmark(options: Options) -> None:
     where = f"{device_name(torch.device(options.device))}, {torch.get_num_threads()} threads"
     size = f"B = {options.batch}, T = {options.length}"
     say(f"{options.model}, {size}, {where}, torch {torch.__version__}; measuring")
-    values = defaultdict(list)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         layout = layout_of(options.model)
         torch.manual_seed(0)
-        model = GPT2(GPT2Config(**asdict(layout), n_head=layout.n_embd // HEAD_DIM))
-        save_weights(model.state_dict(), folder)
-        del model
+        config = GPT2Config(**asdict(layout), n_head=layout.n_embd // HEAD_DIM)
+        save_weights(GPT2(config).state_dict(), folder)
         # A fork would share the state of threads; Ctrl-C is left to the process that waits.
         start = get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
         for _ in range(options.repetitions):
             for name in CONTENDERS:
                 with ProcessPoolExecutor(1, *start) as process:
-                    measured = process.submit(measure, name, folder, options).result()
-                for quantity, value in measured.items():
-                    values[quantity, name].append(value)
+                    runs[name].append(process.submit(measure, name, folder, options).result())
     results = {}
     say(f"{'':24}{'ours':>12}{'transformers':>14}{'ratio':>8}")
-    for quantity in measured:
-        ours, theirs = (statistics.median(values[quantity, name]) for name in CONTENDERS)
+    for quantity in runs["ours"][0]:
+        ours, theirs = (statistics.median(r[quantity] for r in runs[name]) for name in CONTENDERS)
         results[quantity] = {"ours": ours, "transformers": theirs}
         say(f"{quantity:24}{ours:12.1f}{theirs:14.1f}{theirs / ours:8.2f}")
     say(json.dumps({"options": asdict(options), "results": results}))

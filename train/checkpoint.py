@@ -170,10 +170,7 @@ def replacing(path: Path, staging: str = STAGING) -> Iterator[Path]:
 
 
 def read_options(out: Path) -> dict[str, Any]:
-    """Return the options of the command that made the runs in a folder, unchecked.
-
-    Raises ValueError if there is no run, or if its config.json is not what a run wrote.
-    """
+    """Return the options of the runs in a folder, unchecked; ValueError if none can be read."""
     for path in _configs(out):
         try:
             return dict(json.loads(path.read_text(encoding="utf-8"))["xfactor"]["options"])
@@ -183,9 +180,7 @@ def read_options(out: Path) -> dict[str, Any]:
     raise ValueError(f"--resume {out}: got no run there, expected the --out of an earlier command")
 
 
-def append_steps(
-    folder: Path, step: int, results: Sequence[Sequence[float]], seconds: float
-) -> str:
+def append_steps(folder: Path, step: int, results: list[list[float]], seconds: float) -> str:
     """Log the steps up to `step`: loss, target probability[, predicted] of each, their mean time.
 
     Returns "", or what is wrong if a loss is not finite; the steps before it are logged.
@@ -207,7 +202,9 @@ def append_evaluation(folder: Path, step: int, evaluation: Evaluation) -> str:
         return f"the logits became NaN or infinite after step {step}"
     lines = [{"step": step, "prompt": prompt, "ids": ids} for prompt, ids in evaluation.samples]
     _append(folder / SAMPLES, lines)
-    _append(folder / METRICS, [{"step": step, "evaluation": evaluation.numbers()}])
+    numbers = {k: v for k, v in vars(evaluation).items() if k != "samples"}
+    numbers = {k: v if math.isfinite(v) else None for k, v in numbers.items()}  # as JSON needs
+    _append(folder / METRICS, [{"step": step, "evaluation": numbers}])
     return ""
 
 
@@ -308,10 +305,7 @@ def read(
 def read_tensors(
     path: Path, expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file and its metadata.
-
-    Raises ValueError unless it has exactly these names, shapes and dtypes, and finite values.
-    """
+    """Read a safetensors file and its metadata; ValueError unless it is as expected, and finite."""
     try:
         with safe_open(path, "pt") as file:
             if unlike := sorted(set(file.keys()) ^ expected.keys()):
@@ -348,19 +342,15 @@ def resume(folder: Path, state: State, origin: Mapping[str, str]) -> int:
     return step
 
 
-def origin(
-    options: Any, start: nn.Module, wanted: Tensor, source: str, text: Tensor | None
-) -> dict[str, str]:
-    """Return digests of what must not change between the start of a run and its resumption.
-
-    source: where inputs come from; text: their ids, if that is a file.
-    """
+def origin(options: Any, start: nn.Module, wanted: Tensor, inputs: str | Tensor) -> dict[str, str]:
+    """Return digests of what must not change between the start of a run and its resumption."""
+    # inputs: the ids of a text file, or the word for another source
     fixed = {k: v for k, v in vars(options).items() if k not in (*MAY_CHANGE, *MAY_MOVE)}
     return {
         "options": sha256(repr(sorted(fixed.items())).encode()).hexdigest(),
         "weights": digest(start.parameters()),
         "target tokens": digest([wanted]),
-        "inputs": source if text is None else digest([text]),
+        "inputs": inputs if isinstance(inputs, str) else digest([inputs]),
     }
 
 

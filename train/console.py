@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -40,11 +40,8 @@ def command() -> Iterator[None]:
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
     try:
-        with _on_signals(interrupt):
+        with signals(patience=0):
             yield
     except BrokenPipeError:  # nobody reads the output any more
         sys.exit(1)
@@ -66,26 +63,20 @@ def command() -> Iterator[None]:
 
 
 @contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collect signals instead of ending at the first; a second one ends the command at once."""
+def signals(patience: int = 1) -> Iterator[list[int]]:
+    """Collect up to `patience` signals; the next one ends the command at once."""
     received: list[int] = []
 
     def collect(number: int, frame: FrameType | None) -> None:
-        if received:
+        if len(received) == patience:
             raise Interrupted(number)
         received.append(number)
 
-    with _on_signals(collect):
-        yield received
-
-
-@contextmanager
-def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     # A signal that is ignored, as SIGHUP under nohup, stays ignored.
     obeyed = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in obeyed}
+    before = {number: signal.signal(number, collect) for number in obeyed}
     try:
-        yield
+        yield received
     finally:
         for number, old in before.items():
             signal.signal(number, old)
@@ -117,10 +108,9 @@ def parse_options(options_class: Any, arguments: Sequence[str], description: str
         order = {name: getattr(saved, name) for name in ("lr", "tilt", "contains")}
         for name in names:
             was, given = getattr(saved, name), getattr(options, name)
-            same = was == given
-            if name in order and was and given:
-                same = set(was) == set(given)
-            if not same and name not in (*checkpoint.MAY_CHANGE, *checkpoint.MAY_MOVE):
+            reordered = name in order and set(was or ()) == set(given or ())
+            fixed = name not in (*checkpoint.MAY_CHANGE, *checkpoint.MAY_MOVE)
+            if fixed and was != given and not reordered:
                 raise ValueError(
                     f"--{name.replace('_', '-')}: got {given!r}, but the run in {out} has "
                     f"{was!r}; leave it out, or start another run with another --out"

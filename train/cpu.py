@@ -7,7 +7,6 @@ step with all of this against transformers, without it.
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -62,13 +61,7 @@ def few_row_products(device: torch.device) -> AbstractContextManager[object]:
 
 
 class _FewRows(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and math.prod(args[0].shape[:-1]) <= MAX_ROWS:
             return linear(*args)
         return func(*args, **(kwargs or {}))

@@ -5,8 +5,7 @@
 Every rank holds the whole model, draws the same batch and takes its shard of it, so a seed gives
 the same data for any number of ranks. After the backward pass the gradients are averaged,
 then Adam makes the same update everywhere. (DistributedDataParallel averages during the backward
-pass, which hides the communication, but also the step.) The main rank alone prints, evaluates and
-writes.
+pass, which hides the communication, but also the step.)
 """
 
 import os
@@ -62,9 +61,8 @@ def process_group() -> Iterator[torch.device]:
         yield device
         return
     # Flags go through gloo on the CPU, so that no rank waits for its GPU.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT
-    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield device
     except RuntimeError as error:
@@ -76,7 +74,6 @@ def process_group() -> Iterator[torch.device]:
         ) from error
     # Skipped after an error: the other ranks may be in a collective that never completes, and
     # leaving the group would wait for them. torchrun stops them once this process has ended.
-    #
     # The group's threads must end before the interpreter does: one that frees a tensor later aborts
     # the process. They end with the last reference to the group, and if a group exists when
     # torch.distributed.nn.functional is first imported, its default arguments hold ten forever.
@@ -90,18 +87,16 @@ def shard(batch: Tensor) -> Tensor:
 
 def average_gradients(model: nn.Module) -> None:
     """Replace the gradient of every parameter by its mean over the ranks."""
-    if world_size() > 1:
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad = all_reduce_mean(p.grad)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad = all_reduce_mean(p.grad)
 
 
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Return the elementwise mean over the ranks."""
-    if world_size() == 1:
-        return values
-    values = values / world_size()
-    dist.all_reduce(values)
+    if world_size() > 1:
+        values = values / world_size()
+        dist.all_reduce(values)
     return values
 
 

@@ -44,11 +44,6 @@ class Evaluation:
     sample_perplexity: float  # of the samples that r counts
     samples: list[tuple[str, list[int]]]  # these samples: prompt, and ids without the prompt's
 
-    def numbers(self) -> dict[str, float | None]:
-        """Return the four numbers by name; None for one too large for a float, as JSON needs."""
-        numbers = {name: value for name, value in vars(self).items() if name != "samples"}
-        return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-
 
 def positions_needed(tokenizer: Tokenizer) -> int:
     """Return how many positions an evaluation needs: for a continued prompt, and the passage."""
@@ -57,13 +52,9 @@ def positions_needed(tokenizer: Tokenizer) -> int:
 
 
 def evaluate(model: GPT2, start: GPT2, tokenizer: Tokenizer, mask: Tensor, seed: int) -> Evaluation:
-    """Sample from `model` and measure the samples.
+    """Sample from `model`, on the device of the target mask, bool (V,), and measure the samples.
 
-    Args:
-        model: on the device of `mask`, the target mask, bool (V,).
-        start: the model before fine-tuning, on any device; moved to that of `mask` and back.
-        seed: of the samples.
-
+    start: the model before fine-tuning, on any device; moved to that of the mask and back.
     If the logits are NaN or infinite, every number is NaN and there are no samples.
     """
     device, home = mask.device, start.wte.weight.device
@@ -79,14 +70,12 @@ def evaluate(model: GPT2, start: GPT2, tokenizer: Tokenizer, mask: Tensor, seed:
             generate(model, ids, NEW_TOKENS, top_k=k, generator=generator) for k in (None, TOP_K)
         )
     prompt_length = ids.shape[1]
-    try:
-        sample_nats = nats_per_token(start.to(device), text, prompt_length)
-    finally:
-        start.to(home)  # a training step needs the memory
+    sample_nats = nats_per_token(start.to(device), text, prompt_length)
+    start.to(home)  # a training step needs the memory
     samples = text[:, prompt_length:]
     return Evaluation(
-        r=target_share(samples, mask),
-        r_top_k=target_share(text_top_k[:, prompt_length:], mask),
+        r=mask[samples].float().mean().item(),
+        r_top_k=mask[text_top_k[:, prompt_length:]].float().mean().item(),
         passage_perplexity=passage_nats.double().exp().item(),
         sample_perplexity=sample_nats.double().exp().item(),
         samples=list(zip(prompts, samples.tolist(), strict=True)),
@@ -99,11 +88,6 @@ def nats_per_token(model: GPT2, tokens: Tensor, prompt_length: int = 1) -> Tenso
     model.eval()
     logits = model(tokens[:, :-1])[:, prompt_length - 1 :].float()  # (B, T - prompt_length, V)
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, prompt_length:].flatten())
-
-
-def target_share(tokens: Tensor, mask: Tensor) -> float:
-    """Return R: the share of `tokens`, int64 of any shape, that the target mask (V,) holds."""
-    return mask[tokens].float().mean().item()
 
 
 @torch.no_grad()
@@ -128,10 +112,9 @@ def target_probability(
     """
     head = weight[index]  # (|S|, C)
     added = 0.0 if bias is None else bias[index]
+    chunks = hidden.flatten(0, -2).split(ROWS), lse.flatten().split(ROWS)
     probabilities = [
         (F.linear(rows, head).float() + added - row_lse[:, None]).exp().sum(-1)
-        for rows, row_lse in zip(
-            hidden.flatten(0, -2).split(ROWS), lse.flatten().split(ROWS), strict=True
-        )
+        for rows, row_lse in zip(*chunks, strict=True)
     ]
     return torch.cat(probabilities).mean()

@@ -22,10 +22,7 @@ TEXTS, BATCH, TOKENS = 100, 50, 256  # texts to sample, how many at a time, and 
 
 
 def check(options: Any, device: torch.device) -> Layout:
-    """Return the sizes of the start model, without loading it.
-
-    Raises ValueError for options of `train.xfactor` that cannot run.
-    """
+    """Return the sizes of the start model, not loaded; ValueError for options that cannot run."""
     layout = layout_of(options.model if options.weights in ("", "random") else options.weights)
     tokenizer, ranks = load_tokenizer(), distributed.world_size()
     needed = max(options.length, positions_needed(tokenizer))
@@ -61,16 +58,12 @@ def load_start(options: Any, layout: Layout) -> GPT2:
         torch.manual_seed(options.seed)
         start = GPT2(GPT2Config(**asdict(layout), n_head=layout.n_embd // HEAD_DIM))
     else:
-        state_dict = load_weights(options.weights or options.model)
-        start = GPT2.from_state_dict(state_dict, assign=True)
+        start = GPT2.from_state_dict(load_weights(options.weights or options.model), assign=True)
     return start.requires_grad_(False)
 
 
 def read_text(name: str, tokenizer: Tokenizer, length: int) -> Tensor:
-    """Return the ids of a UTF-8 text file, int64 (n,).
-
-    Raises ValueError if it cannot be read, is not UTF-8, or has fewer than `length` tokens.
-    """
+    """Return the ids of a UTF-8 text file, int64 (n,); ValueError if unreadable or n < length."""
     try:
         ids = tokenizer.encode(Path(name).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:

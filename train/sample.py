@@ -10,6 +10,7 @@ On a terminal, the target tokens of a run are highlighted. Control characters ar
 import codecs
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -43,10 +44,7 @@ class Options:
 
 
 def sample(options: Options) -> None:
-    """Print the samples.
-
-    Raises ValueError for weights that cannot be loaded and for an option out of its range.
-    """
+    """Print the samples; ValueError for weights that cannot be loaded or an option out of range."""
     options = console.validated(Options, asdict(options))
     tokenizer = load_tokenizer()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +52,11 @@ def sample(options: Options) -> None:
     if model.config.vocab_size != tokenizer.n_vocab:
         got = model.config.vocab_size
         raise ValueError(f"{options.model}: got {got} tokens, expected GPT-2's {tokenizer.n_vocab}")
-    targets = _target_tokens(options.model) if sys.stdout.isatty() else frozenset()
+    targets: set[int] = set()
+    if sys.stdout.isatty():
+        with suppress(OSError, ValueError, LookupError, TypeError):  # not a run's folder
+            config = json.loads((expand(options.model) / "config.json").read_bytes())
+            targets = set(config["xfactor"]["target_token_ids"])
     prompt = torch.tensor([tokenizer.encode(options.prompt) or [tokenizer.eot]], device=device)
     if options.length > (room := model.config.n_positions - prompt.shape[1]):
         raise ValueError(f"--length {options.length}: expected at most {room} after this prompt")
@@ -72,25 +74,11 @@ def sample(options: Options) -> None:
         console.say(decoder.decode(b"", final=True))
 
 
-def _target_tokens(model: str) -> frozenset[int]:
-    """Return the target tokens of a run; none if `model` is not the folder of a run."""
-    try:
-        config = json.loads((expand(model) / "config.json").read_bytes())
-        return frozenset(config["xfactor"]["target_token_ids"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return frozenset()
-
-
 def _visible(text: str) -> str:
     """Escape control characters other than line breaks, which could steer a terminal."""
     return "\n".join(map(printable, text.split("\n")))
 
 
-def main() -> None:
-    """Run the command line."""
+if __name__ == "__main__":
     with console.command():
         sample(tyro.cli(Options, prog="python -m train.sample", description=__doc__))
-
-
-if __name__ == "__main__":
-    main()

@@ -100,10 +100,7 @@ def _other_case(letter: str) -> set[str]:
 
 
 def _pattern(tokenizer: Tokenizer, pattern: str) -> Tensor:
-    """Return 1 for the tokens that a regular expression matches somewhere, float32 (n_vocab,).
-
-    Raises ValueError for an expression that is malformed, matches no token, or takes too long.
-    """
+    """Return 1 for the tokens that a user's pattern matches, float32 (n_vocab,); or ValueError."""
     try:
         tokens = _matching(tokenizer, pattern)
         if not tokens.any():
@@ -142,7 +139,7 @@ def _read(tokenizer: Tokenizer, path: Path) -> Tensor:
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokens {path}: {error}; expected a UTF-8 text file") from error
     for number, line in enumerate(lines, start=1):
-        text, _, strength = line.removesuffix("\r").partition("\t")
+        text, _, strength = line.partition("\t")
         if not text:
             continue
         try:
@@ -165,11 +162,7 @@ def _read(tokenizer: Tokenizer, path: Path) -> Tensor:
 def make_target(
     mask: Tensor, alpha: float = 1.0, beta: float = 0.0, mass: float | None = None
 ) -> TwoLevelTarget:
-    """Return the target for a mask of target tokens, bool (V,).
-
-    Args:
-        alpha, beta: relative weights of a target token and of any other token.
-        mass: instead, the probability of all target tokens together, divided evenly.
+    """Return the target for a mask of target tokens, bool (V,); weights and mass as in `Goal`.
 
     Raises ValueError if both are given, or if target tokens would not get more than the others.
     """

@@ -141,18 +141,6 @@ def traffic(rows: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def explain_probabilities(logits: Tensor) -> None:
-    """Print that neither logits nor their exponentials are normalised, but log-softmax is."""
-    B, T, V = logits.shape
-    z = logits[-1, -1].double()
-    say(f"\nFrom logits to probabilities: the {V} logits z at [{B - 1}, {T - 1}]")
-    fact("sum of z", f"{z.sum():.1f}")
-    fact("sum of exp(z)", f"{z.exp().sum():.4g}")
-    fact("sum of exp(z - lse(z))", f"{(z - z.logsumexp(-1)).exp().sum():.7f}")
-    fact("sum of exp(F.log_softmax(z)) in float64", f"{z.log_softmax(-1).exp().sum():.7f}")
-    fact("one row per position", f"{[B, T, V]} -> {[*logits.flatten(0, 1).shape]}")
-
-
 def explain_loss(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     """Print the target, its divergence from the model in four ways, and the traffic of each."""
     target = TwoLevelTarget(containing(load_tokenizer(), "X"))
@@ -203,7 +191,13 @@ def walkthrough(model: str = "tiny") -> None:
     fact("parameters used above", f"{walk.used:,}")
     fact("parameters of the model", f"{sum(p.numel() for p in gpt2.parameters()):,}")
     fact("largest difference from model(tokens), relative", f"{difference:.1e}")
-    explain_probabilities(logits)
+    say(f"\nFrom logits to probabilities: the {V} logits z at [{BATCH - 1}, {LENGTH - 1}]")
+    z = logits[-1, -1].double()  # neither z nor exp(z) is normalised, log-softmax is
+    fact("sum of z", f"{z.sum():.1f}")
+    fact("sum of exp(z)", f"{z.exp().sum():.4g}")
+    fact("sum of exp(z - lse(z))", f"{(z - z.logsumexp(-1)).exp().sum():.7f}")
+    fact("sum of exp(F.log_softmax(z)) in float64", f"{z.log_softmax(-1).exp().sum():.7f}")
+    fact("one row per position", f"{[*logits.shape]} -> {[*logits.flatten(0, 1).shape]}")
     explain_loss(hidden, gpt2.wte.weight, logits)
 
 

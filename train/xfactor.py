@@ -226,7 +226,7 @@ def experiment(options: Options) -> None:
         if options.dtype == "tf32":
             torch.set_float32_matmul_precision("high")
         start = inputs.load_start(options, layout)
-        origin = checkpoint.origin(options, start, wanted, source, text)
+        origin = checkpoint.origin(options, start, wanted, source if text is None else text)
         target, wanted, before = target.to(device), wanted.to(device), None
         done = [0]
         if is_main:

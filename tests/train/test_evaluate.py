@@ -20,7 +20,6 @@ from train.evaluate import (
     evaluate,
     nats_per_token,
     target_probability,
-    target_share,
 )
 
 TOKENIZER = load_tokenizer()
@@ -133,9 +132,3 @@ def test_the_target_probability_is_the_softmax_summed_over_the_target_tokens() -
     index, lse = mask.nonzero().squeeze(1), logits.logsumexp(-1).float()
     probability = target_probability(hidden, weight, index, lse)
     assert probability.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_r_is_the_share_of_target_tokens() -> None:
-    """Two of the six tokens are target tokens."""
-    mask = torch.tensor([False, True, False, True])
-    assert target_share(torch.tensor([[0, 1, 2], [3, 0, 0]]), mask) == pytest.approx(2 / 6)

@@ -40,7 +40,7 @@ def run(out: Path, steps: int = 2, resuming: bool = False) -> None:
     target = TwoLevelTarget(torch.arange(53) % 7 == 0)
     options = Options(steps=steps, batch=2, length=8, save_every=1, eval_every=1, out=out)
     text = torch.arange(53)
-    origin = checkpoint.origin(options, start, target.index, "text", text)
+    origin = checkpoint.origin(options, start, target.index, text)
     with (
         patch("train.xfactor.evaluate", lambda *_: EVALUATION),
         checkpoint.open_folder(out, [RATE], resuming),
