@@ -343,8 +343,10 @@ def resume(folder: Path, state: State, origin: Mapping[str, str]) -> int:
 
 
 def origin(options: Any, start: nn.Module, wanted: Tensor, inputs: str | Tensor) -> dict[str, str]:
-    """Return digests of what must not change between the start of a run and its resumption."""
-    # inputs: the ids of a text file, or the word for another source
+    """Return digests of what must not change between the start of a run and its resumption.
+
+    inputs: the ids of a text file, or the word for another source.
+    """
     fixed = {k: v for k, v in vars(options).items() if k not in (*MAY_CHANGE, *MAY_MOVE)}
     return {
         "options": sha256(repr(sorted(fixed.items())).encode()).hexdigest(),

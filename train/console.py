@@ -50,9 +50,9 @@ def command() -> Iterator[None]:
     except (OSError, ValueError) as error:
         sys.exit(printable(f"error: {error}"))
     except RuntimeError as error:
-        if "memory" not in str(error):  # neither CUDA's nor the CPU's has run out
+        reason, *_ = str(error).splitlines() or [""]  # the rest is about the allocator
+        if "out of memory" not in reason and "allocate memory" not in reason:  # CUDA's, the CPU's
             raise
-        reason = str(error).splitlines()[0]  # the rest is about the allocator
         sys.exit(f"error: {reason} Try a smaller --batch, --dtype bfloat16 or --model gpt2")
     except Interrupted as stopped:
         if distributed.is_main():

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -221,6 +222,15 @@ def test_too_little_memory_is_one_line_that_says_what_takes_less(exhausted, monk
     with pytest.raises(SystemExit, match=r"^error: .* Try a smaller --batch, .*$") as stopped:
         xfactor.main()
     assert "\n" not in str(stopped.value)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch) -> None:
+    """Also one that speaks of memory."""
+    message = "CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(xfactor, "experiment", Mock(side_effect=RuntimeError(message)))
+    monkeypatch.setattr(sys, "argv", ["xfactor"])
+    with pytest.raises(RuntimeError, match=message):
+        xfactor.main()
 
 
 def test_the_defaults_are_accepted_without_a_network() -> None:
