@@ -66,7 +66,7 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            with replacing(out / name, staging=".report.tmp") as temporary:
+            with replacing(out / name, staging=".xfactor-report.tmp") as temporary:
                 temporary.write_bytes(content)
     except OSError as error:
         again = f"python -m train.report {shlex.join(map(str, run_folders))} --out FOLDER"
