@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
-from train import console, xfactor
+from train import checkpoint, console, xfactor
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +88,28 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path) -> None:
     assert options.out == tmp_path / "runs"
     given = options.inputs, options.weights, options.tokens
     assert given == (str(tmp_path / "text"), str(tmp_path), str(tmp_path / "ids"))
+
+
+def test_values_in_another_order_are_those_of_the_run_but_for_factors(
+    monkeypatch, tmp_path
+) -> None:
+    """Rates and G are a run each, in the order of the command that made them; a factor belongs to
+    the string in its place."""
+    saved = xfactor.Options(tilt=(3.0, 5.0), contains=("a", "b"), strength=(1.0, 2.0))
+    values = asdict(saved) | {"out": str(tmp_path)}
+    monkeypatch.setattr(checkpoint, "read_options", lambda out: values)
+    resume = ["--resume", str(tmp_path)]
+    options = console.parse_options(xfactor.Options, [*resume, "--tilt", "5", "3"], None)
+    assert options.tilt == (3.0, 5.0)
+    with pytest.raises(ValueError, match="--strength: got"):
+        console.parse_options(xfactor.Options, [*resume, "--strength", "2", "1"], None)
+
+
+def test_g_is_bounded() -> None:
+    """Beyond, float32 no longer tells the logits from each other."""
+    for arguments in (["--tilt", "101"], ["--tilt", "3", "--contains", "x", "--strength", "-101"]):
+        with pytest.raises(ValueError, match=f"{arguments[-2]} -?101"):
+            console.parse_options(xfactor.Options, arguments, None)
 
 
 def test_a_report_that_fails_leaves_the_runs_finished(monkeypatch, capsys) -> None:
