@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from model.tokenizer import Tokenizer
 Factor = Annotated[FiniteFloat, Ge(-100), Le(100)]  # e^100 leaves nothing to the other tokens
 Factors = Annotated[tuple[Factor, ...], MinLen(1)]
 TIME_LIMIT = 10.0  # seconds that a pattern may take for the whole vocabulary
+optional = partial(arg, help_behavior_hint="(default: none)")
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,19 @@ class Goal:
     letter: str = "X"  # target tokens contain this letter
     contains: UseAppendAction[tuple[str, ...]] = ()
     """instead of --letter: contain this string; repeat the option for several, any will do"""
-    regex: Annotated[str, arg(metavar="PATTERN", help_behavior_hint="(default: none)")] = ""
+    regex: Annotated[str, optional(metavar="PATTERN")] = ""
     """instead of --letter: match this pattern, which is case-sensitive"""
-    tokens: Annotated[str, arg(metavar="FILE", help_behavior_hint="(default: none)")] = ""
-    """instead of --letter: are listed in a file, an id or the text of one token per line"""
+    tokens: Annotated[str, optional(metavar="FILE")] = ""
+    """instead of --letter: be listed in a file, an id or the text of one token per line"""
     match_case: bool = False  # tell "X" from "x" in --letter and --contains
     alpha: FiniteFloat = 1.0  # relative weight of a target token
     beta: FiniteFloat = 0.0  # relative weight of any other token; alpha > beta >= 0
-    mass: Annotated[FiniteFloat | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
-    """instead of --alpha, --beta: the probability of all target tokens together (default: none)"""
-    tilt: Annotated[Factors | None, arg(metavar="G [G ...]", help_behavior_hint="")] = None
-    """instead of --alpha, --beta: the start, target tokens + G nats; a run per G (default: none)"""
+    mass: Annotated[FiniteFloat | None, optional(metavar="FLOAT")] = None
+    """instead of --alpha and --beta: the probability of all target tokens together"""
+    tilt: Annotated[Factors | None, optional(metavar="G [G ...]")] = None
+    """instead of --alpha, --beta: the start model with G nats on target tokens; a run per G"""
     strength: Annotated[Factors | None, arg(metavar="S [S ...]", help_behavior_hint="")] = None
-    """with --tilt: a factor S of G for each --contains; below 0, to suppress (default: 1 each)"""
+    """with --tilt: a factor of G for each --contains, negative to suppress (default: 1 each)"""
 
 
 def choose_tokens(tokenizer: Tokenizer, goal: Goal) -> tuple[Tensor, str]:

@@ -185,8 +185,10 @@ def _texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         written = pieces(typical(run, evaluation)[0].ids, run.target_token_ids)
         text = "".join(c if font.get_char_index(ord(c)) else "?" for p in written for c in p.text)
         marks = "".join(("█" if p.target else " ") * len(p.text) for p in written)
-        lines = textwrap.wrap(text.lstrip(), 54, break_on_hyphens=False)[:2]
-        blocks = [marks[text.index(line) :][: len(line)] for line in lines]
+        lines, blocks, end = textwrap.wrap(text.lstrip(), 54, break_on_hyphens=False)[:2], [], 0
+        for line in lines:  # the second may repeat the first
+            end = text.index(line, end) + len(line)
+            blocks.append(marks[end - len(line) : end])
         for rows, ink in ((blocks, theme.mark), (lines, theme.ink)):
             axes.text(0, top - 0.05, "\n".join(rows), color=ink, va="top", family="monospace",
                       size=10, linespacing=1.35, parse_math=False)  # fmt: skip
