@@ -14,12 +14,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from model.tokenizer import load_tokenizer
 from tests.train.run_folder import PROMPTS, TEXT, write_run
 from train import console
 from train.checkpoint import replacing
-from train.report import summary, write_report
+from train.report import figures, summary, write_report
 from train.report.__main__ import report as report_command
 from train.report.runs import read_runs
 from train.report.samples import moments, opening, pieces, typical
@@ -297,6 +298,22 @@ def test_the_summary_has_a_row_per_run_its_text_and_the_next_command(tmp_path: P
     labels = [line.partition(":")[0] for line in samples]
     assert labels == ["before", "lr 1e-6", "lr 1e-4", "G = 5", "G = 7"]
     assert lines[-1] == f"    python -m train.sample --model {shlex.quote(str(folders[2]))}"
+
+
+def test_the_picture_marks_target_tokens_where_they_stand(tmp_path: Path) -> None:
+    """In a second line that repeats the first one, whose words are other tokens and not targets."""
+    encode = load_tokenizer().encode
+    (target,), others = encode(" axes"), [*encode(" ax"), *encode("es")]
+    run = read_runs([write_run(tmp_path / "run", steps=2, eval_every=2)])[0]
+    run.target_token_ids = frozenset([target])
+    ids = [*others * 11, *[target] * 11]
+    for evaluation in run.evaluations.values():
+        evaluation.samples[:] = [evaluation.samples[0].model_copy(update={"ids": ids})]
+    axes = Figure().subplots()
+    figures._texts(axes, [run], figures.LIGHT)
+    marks, lines = (text.get_text().split("\n") for text in axes.texts[-2:])
+    assert lines == [" ".join(["axes"] * 11)] * 2
+    assert marks == [" " * 54, "█" * 54]
 
 
 def test_a_tilde_is_the_home_folder_here_too(monkeypatch, tmp_path: Path) -> None:
