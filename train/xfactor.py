@@ -250,7 +250,7 @@ def experiment(options: Options) -> None:
             text = inputs.sample_text(options.out, start, options.seed, device, any(done))
         if is_main and not all(done):
             console.say("evaluating the model before fine-tuning")
-            before = evaluate(start, start, tokenizer, target.mask, options.seed)
+            before = evaluate(start.to(device), start, tokenizer, target.mask, options.seed)
         distributed.barrier()  # every rank has accepted the options, and the folders exist
         problems = []
         for name, (lr, tilt) in runs.items():
