@@ -21,11 +21,12 @@ def generate(
     top_k: int | None = None,
     generator: torch.Generator | None = None,
     stop: int | None = None,
+    logit_bias: Tensor | None = None,
 ) -> Prompts:
     """Continue a batch of prompts.
 
     Args:
-        model: dropout is off while sampling; then the model's mode is restored.
+        model: in the mode the caller has set. A model with dropout needs `model.eval()` first.
         tokens: int64 (B, T) on the model's device; or a list of lists of ids, which may have
             different lengths: each is continued as if it were alone. No prompt may be empty.
         max_new_tokens: T + max_new_tokens may not exceed the model's n_positions.
@@ -33,6 +34,11 @@ def generate(
         top_k: sample among the k likeliest tokens only; None means all of them.
         generator: on the model's device; the same seed gives the same text. None: torch's own.
         stop: the token that ends a row, such as 50256, <|endoftext|>; None for full length.
+        logit_bias: (V,), on the model's device; added to the logits before the temperature
+            divides them. -inf bans a token.
+
+    Where a row of logits has a NaN or +inf, or only -inf, sampling draws from a uniform
+    distribution. torch.multinomial would refuse it, and on CUDA that ends the process.
 
     Returns:
         The prompts with their continuations: for a tensor int64 (B, T + max_new_tokens), with
@@ -42,7 +48,7 @@ def generate(
     Raises:
         ValueError: an argument out of its range, or an id outside the vocabulary.
     """
-    options = max_new_tokens, temperature, top_k, generator, stop
+    options = max_new_tokens, temperature, top_k, generator, stop, logit_bias
     steps: list[Tensor] = list(stream(model, tokens, *options))
     if isinstance(tokens, Tensor):
         return torch.cat((tokens, *steps), dim=1)
@@ -60,29 +66,27 @@ def stream(
     top_k: int | None = None,
     generator: torch.Generator | None = None,
     stop: int | None = None,
+    logit_bias: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the new tokens, one per row, int64 (B, 1), as they are sampled; else as `generate`."""
+    """Yield each step's new tokens, int64 (B, 1), as soon as they are sampled; see `generate`."""
     padding = None
     if not isinstance(tokens, Tensor):
         tokens, padding = _pad(tokens, model.wte.weight.device)
-    _check(model, tokens, max_new_tokens, temperature, top_k)
-    was_training = model.training
-    model.eval()
-    try:
-        cache = model.new_cache(tokens.shape[-1] + max_new_tokens)
-        ended = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
-        for _ in range(max_new_tokens):
-            hidden = model.hidden_states(tokens, cache, padding)[:, -1]  # (B, C)
-            logits = F.linear(hidden, model.wte.weight)  # (B, V)
-            tokens = _pick(logits, temperature, top_k, generator)  # (B, 1)
-            if stop is not None:
-                tokens = tokens.masked_fill(ended, stop)
-                ended = tokens == stop
-            yield tokens
-            if stop is not None and ended.all():
-                return
-    finally:
-        model.train(was_training)
+    _check(model, tokens, max_new_tokens, temperature, top_k, logit_bias)
+    cache = model.new_cache(tokens.shape[-1] + max_new_tokens)
+    ended = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new_tokens):
+        hidden = model.hidden_states(tokens, cache, padding)[:, -1]  # (B, C)
+        logits = F.linear(hidden, model.wte.weight).float()  # (B, V)
+        if logit_bias is not None:
+            logits = logits + logit_bias
+        tokens = _pick(logits, temperature, top_k, generator)  # (B, 1)
+        if stop is not None:
+            tokens = tokens.masked_fill(ended, stop)
+            ended = tokens == stop
+        yield tokens
+        if stop is not None and ended.all():
+            return
 
 
 def _pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -98,17 +102,24 @@ def _pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor
 def _pick(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
+    """Draw a token per row: (B, V) -> int64 (B, 1)."""
     if temperature < GREEDY:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is None or top_k >= logits.shape[-1]:
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-    logits, ids = logits.topk(top_k)  # exactly k, also where the k-th and the next are equal
-    return ids.gather(1, torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))
+    ids = None
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits, ids = logits.topk(top_k)  # exactly k, even if the k-th and the next are equal
+    p = (logits / temperature).softmax(dim=-1).nan_to_num(1.0)  # a row is NaN as a whole or not
+    drawn = torch.multinomial(p, 1, generator=generator)
+    return drawn if ids is None else ids.gather(1, drawn)
 
 
 def _check(
-    model: GPT2, tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None
+    model: GPT2,
+    tokens: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    logit_bias: Tensor | None,
 ) -> None:
     T, limit, V = tokens.shape[-1], model.config.n_positions, model.config.vocab_size
     if not 0 <= max_new_tokens <= limit - T:
@@ -120,6 +131,8 @@ def _check(
         raise ValueError(f"temperature: got {temperature}, expected 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: got {top_k}, expected at least 1, or None for all tokens")
+    if logit_bias is not None and logit_bias.shape != (V,):
+        raise ValueError(f"logit_bias: got shape {tuple(logit_bias.shape)}, expected ({V},)")
     if not tokens.is_meta and bool(((tokens < 0) | (tokens >= V)).any()):
         low, high = int(tokens.min()), int(tokens.max())
         raise ValueError(f"tokens: got ids from {low} to {high}, expected them in [0, {V})")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT2, GPT2Config
-from model.generate import generate, stream
+from model.generate import _pick, generate, stream
 from tests.model.oracle import official_names, oracle, shake
 
 CONFIG = GPT2Config(vocab_size=301, n_positions=64, n_embd=128, n_layer=2, n_head=2)
@@ -82,6 +82,49 @@ def test_top_k_draws_from_the_k_likeliest_only(model: GPT2, prompts: torch.Tenso
     assert torch.equal(every, untruncated)
 
 
+def test_a_logit_bias_is_added_before_the_temperature(model: GPT2) -> None:
+    """4,000 draws against p e^(b / t) / sum, within 4 sigma: random biases, one token banned."""
+    many = torch.tensor([[5, 9]]).expand(4000, 2).contiguous()
+    with torch.no_grad():
+        p = (model(many[:1])[0, -1] / 0.7).softmax(0)
+    bias = torch.randn(CONFIG.vocab_size, generator=seeded(1))
+    bias[banned := int(p.argmax())] = -torch.inf
+    p = p * (bias / 0.7).exp()
+    p /= p.sum()
+    options = {"temperature": 0.7, "generator": seeded(0), "logit_bias": bias}
+    frequency = generate(model, many, 1, **options)[:, -1].bincount(minlength=len(p)) / 4000
+    assert frequency[banned] == 0
+    assert ((frequency - p).abs() <= 4 * (p * (1 - p) / 4000).sqrt() + 1 / 4000).all()
+    bias[17] = 1e4
+    for options in ({"temperature": 0}, {"temperature": 2.0}, {"top_k": 2}):
+        assert (generate(model, many[:4], 3, logit_bias=bias, **options)[:, 2:] == 17).all()
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_row_without_a_distribution_is_drawn_from_a_uniform_one(
+    model: GPT2, monkeypatch: pytest.MonkeyPatch, top_k: int | None
+) -> None:
+    """NaN, +inf or only -inf: multinomial, which ends a CUDA process there, gets weights that it
+    accepts. The other rows draw what they draw alone."""
+    multinomial, weights = torch.multinomial, []
+
+    def spy(p: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
+        weights.append(p)
+        return multinomial(p, *rest, **options)
+
+    monkeypatch.setattr("torch.multinomial", spy)
+    good = torch.randn(1, CONFIG.vocab_size, generator=seeded(0))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        logits = torch.cat((good, good, torch.full_like(good, -torch.inf)))
+        logits[1:, 7] = bad
+        tokens = _pick(logits, 0.5, top_k, seeded(1))
+        assert ((tokens >= 0) & (tokens < CONFIG.vocab_size)).all()
+        assert torch.equal(tokens[:1], _pick(good, 0.5, top_k, seeded(1)))
+        p = weights[-2]
+        assert (p.isfinite() & (p >= 0)).all()
+        assert (p[2 if bad == -torch.inf else slice(1, 3)] == 1).all()
+
+
 PROMPTS = [[5], [7, 290, 31, 4, 4, 18, 3], [100, 200, 300]]
 
 
@@ -151,16 +194,33 @@ def test_a_row_that_has_ended_repeats_its_stop_token(model: GPT2) -> None:
     assert len({row.index(stop) for row in stopped.tolist() if stop in row}) > 3
 
 
-def test_a_stream_gives_the_tokens_as_they_are_sampled(model: GPT2, prompts: torch.Tensor) -> None:
-    """Against generate. Closed early, it still restores the mode of the model."""
-    steps = [*stream(model, prompts, 9, generator=seeded(2))]
-    assert torch.equal(torch.cat(steps, 1), generate(model, prompts, 9, generator=seeded(2))[:, 7:])
-    model.train()
-    tokens = stream(model, prompts, 9)
-    next(tokens)
-    tokens.close()
-    assert model.training
+def test_two_streams_of_one_model_do_not_disturb_each_other(
+    model: GPT2, prompts: torch.Tensor
+) -> None:
+    """Token by token in turn, against generate; no module's mode is changed meanwhile."""
+    modes = [module.training for module in model.h[0].train().modules()]
+    turns = zip(*(stream(model, prompts, 9, generator=seeded(s)) for s in (2, 3)), strict=True)
+    columns = []
+    for columns_of_a_step in turns:
+        assert [module.training for module in model.h[0].modules()] == modes
+        columns.append(columns_of_a_step)
     model.eval()
+    for seed, steps in zip((2, 3), zip(*columns, strict=True), strict=True):
+        expected = generate(model, prompts, 9, generator=seeded(seed))[:, 7:]
+        assert torch.equal(torch.cat(steps, 1), expected)
+
+
+def test_streamed_tokens_can_be_trained_on(model: GPT2, prompts: torch.Tensor) -> None:
+    """As they are yielded; tensors of inference mode could not be saved for backward. Sampling
+    itself records no graph, whose memory would grow with every token."""
+    recorded = []
+    hook = model.ln_f.register_forward_hook(lambda *call: recorded.append(call[2].requires_grad))
+    steps = [*stream(model, prompts, 2)]
+    hook.remove()
+    assert recorded == [False, False]
+    for tokens in steps:
+        loss = model(tokens).logsumexp(-1).sum()
+        assert torch.autograd.grad(loss, model.wte.weight)[0].norm() > 0
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e-31, 1e-29])
@@ -169,19 +229,6 @@ def test_a_temperature_near_zero_is_greedy(model: GPT2, prompts: torch.Tensor, t
     greedy = generate(model, prompts, 20, temperature=0)
     sampled = generate(model, prompts, 20, temperature=temperature, generator=seeded(0))
     assert torch.equal(sampled, greedy)
-
-
-def test_generate_leaves_the_model_as_it_was_and_samples_without_dropout() -> None:
-    """With dropout 0.5, greedy text in training mode equals that in evaluation mode."""
-    model = GPT2(GPT2Config(**{**vars(CONFIG), "resid_pdrop": 0.5}))
-    shake(model, 0)
-    prompt = torch.tensor([[1, 2, 3]])
-    expected = generate(model.eval(), prompt, 20, temperature=0)
-    model.train()
-    tokens = generate(model, prompt, 20, temperature=0)
-    assert torch.equal(tokens, expected)
-    assert model.training
-    model(tokens).sum().backward()  # generated tokens can be trained on
 
 
 def test_no_new_tokens_gives_the_prompt_back(model: GPT2, prompts: torch.Tensor) -> None:
@@ -213,6 +260,7 @@ def test_a_meta_model_generates_meta_tokens() -> None:
         ([[1]], {"temperature": -0.1}, "temperature"),
         ([[1]], {"temperature": float("nan")}, "temperature"),
         ([[1]], {"top_k": 0}, "top_k"),
+        ([[1]], {"logit_bias": torch.zeros(1)}, r"got shape \(1,\), expected \(301,\)"),
     ],
 )
 def test_bad_arguments_are_refused(model: GPT2, tokens: list, options: dict, message: str) -> None:
