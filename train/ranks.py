@@ -2,23 +2,24 @@
 
     torchrun --nproc-per-node 2 -m train.xfactor --model tiny
 
-Every rank holds the whole model, draws the same batch and takes its shard of it, so a seed gives
-the same data for any number of ranks. After the backward pass the gradients are averaged,
-then Adam makes the same update everywhere. (DistributedDataParallel averages during the backward
-pass, which hides the communication, but also the step.)
+Every rank holds the whole model and takes its shard of every batch, so a seed gives the same data
+for any number of ranks. DistributedDataParallel averages the gradients during the backward pass.
+The main rank prints, evaluates and writes.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # imported before a group exists: see `process_group`
+import torch.distributed.nn.functional  # imported before a group exists: see `join`
 from torch import Tensor, nn
 
 TIMEOUT = timedelta(hours=2)  # the main rank evaluates and saves while the others wait
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -42,17 +43,17 @@ def device_name(device: torch.device) -> str:
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
+def join() -> Iterator[torch.device]:
     """Join the other ranks, and yield the device of this one.
 
-    Raises ValueError if this machine has too few GPUs, or if another rank has ended.
+    Raises ValueError if this machine has too few GPUs, or if another rank has failed.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(
-                f"got {local + 1} or more processes on a machine with {gpus} GPUs, expected one "
+                f"{local + 1} or more processes on a machine with {gpus} GPUs: expected one "
                 f"process per GPU; start torchrun with --nproc-per-node {gpus}"
             )
         device = torch.device("cuda", local)
@@ -60,7 +61,7 @@ def process_group() -> Iterator[torch.device]:
     if world_size() == 1:
         yield device
         return
-    # Flags go through gloo on the CPU, so that no rank waits for its GPU.
+    # Numbers of the CPU go through gloo, so that no rank waits for its GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
@@ -68,10 +69,7 @@ def process_group() -> Iterator[torch.device]:
     except RuntimeError as error:
         if "by peer" not in str(error):
             raise
-        raise ValueError(
-            f"rank {rank()} of {world_size()} ended because another one did; unless that was "
-            "killed, its message says why"
-        ) from error
+        raise ValueError("another rank failed; see its error above") from error
     # Skipped after an error: the other ranks may be in a collective that never completes, and
     # leaving the group would wait for them. torchrun stops them once this process has ended.
     # The group's threads must end before the interpreter does: one that frees a tensor later aborts
@@ -85,30 +83,31 @@ def shard(batch: Tensor) -> Tensor:
     return batch.chunk(world_size())[rank()]
 
 
-def average_gradients(model: nn.Module) -> None:
-    """Replace the gradient of every parameter by its mean over the ranks."""
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad = all_reduce_mean(p.grad)
+def parallel(model: nn.Module) -> nn.Module:
+    """Return a module with the same forward, whose backward averages gradients over the ranks."""
+    return model if world_size() == 1 else nn.parallel.DistributedDataParallel(model)
 
 
-def all_reduce_mean(values: Tensor) -> Tensor:
-    """Return the elementwise mean over the ranks."""
+def mean(values: Tensor) -> Tensor:
+    """Return the elementwise mean over the ranks; every rank must call it."""
     if world_size() > 1:
         values = values / world_size()
         dist.all_reduce(values)
     return values
 
 
-def all_reduce_max(value: int) -> int:
+def largest(value: int) -> int:
     """Return the largest value on any rank; every rank must call it."""
     if world_size() == 1:
         return value
-    largest = torch.tensor(value, dtype=torch.int32, device="cpu")
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+    tensor = torch.tensor(value, dtype=torch.int32)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
 
 
-def barrier() -> None:
-    """Wait until every rank has called it."""
-    all_reduce_max(0)
+def from_main(value: T) -> T:
+    """Return the main rank's value on every rank; every rank must call it."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]

@@ -1,0 +1,145 @@
+"""The folder of a run: who may use it, its configuration, its logs. See `run.py` for the files."""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from train.command import expect
+from weights import Layout
+from weights.checkpoint import atomic_write
+
+CONFIG, STATE, MODEL = "config.json", "state.pt", "model.safetensors"
+LOG, SAMPLES = LOGS = ("log.jsonl", "samples.jsonl")
+MAY_CHANGE = ("steps", "eval_every", "out")  # options of a run that continues
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # the file system has none
+Line = dict[str, Any]
+
+
+@contextmanager
+def open_folder(out: Path) -> Iterator[None]:
+    """Create a run's folder, or check that it holds a run, and lock it against other commands.
+
+    Raises ValueError if it is locked or holds something else, and for every OSError.
+    """
+    created = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _lock(descriptor, out)
+            for name in (CONFIG, *LOGS, STATE, MODEL):
+                for left in out.glob(f".{name}.*.tmp"):  # by a command that was killed
+                    left.unlink()
+            others = {path.name for path in out.iterdir()} - {"lost+found"}  # of a new disk
+            if others and read_config(out) is None:
+                found = f"--out {out} holds {min(others)!r} and no run"
+                raise ValueError(f"{found}; give a new or an empty folder")
+            yield
+        finally:
+            os.close(descriptor)
+    except BaseException as error:
+        if any("loss" in line for line in read_log(out)):
+            error.add_note("the same command continues the run")
+        for path in created:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise ValueError(f"cannot write to {out}: {error}") from error
+        raise
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    """Lock the folder itself until it is closed, so that no lock file is left behind."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{out} is locked by another command; wait until it ends") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warnings.warn(f"cannot lock {out}: the file system does not support it", stacklevel=2)
+
+
+def read_config(out: Path) -> dict[str, Any] | None:
+    """Return what a run's config.json holds under "xfactor"; None if there is no run."""
+    try:
+        return {**json.loads((out / CONFIG).read_bytes())["xfactor"]}
+    except (FileNotFoundError, KeyError):
+        return None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{out / CONFIG}: {error!s:.200}; restore it") from error
+
+
+def write_config(out: Path, layout: Layout, about: Mapping[str, Any]) -> None:
+    """Write a run's config.json; `about` stands under "xfactor"."""
+    versions = {name: version(name) for name in ("torch", "triton") if find_spec(name)}
+    versions["python"] = platform.python_version()
+    config = {**layout.config(), "xfactor": {**about, "versions": versions}}
+    with atomic_write(out / CONFIG) as temporary:
+        temporary.write_text(json.dumps(config, indent=1) + "\n")
+
+
+def check_options(out: Path, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if the run in a folder has another value of an option that matters."""
+    saved = (read_config(out) or {}).get("options", {})
+    for name, value in options.items():
+        if name not in MAY_CHANGE and saved.get(name, value) != value:
+            expected = f"{saved[name]}, which the run in {out} has; or give another --out"
+            expect(False, name.replace("_", "-"), value, expected)
+
+
+def check_origin(out: Path, about: Mapping[str, Any]) -> None:
+    """Raise ValueError if a run that has logged a step began with another start model or text."""
+    saved = read_config(out) or {}
+    if any("loss" in line for line in read_log(out)):
+        for name in ("start", "text"):
+            if saved.get(name) != about[name]:
+                changed = f"the {name} of the run in {out} has changed since its first step"
+                raise ValueError(f"{changed}; restore it, or give another --out")
+
+
+def read_log(out: Path, name: str = LOG) -> list[Line]:
+    """Return the lines of a log, but for a last one that a kill cut off."""
+    path = out / name
+    text = path.read_text() if path.exists() else ""
+    try:
+        lines = [json.loads(line) for line in text.split("\n")[:-1]]
+        return [{"step": line["step"], **line} for line in lines]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: {error}; restore it, or give another --out") from error
+
+
+def append(out: Path, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Append lines to a log, never through a link."""
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CREAT | os.O_APPEND
+    with open(os.open(out / name, flags, 0o666), "ab") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def cut_logs(out: Path, step: int) -> tuple[set[int], int]:
+    """Drop what was logged after `step` updates; -1: everything.
+
+    Returns the steps that were evaluated, and how many losses were dropped.
+    """
+    evaluated: set[int] = set()
+    dropped = 0
+    for name in LOGS:
+        lines = read_log(out, name)
+        kept = [x for x in lines if x["step"] + ("loss" in x) <= step]  # loss n: update n + 1
+        if name == LOG:
+            evaluated = {line["step"] for line in kept if "evaluation" in line}
+            dropped = sum("loss" in line for line in lines) - sum("loss" in line for line in kept)
+        else:  # samples are logged first, and a kill may come between
+            kept = [line for line in kept if line["step"] in evaluated]
+        with atomic_write(out / name) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return evaluated, dropped

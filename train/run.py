@@ -1,0 +1,179 @@
+"""A run on disk: one folder, which the same command continues.
+
+    config.json        the model's configuration, as transformers reads it; under "xfactor" the
+                       options, the target tokens, share and G, versions, device, fingerprints
+    log.jsonl          {"step", "loss", "seconds"} for each step; {"step", "evaluation"}; with a
+                       share {"step": 0, "limit"}: the start model sampled with the bias
+    samples.jsonl      {"step", "prompt", "ids"}: the texts of the evaluations
+    state.pt           weights, Adam's state, the text to train on, the step
+    model.safetensors  the weights alone, at the end and at a stop; the tokenizer's files beside it
+
+In every file, step n is the model after n updates.
+
+A save flushes the logs, then replaces state.pt by one rename. If the process dies at any point, the
+folder holds either no state (the run restarts) or a complete one, with every log line before it.
+Continuing drops the log lines after it and goes on to the same log, samples and weights: bit for
+bit on a CPU; up to rounding on CUDA, where the backward of attention adds in no fixed order.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import GPT2
+from model.tokenizer import save_tokenizer
+from train import folder, ranks
+from train.command import PATIENCE, Stopped, expect, say, signals
+from train.evaluate import FULL, SHORT, evaluate
+from weights.checkpoint import atomic_write, fsync
+
+LOG_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
+SAVE_EVERY = 60.0  # seconds: a save of gpt2-medium writes 4.3 GB
+
+
+@dataclass
+class Run:
+    """What the loop of train.xfactor records, and continues from."""
+
+    out: Path
+    steps: int
+    eval_every: int  # steps between evaluations; 0: only the first and the last
+    seed: int
+    model: GPT2
+    optimizer: torch.optim.Adam
+    start: GPT2
+    mask: Tensor  # bool (V,), the target tokens
+    step: int = 0  # the last one saved
+    text: Tensor | None = None  # int64 (n,), what is trained on; None: random tokens
+    bias: Tensor | None = None  # (V,), added to the start model's logits for a share
+    losses: list[Tensor] = field(default_factory=list)  # of steps that are not logged yet
+    evaluated: set[int] = field(default_factory=set)  # steps
+    logged: float = field(default_factory=time.perf_counter)  # when that last happened
+    saved: float = field(default_factory=time.perf_counter)
+
+    def load(self) -> bool:
+        """Restore the last save, if there is one, and return whether there was.
+
+        Raises ValueError for a file that cannot be read or is not a state of this model.
+        """
+        path = self.out / folder.STATE
+        if not path.exists():
+            if (self.out / folder.MODEL).exists():  # which is written after the last save
+                raise ValueError(f"{path} is missing; restore it, or give another --out")
+            return False
+        try:
+            state = torch.load(path, "cpu", weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.text = state["step"], state["text"]
+            for adam in self.optimizer.state.values():
+                if adam["step"] != self.step or not (adam["exp_avg_sq"] >= 0).all():
+                    raise ValueError(f"not Adam's state after step {self.step}")
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
+                EOFError, UnpicklingError) as error:  # fmt: skip
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise ValueError(f"{path}: {reason}; restore it, or give another --out") from error
+        expect(self.step <= self.steps, "steps", self.steps, f"at least the {self.step} done")
+        return True
+
+    def begin(self, restored: bool) -> None:
+        """Drop what was logged after the last save, and say where the run continues."""
+        self.evaluated, again = folder.cut_logs(self.out, self.step if restored else -1)
+        if restored and self.step == self.steps:
+            say(f"the run in {self.out} is complete")
+        elif restored or again:
+            text = f"continuing after step {self.step}"
+            say(f"{text}; {again} more were logged and are done again" if again else text)
+
+    def record(self, step: int, received: list[int]) -> bool:
+        """Log, save and evaluate what is due after `step` updates; return whether to end here.
+
+        received: signals. Every rank must call it; the main one writes.
+
+        Raises ValueError if the run has diverged or cannot be saved.
+        """
+        last = step == self.steps
+        evaluates = last or step == 0 or (self.eval_every > 0 and step % self.eval_every == 0)
+        waited = received or time.perf_counter() - self.logged > PATIENCE
+        if not (evaluates or step % LOG_EVERY == 0 or (waited and ranks.world_size() == 1)):
+            return False
+        self._log(step)
+        stop = ranks.largest(received[0] if received else 0)
+        if ranks.is_main():
+            due = last or stop or time.perf_counter() - self.saved > SAVE_EVERY
+            if due and step > self.step:
+                self._save(step)
+            if evaluates and not stop and step not in self.evaluated:
+                with signals(hold=0):  # a stop loses what is measured again
+                    self._evaluate(step)
+            if last or stop:
+                self._save_model()
+        if stop:
+            raise Stopped(stop, f" after step {step}, which is saved in {self.out}")
+        self.logged = time.perf_counter()
+        return last
+
+    def _log(self, step: int) -> None:
+        if not self.losses:
+            return
+        losses = ranks.mean(torch.stack(self.losses)).tolist()  # waits for the device
+        seconds, first = (time.perf_counter() - self.logged) / len(losses), step - len(losses)
+        self.losses.clear()
+        finite = list(takewhile(math.isfinite, losses))
+        lines = [{"step": first + i, "loss": x, "seconds": seconds} for i, x in enumerate(finite)]
+        if ranks.is_main():
+            folder.append(self.out, folder.LOG, lines)
+            speed = f"{1e3 * seconds:,.0f} ms per step"
+            say(f"step {step} of {self.steps}: loss {losses[-1]:.4f}, {speed}")
+        if len(finite) < len(losses):
+            self._diverged(f"the loss became {losses[len(finite)]} at step {first + len(finite)}")
+
+    def _diverged(self, reason: str) -> None:
+        kept = f"the save of step {self.step} is kept" if self.step else "no step was saved"
+        raise ValueError(f"{reason}; {kept}. Try a smaller --lr, with another --out")
+
+    def _save(self, step: int) -> None:
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            self._diverged(f"the weights became NaN or infinite at step {step}")
+        state = {
+            "step": step,
+            "text": self.text,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        try:
+            for log in folder.LOGS:
+                fsync(self.out / log)
+            with atomic_write(self.out / folder.STATE) as path, open(path, "wb") as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:  # PyTorch's for a full disk
+            reason = f"cannot save step {step} in {self.out}: {str(error).splitlines()[0]}"
+            raise ValueError(f"{reason}; the save of step {self.step} is kept") from error
+        self.step, self.saved = step, time.perf_counter()
+
+    def _evaluate(self, step: int) -> None:
+        count = FULL if step in (0, self.steps) else SHORT
+        models = {"evaluation": (self.model, None), "limit": (self.start, self.bias)}
+        for name, (model, bias) in models.items():
+            if name == "evaluation" or (step == 0 and bias is not None):
+                say(f"evaluating after step {step}" if bias is None else "evaluating the limit")
+                found, samples = evaluate(model, self.start, self.mask, count, self.seed, bias)
+                if bias is None:
+                    lines = [{"step": step, "prompt": p, "ids": ids} for p, ids in samples]
+                    folder.append(self.out, folder.SAMPLES, lines)
+                numbers = {k: v if math.isfinite(v) else None for k, v in vars(found).items()}
+                folder.append(self.out, folder.LOG, [{"step": step, name: numbers}])
+        self.evaluated.add(step)
+
+    def _save_model(self) -> None:
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters()}
+        with atomic_write(self.out / folder.MODEL) as temporary:
+            save_file(weights, temporary, metadata={"format": "pt"})
+        save_tokenizer(self.out)

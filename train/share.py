@@ -1,0 +1,51 @@
+"""The share: how often the model shall write target tokens, and the bias that makes it so.
+
+Let p(v) be the start model's probability of token v at some position, and m the sum of p over the
+target tokens there. Adding G nats to the logit of every target token gives the tilted model
+
+    q(v) = p(v) e^(G [v is a target token]) / Z,    Z = 1 - m + m e^G                    (1)
+
+    probability of the target tokens:               m e^G / (1 - m + m e^G)              (2)
+
+Of all distributions that give the target tokens the probability (2), q has the least KL(q || p):
+let r be another one. Then KL(r || p) - KL(q || p) = KL(r || q) >= 0, because log q - log p is
+constant on the target tokens, and on the others, and r and q give both sets the same mass. This is
+an exponential tilt. In the language of reinforcement learning, q maximises G times the probability
+of a target token minus KL(q || p), token by token.
+
+`--share S` solves for the G at which the mean of (2), over positions of text sampled from the start
+model, is S: with G = 0 it is the start model's own share; S below that makes G negative.
+"""
+
+import torch
+from torch import Tensor
+
+from model import GPT2
+
+ROWS = 16  # texts at a time: 64 tokens each have 206 MB of float32 logits
+
+
+@torch.no_grad()
+def target_mass(model: GPT2, texts: Tensor, mask: Tensor) -> Tensor:
+    """Return m of (1) at every position of texts (N, T), float64 (N * T,); mask is bool (V,)."""
+    masses = []
+    for rows in texts.split(ROWS):
+        log_p = model(rows).float().log_softmax(-1)  # (ROWS, T, V)
+        masses.append(log_p[..., mask].double().exp().sum(-1).flatten())
+    return torch.cat(masses)
+
+
+def solve(mass: Tensor, share: float) -> float:
+    """Return the G, in nats, for which the mean of (2) over positions with these m, (n,), is S.
+
+    share: S, between 0 and 1.
+    """
+    odds = mass.double().log() - (-mass.double()).log1p()  # log m / (1 - m)
+    low, high = -200.0, 200.0
+    for _ in range(60):  # the mean grows with G: halve the interval until it is one float64
+        g = (low + high) / 2
+        if torch.sigmoid(odds + g).mean() < share:
+            low = g
+        else:
+            high = g
+    return g
