@@ -239,9 +239,16 @@ def _triton() -> Iterator[None]:
             RECORD.add_launch("triton")
 
     class Counting(Driver):
+        """Has a number of its own, as Triton keeps the loaded kernels of each device."""
+
         launcher_cls = Launcher
 
+        def get_current_device(self) -> int:
+            return -1
+
     hook = triton.knobs.runtime.kernel_load_end_hook
-    hook.add(_read_ptx)
-    with mock.patch.object(driver, "_active", Counting()):
+    with (
+        mock.patch.object(hook, "calls", [*{*hook.calls, _read_ptx}]),
+        mock.patch.object(driver, "_active", Counting()),
+    ):
         yield
