@@ -1,28 +1,19 @@
 """Report finished or interrupted runs: report.html, two figures as PNG, the table as CSV.
 
-The page stands alone: figures are embedded, nothing is fetched, no script runs. Each number in its
-sentences is computed from the runs' logs.
+The page stands alone: figures are embedded, nothing is fetched, no script runs. Each number in a
+sentence is computed from the runs' logs.
 """
 
 import csv
 import io
-import math
 import shlex
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from train.report.runs import MODEL, Run, main_run, read_runs
-from train.report.texts import Moment, finding, moments, percent, pieces, plain, visible
-
-# The columns of the table; a number is written to table.csv in full, elsewhere by its function.
-Row = dict[str, str | float]
-COLUMNS: dict[str, Callable[..., str]] = {
-    "run": str, "step": "{:,}".format, "asked": percent, "R": percent, "R error": percent,
-    "limit R": percent, "perplexity": plain, "limit perplexity": plain,
-    "KL to start": "{:.3f}".format, "limit KL": "{:.3f}".format, "distinct-2": "{:.3f}".format,
-    "passage perplexity": plain, "text": str,
-}  # fmt: skip
+from train.report.runs import Run, read_runs
+from train.report.texts import finding, main_run, pieces, table, visible
 
 
 def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
@@ -33,17 +24,13 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     from train.report.figures import CURVES, DARK, LIGHT, draw  # here, as it takes a second
     from weights.checkpoint import atomic_write  # likewise
 
-    runs = read_runs(folders)
-    rows = _rows(runs)
-    writer = csv.DictWriter(table := io.StringIO(), COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row for _, row in rows)
+    runs, names = read_runs(folders), [*CURVES]
     files = {
-        "frontier.png": draw(["frontier", "texts"], runs, LIGHT, "png"),
-        "frontier-dark.png": draw(["frontier", "texts"], runs, DARK, "png"),
-        "curves.png": draw([*CURVES], runs, LIGHT, "png"),
-        "table.csv": table.getvalue().encode(),
-        "report.html": _page(runs, rows).encode(),  # last, as the paths are printed in this order
+        "frontier.png": draw([["frontier", "texts"]], runs, LIGHT, "png"),
+        "frontier-dark.png": draw([["frontier", "texts"]], runs, DARK, "png"),
+        "curves.png": draw([names[:2], names[2:]], runs, LIGHT, "png"),
+        "table.csv": _csv(runs).encode(),
+        "report.html": _page(runs).encode(),  # last, as the paths are printed in this order
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -52,59 +39,41 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
                 temporary.write_bytes(content)
     except OSError as error:
         again = f"python -m train.report {shlex.join(map(str, folders))} --out FOLDER"
-        raise ValueError(f"cannot write the report: {error}; write it elsewhere: {again}") from error
+        raise ValueError(f"cannot write to {out}: {error}; report elsewhere: {again}") from error
     return [out / name for name in files]
 
 
 def summary(folders: Sequence[Path]) -> str:
     """Return for a terminal the table, a text before and after, and what to run next."""
     runs = read_runs(folders)
-    names = ["run", "asked", "R", "limit R", "perplexity", "limit perplexity", "KL to start",
-             "distinct-2"]  # fmt: skip
-    rows = _rows(runs)
-    cells = [names, *([visible(_shown(row, name)) for name in names] for _, row in rows)]
+    rows, best = table(runs), main_run(runs)
+    cells = [[*rows[0].cells], *([*map(visible, row.cells.values())] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["", *("  ".join(map(str.rjust, row, widths)) for row in cells), "", finding(runs)]
-    best = main_run(runs)
-    for moment, row in rows:
-        if moment is rows[0][0] or (moment.run is best and moment.step > 0):
-            lines += ["", visible(f"{moment.title}: {row['text']}")]
-    if (best.folder / MODEL).exists():
+    for row in (rows[0], *(row for row in rows[1:] if row.run is best)):
+        for prompt, ids in [*row.texts.items()][:1]:
+            text = "".join(text for text, _ in pieces(ids, row.run.targets))
+            lines += ["", f"{row.title}: {prompt}{text}"]
+    if (best.folder / "model.safetensors").exists():  # a killed run has none
         command = f"python -m train.sample --model {shlex.quote(str(best.folder))}"
-        lines += ["", "Sample more text:", visible(f"    {command}")]
-    return "\n".join(lines)
+        lines += ["", "Sample more text:", f"    {command}"]
+    return "\n".join(map(visible, lines))
 
 
-def _rows(runs: Sequence[Run]) -> list[tuple[Moment, Row]]:
-    """Return a row of the table for each moment, without what was not measured."""
-    rows = []
-    for moment in moments(runs):
-        run, measured = moment.run, moment.evaluation
-        row: dict[str, str | float | None] = {
-            "run": moment.label, "step": moment.step,
-            "R": measured.r, "R error": measured.r_error,
-            "perplexity": measured.sample_perplexity, "KL to start": measured.kl_to_start,
-            "distinct-2": measured.distinct_2, "passage perplexity": measured.passage_perplexity,
-        }  # fmt: skip
-        if moment.step > 0 and run.share is not None:
-            row["asked"] = run.share
-            if run.limit:
-                row |= {"limit R": run.limit.r, "limit perplexity": run.limit.sample_perplexity,
-                        "limit KL": run.limit.kl_to_start}  # fmt: skip
-        for ids in [*moment.texts.values()][:1]:
-            row["text"] = "".join(piece.text for piece in pieces(ids, run.targets))
-        rows.append((moment, {name: value for name, value in row.items() if value == value}))
-    return rows
+def _csv(runs: Sequence[Run]) -> str:
+    """Write a line per row of the table, with everything measured, in full precision."""
+    lines = []
+    for run, step, label in table(runs):
+        limit = {f"limit_{name}": value for name, value in asdict(run.limit).items()}
+        named = {"run": visible(label), "step": step, "asked": run.share}
+        lines.append(named | asdict(run.evaluations[step]) | limit)
+    writer = csv.DictWriter(written := io.StringIO(), lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return written.getvalue()
 
 
-def _shown(row: Row, name: str) -> str:
-    """Write a cell of the table: R with its error; empty where the row does not have it."""
-    if name == "R":
-        return percent(row["R"], row.get("R error", math.nan))
-    return COLUMNS[name](row[name]) if name in row else ""
-
-
-def _page(runs: Sequence[Run], rows: Sequence[tuple[Moment, Row]]) -> str:
+def _page(runs: Sequence[Run]) -> str:
     from jinja2 import StrictUndefined, Template
     from markupsafe import Markup
 
@@ -116,19 +85,14 @@ def _page(runs: Sequence[Run], rows: Sequence[tuple[Moment, Row]]) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    drawn = {name: [b64encode(draw([name], runs, theme, "svg")).decode()
-                    for theme in (LIGHT, DARK)] for name in ("frontier", *CURVES)}  # fmt: skip
+    themes = (LIGHT, DARK)
+    figures = {name: [b64encode(draw([[name]], runs, theme, "svg")).decode() for theme in themes]
+               for name in ("frontier", *CURVES)}  # fmt: skip
     settings = []
     for run in runs:
-        ran = {"folder": run.folder, "updates": len(run.steps), "seconds": f"{run.seconds:,.1f}"}
+        ran = {"folder": run.folder, "steps done": len(run.losses), "seconds": round(run.seconds)}
         settings.append(ran | run.about | run.about.get("versions", {}) | run.about["options"])
-    names = dict.fromkeys(name for column in settings for name in column)
     return template.render(
-        runs=runs, rows=rows, finding=finding(runs), figures=drawn, themes=(LIGHT, DARK),
-        colours=[colours(runs, theme) for theme in (LIGHT, DARK)],
-        columns=[name for name in COLUMNS if name not in ("R error", "text")],
-        settings={name: [column.get(name) for column in settings] for name in names
-                  if name not in ("options", "versions", "target_token_ids")},
-        prompts=list(dict.fromkeys(p for moment, _ in rows for p in moment.texts)),
-        shown=_shown, pieces=pieces,
+        runs=runs, rows=table(runs), finding=finding(runs), figures=figures, themes=themes,
+        colours=[colours(runs, theme) for theme in themes], settings=settings, pieces=pieces,
     )  # fmt: skip

@@ -16,14 +16,12 @@ def report(runs: tyro.conf.Positional[Runs], out: Path | None = None) -> None:
     """Report one or several runs.
 
     Args:
-        runs: folders that train.xfactor wrote, its --out
-        out: write the report to this folder (default: the run's own, or "report" for several)
+        runs: the folders to report, each the --out of a run
+        out: write the report here (default: into the run's folder, or "report" for several)
     """
-    folders = [run.expanduser() for run in runs]
-    default = folders[0] if len(folders) == 1 else Path("report")
-    for path in write_report(folders, (out or default).expanduser()):
+    for path in write_report(runs, out or (runs[0] if len(runs) == 1 else Path("report"))):
         print(visible(f"wrote {path}"))
-    print(summary(folders))
+    print(summary(runs))
 
 
 if __name__ == "__main__":
@@ -32,4 +30,4 @@ if __name__ == "__main__":
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(visible(f"error: {error}"))
     except KeyboardInterrupt:
-        sys.exit("stopped; the runs are unchanged: give the same command again")
+        sys.exit("stopped; the runs are unchanged, give the same command again")

@@ -1,16 +1,15 @@
-"""Choose the texts that are shown, and write them token by token."""
+"""What is shown of runs, in words: a row for each model, its texts, and the finding."""
 
+import codecs
 import math
-from array import array
 from collections.abc import Sequence
-from itertools import groupby, islice
 from typing import NamedTuple
 
-from train.report.runs import Evaluation, Run, compare, main_run, scientific
+from train.report.runs import Evaluation, Run, compare, scientific
 
 
-class Moment(NamedTuple):
-    """A model whose text is shown: a run after some step."""
+class Row(NamedTuple):
+    """A model that is shown: a run after some step."""
 
     run: Run
     step: int
@@ -18,96 +17,93 @@ class Moment(NamedTuple):
 
     @property
     def title(self) -> str:
-        original = self.step > 0 and self.run.share is None
+        original = self.run.share is None and self.step
         return f"original target, {self.label}" if original else self.label
 
     @property
-    def evaluation(self) -> Evaluation:
+    def measured(self) -> Evaluation:
         return self.run.evaluations[self.step]
 
     @property
-    def texts(self) -> "dict[str, array[int]]":
-        """A typical text per prompt."""
+    def texts(self) -> dict[str, list[int]]:
+        """A typical text per prompt, as token ids."""
         return self.run.typical.get(self.step, {})
 
+    @property
+    def cells(self) -> dict[str, str]:
+        """The table's row: empty where nothing was measured."""
+        one, limit, asked = self.measured, self.run.limit, self.run.share
+        if not (self.step and asked):
+            limit, asked = Evaluation(math.nan), math.nan
+        return {
+            "run": self.label, "asked": percent(asked), "R": percent(one.r, one.r_error),
+            "limit R": percent(limit.r), "perplexity": plain(one.sample_perplexity),
+            "limit perplexity": plain(limit.sample_perplexity),
+            "KL to start": plain(one.kl_to_start), "distinct-2": plain(one.distinct_2),
+        }  # fmt: skip
 
-class Piece(NamedTuple):
-    """The text of a token, or the part of it that is a target token's or a sign."""
 
-    text: str
-    target: bool
-    sign: bool  # stands for a character that cannot be seen
+def table(runs: Sequence[Run]) -> list[Row]:
+    """List each start model, each run with a share, each with the original target.
 
-
-def moments(runs: Sequence[Run]) -> list[Moment]:
-    """List each start model, the runs with a share, and those with the original target.
-
-    Ahead of the latter, one of them at the R that a run with a share has, where they are compared.
+    Ahead of the latter, the one that is compared, at its evaluation with the nearest R.
     """
-    starts = {run.start: run for run in reversed(runs)}
-    shown = [Moment(run, min(run.evaluations), "start model") for run in reversed(starts.values())]
-    ends = [Moment(run, max(run.evaluations), run.label) for run in runs]
-    shares = [end for end in ends if end.run.share is not None]
-    shown += sorted(shares, key=lambda end: end.run.share or 0)
+    starts = {run.origin: run for run in reversed(runs)}
+    rows = [Row(run, min(run.evaluations), "start model") for run in reversed(starts.values())]
+    ends = [Row(run, max(run.evaluations), run.label) for run in runs]
+    rows += [row for row in ends if row.run.share is not None]
     if found := compare(runs):
-        _, run, step, _ = found
-        shown.append(Moment(run, step, f"{run.label}, step {step}"))
-    return shown + [end for end in ends if end.run.share is None and end not in shown]
+        run, original, _ = found
+        off = {step: abs(one.r - run.end.r) for step, one in original.evaluations.items()}
+        step = min(off, key=lambda step: off[step])
+        rows.append(Row(original, step, f"{original.label}, step {step}"))
+    return rows + [row for row in ends if row.run.share is None]
 
 
-def finding(runs: Sequence[Run]) -> str:
-    """Say in one sentence what was measured: of a share if there is one, and what else it costs."""
-    run, found = main_run(runs), compare(runs)
-    end, start = run.end, run.evaluations[min(run.evaluations)]
-    got = f"{percent(end.r, end.r_error)} at perplexity {plain(end.sample_perplexity)}"
-    if run.share is None:
-        before = f"{percent(start.r)} at {plain(start.sample_perplexity)}"
-        return f"{run.label}: the model writes {got}; the start model, {before}."
-    said = f"Asked for {percent(run.share)} target tokens, the model writes {got}"
+def finding(runs: Sequence[Run]) -> tuple[Run, str]:
+    """Say in one sentence what was measured, and compare; return also the run that it is about."""
+    found = compare(runs)
+    run = found[0] if found else max(runs, key=lambda run: (run.share or 0, run.end.r))
+    got = f"{percent(run.end.r, run.end.r_error)} at perplexity {plain(run.end.sample_perplexity)}"
     if found:
-        return f"{said}; the original target at the same share: {plain(found[-1])}."
-    if run.limit:
-        return f"{said}; the limit at {percent(run.limit.r)}: {plain(run.limit.sample_perplexity)}."
-    return f"{said}."
+        other = f"the original target at the same share: {plain(found[-1])}"
+    elif run.share is not None:
+        other = f"the limit, {percent(run.limit.r)}: {plain(run.limit.sample_perplexity)}"
+    else:
+        other = f"the start model, {percent(run.start.r)}: {plain(run.start.sample_perplexity)}"
+    asked = run.label if run.share is None else f"Asked for {percent(run.share)} target tokens"
+    return run, f"{asked}, the model writes {got}; {other}."
 
 
-def pieces(ids: Sequence[int], targets: frozenset[int]) -> list[Piece]:
-    """Split the text of `ids` into its tokens, with the target tokens marked.
+def pieces(ids: Sequence[int], targets: frozenset[int]) -> list[tuple[str, bool]]:
+    """Return the text that each token adds, and whether it is a target token.
 
-    A character may be spread over several tokens: it is shown with the first of them, and marked if
-    any of them is a target token. Bytes that are not UTF-8 become U+FFFD.
+    A character that several tokens make is shown with the last one; other bytes become U+FFFD.
     """
-    from model.tokenizer import load_tokenizer  # here, as it takes seconds to import
+    from model.tokenizer import load_tokenizer  # here, as it takes a second to import
 
-    tokens = [load_tokenizer().token_bytes(i) for i in ids]
-    owners = iter([at for at, token in enumerate(tokens) for _ in token])  # of each byte
-    owned = []
-    for character in b"".join(tokens).decode("utf-8", errors="surrogateescape"):
-        of_tokens = [*islice(owners, len(character.encode("utf-8", errors="surrogateescape")))]
-        target, seen = any(ids[at] in targets for at in of_tokens), visible(character)
-        owned.append((of_tokens[0], Piece(seen, target, seen != character)))
-    groups = groupby(owned, key=lambda o: (o[0], o[1].target, o[1].sign))
-    return [
-        Piece("".join(piece.text for _, piece in group), target, sign)
-        for (_, target, sign), group in groups
-    ]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    token_bytes = load_tokenizer().token_bytes
+    return [(visible(decoder.decode(token_bytes(i))), i in targets) for i in ids]
 
 
 def percent(share: float, error: float = math.nan) -> str:
-    """Write a share, and its error where it is known: 20 %, 21.3 ± 1.1 %."""
+    """Write a share, and its error where it is known: 20 %, 21.3 ± 1.1 %; nothing for NaN."""
     if math.isnan(error):
-        return f"{100 * share:.3g} %"
+        return "" if math.isnan(share) else f"{100 * share:.3g} %"
     return f"{100 * share:.1f} ± {100 * error:.1f} %"
 
 
 def plain(value: float, digits: int = 3) -> str:
-    """Write three significant digits: 1.00, 58.4, 206,000; from ten million on 3.86e8."""
+    """Write three digits: 1.00, 58.4, 206,000; from ten million on 3.86e8; nothing for NaN."""
     if value < 10**digits - 0.5:
         return f"{value:#.{digits}g}".rstrip(".")
-    return f"{float(f'{value:.{digits}g}'):,.0f}" if value < 1e7 else scientific(value, digits - 1)
+    if value < 1e7:
+        return f"{float(f'{value:.{digits}g}'):,.0f}"
+    return "" if math.isnan(value) else scientific(value, digits - 1)
 
 
 def visible(text: str) -> str:
     """Write a sign for each character that is invisible or reverses the text around it."""
-    signs = {"\n": "↵", "\t": "⇥"} | {chr(c): "\ufffd" for c in range(0xDC80, 0xDD00)}  # bytes
+    signs = {"\n": "↵", "\t": "⇥"}
     return "".join(c if c.isprintable() else signs.get(c, f"U+{ord(c):04X}") for c in text)
