@@ -6,12 +6,10 @@ Ids and counts come from public sources, not from this code.
 import socket
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.tokenizer import Tokenizer, load_tokenizer
-from train.target_tokens import containing
 
 
 @pytest.fixture(scope="module")
@@ -80,33 +78,3 @@ def test_no_network_and_no_cache_is_touched(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     assert load_tokenizer.__wrapped__().encode("The fox") == [464, 21831]
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("letter", "match_case", "count"), [("X", True, 90), ("x", True, 896), ("x", False, 984)]
-)
-def test_members_have_their_recorded_counts(
-    tokenizer: Tokenizer, letter: str, match_case: bool, count: int
-) -> None:
-    """90 for "X", 896 for "x", 984 in either case; <|endoftext|> holds an x and is no member."""
-    members = containing(tokenizer, letter, match_case)
-    assert members.dtype == torch.bool
-    assert members.shape == (50257,)
-    assert int(members.sum()) == count
-    assert not members[tokenizer.eot]
-
-
-def test_members_of_a_substring_and_of_another_alphabet(tokenizer: Tokenizer) -> None:
-    """Against the decoded text of each token; "é" finds "É" too, which bytes.lower would not."""
-    for contains in ("ing", "é"):
-        members = containing(tokenizer, contains)
-        for i in range(0, tokenizer.eot, 7 if contains == "ing" else 1):
-            text = tokenizer.token_bytes(i).decode("utf-8", errors="ignore")
-            assert bool(members[i]) == (contains in text.lower()), text
-
-
-@pytest.mark.parametrize("contains", ["", "XQZJ", "日本語のトークン"])
-def test_a_string_that_no_token_contains_is_refused(tokenizer: Tokenizer, contains: str) -> None:
-    """An empty string would make every token a member."""
-    with pytest.raises(ValueError, match="token contains"):
-        containing(tokenizer, contains)
