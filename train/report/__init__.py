@@ -1,4 +1,4 @@
-"""Report finished or interrupted runs: report.html, two figures as PNG, the table as CSV.
+"""Report finished or interrupted runs: report.html, its figures as PNG, its table as CSV.
 
 The page stands alone: figures are embedded, nothing is fetched, no script runs. Each number in a
 sentence is computed from the runs' logs.
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from train.report.runs import Run, read_runs
-from train.report.texts import finding, main_run, pieces, table, visible
+from train.report.texts import finding, pieces, table, visible
 
 
 def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
@@ -46,13 +46,13 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
 def summary(folders: Sequence[Path]) -> str:
     """Return for a terminal the table, a text before and after, and what to run next."""
     runs = read_runs(folders)
-    rows, best = table(runs), main_run(runs)
-    cells = [[*rows[0].cells], *([*map(visible, row.cells.values())] for row in rows)]
+    rows, (best, sentence) = table(runs), finding(runs)
+    cells = [[*rows[0].cells], *([*row.cells.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["", *("  ".join(map(str.rjust, row, widths)) for row in cells), "", finding(runs)]
+    lines = ["", *("  ".join(map(str.rjust, row, widths)) for row in cells), "", sentence]
     for row in (rows[0], *(row for row in rows[1:] if row.run is best)):
         for prompt, ids in [*row.texts.items()][:1]:
-            text = "".join(text for text, _ in pieces(ids, row.run.targets))
+            text = "".join(piece for piece, _ in pieces(ids, row.run.targets))
             lines += ["", f"{row.title}: {prompt}{text}"]
     if (best.folder / "model.safetensors").exists():  # a killed run has none
         command = f"python -m train.sample --model {shlex.quote(str(best.folder))}"
@@ -63,10 +63,10 @@ def summary(folders: Sequence[Path]) -> str:
 def _csv(runs: Sequence[Run]) -> str:
     """Write a line per row of the table, with everything measured, in full precision."""
     lines = []
-    for run, step, label in table(runs):
-        limit = {f"limit_{name}": value for name, value in asdict(run.limit).items()}
-        named = {"run": visible(label), "step": step, "asked": run.share}
-        lines.append(named | asdict(run.evaluations[step]) | limit)
+    for row in table(runs):
+        named = {"run": row.cells["run"], "step": row.step, "asked": row.run.share}
+        limit = {f"limit_{name}": value for name, value in asdict(row.run.limit).items()}
+        lines.append(named | asdict(row.measured) | limit)
     writer = csv.DictWriter(written := io.StringIO(), lines[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
@@ -85,14 +85,14 @@ def _page(runs: Sequence[Run]) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    themes = (LIGHT, DARK)
-    figures = {name: [b64encode(draw([[name]], runs, theme, "svg")).decode() for theme in themes]
-               for name in ("frontier", *CURVES)}  # fmt: skip
+    figures = {name: [b64encode(draw([[name]], runs, theme, "svg")).decode()
+                      for theme in (LIGHT, DARK)] for name in ("frontier", *CURVES)}  # fmt: skip
     settings = []
     for run in runs:
         ran = {"folder": run.folder, "steps done": len(run.losses), "seconds": round(run.seconds)}
         settings.append(ran | run.about | run.about.get("versions", {}) | run.about["options"])
     return template.render(
-        runs=runs, rows=table(runs), finding=finding(runs), figures=figures, themes=themes,
-        colours=[colours(runs, theme) for theme in themes], settings=settings, pieces=pieces,
+        runs=runs, rows=table(runs), finding=finding(runs)[1], figures=figures, curves=CURVES,
+        light=LIGHT, dark=DARK, colours=colours(runs),
+        settings=settings, pieces=pieces,
     )  # fmt: skip

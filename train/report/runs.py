@@ -30,6 +30,7 @@ class Run:
     folder: Path
     about: dict[str, Any]  # "xfactor" of config.json
     targets: frozenset[int]  # ids of the target tokens
+    origin: tuple[object, ...]  # the start model and the goal: runs that share it are compared
     share: float | None  # asked for, 0 to 1; None: the original target
     label: str
     losses: "array[float]" = field(default_factory=lambda: array("d"))  # nats, by step
@@ -46,11 +47,6 @@ class Run:
     @property
     def end(self) -> Evaluation:
         return self.evaluations[max(self.evaluations)]
-
-    @property
-    def origin(self) -> tuple[object, ...]:
-        """The start model and the goal: runs that share both can be compared."""
-        return self.about.get("start"), self.targets
 
     def share_of(self, ids: Sequence[int]) -> float:
         return sum(i in self.targets for i in ids) / len(ids)
@@ -71,12 +67,13 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read(folder: Path) -> Run:
-    place = path = folder / "config.json"
+    path, place = folder / "config.json", f"{folder / 'config.json'}"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))["xfactor"]
         share, rate = about.get("share"), scientific(about["options"]["lr"])
         label = f"lr {rate}" if share is None else f"share {100 * share:g} %"
-        run = Run(folder, about, frozenset(about["target_token_ids"]), share, label)
+        targets = frozenset(about["target_token_ids"])
+        run = Run(folder, about, targets, (about.get("start"), targets), share, label)
         for path in (folder / "log.jsonl", folder / "samples.jsonl"):
             with open(path, encoding="utf-8", newline="\n") as file:
                 for number, line in enumerate(file, start=1):
@@ -116,7 +113,9 @@ def _add(run: Run, line: dict[str, Any]) -> None:
 def _evaluation(line: dict[str, float | None]) -> Evaluation:
     known = [name for name in Evaluation.__match_args__ if name in line]
     # JSON has no infinity: a perplexity that is null was one
-    return Evaluation(**{name: float(math.inf if (x := line[name]) is None else x) for name in known})
+    return Evaluation(
+        **{name: float(math.inf if (x := line[name]) is None else x) for name in known}
+    )
 
 
 def compare(runs: Sequence[Run]) -> tuple[Run, Run, float] | None:

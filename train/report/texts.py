@@ -3,9 +3,12 @@
 import codecs
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from train.report.runs import Evaluation, Run, compare, scientific
+
+ORIGINAL = "original target, "
 
 
 class Row(NamedTuple):
@@ -13,12 +16,7 @@ class Row(NamedTuple):
 
     run: Run
     step: int
-    label: str
-
-    @property
-    def title(self) -> str:
-        original = self.run.share is None and self.step
-        return f"original target, {self.label}" if original else self.label
+    title: str
 
     @property
     def measured(self) -> Evaluation:
@@ -32,12 +30,11 @@ class Row(NamedTuple):
     @property
     def cells(self) -> dict[str, str]:
         """The table's row: empty where nothing was measured."""
-        one, limit, asked = self.measured, self.run.limit, self.run.share
-        if not (self.step and asked):
-            limit, asked = Evaluation(math.nan), math.nan
+        one, limit = self.measured, self.run.limit
         return {
-            "run": self.label, "asked": percent(asked), "R": percent(one.r, one.r_error),
-            "limit R": percent(limit.r), "perplexity": plain(one.sample_perplexity),
+            "run": visible(self.title.removeprefix(ORIGINAL)), "asked": percent(self.run.share),
+            "R": percent(one.r, one.r_error), "limit R": percent(limit.r),
+            "perplexity": plain(one.sample_perplexity),
             "limit perplexity": plain(limit.sample_perplexity),
             "KL to start": plain(one.kl_to_start), "distinct-2": plain(one.distinct_2),
         }  # fmt: skip
@@ -48,30 +45,32 @@ def table(runs: Sequence[Run]) -> list[Row]:
 
     Ahead of the latter, the one that is compared, at its evaluation with the nearest R.
     """
-    starts = {run.origin: run for run in reversed(runs)}
-    rows = [Row(run, min(run.evaluations), "start model") for run in reversed(starts.values())]
-    ends = [Row(run, max(run.evaluations), run.label) for run in runs]
-    rows += [row for row in ends if row.run.share is not None]
+    starts = [*{run.origin: run for run in reversed(runs)}.values()]
+    bare = [replace(run, share=None, limit=Evaluation()) for run in reversed(starts)]
+    rows = [Row(run, min(run.evaluations), "start model") for run in bare]
+    rows += [Row(run, max(run.evaluations), run.label) for run in runs if run.share is not None]
+    originals = [(run, max(run.evaluations), run.label) for run in runs if run.share is None]
     if found := compare(runs):
-        run, original, _ = found
-        off = {step: abs(one.r - run.end.r) for step, one in original.evaluations.items()}
+        run, path, _ = found
+        off = {step: abs(one.r - run.end.r) for step, one in path.evaluations.items()}
         step = min(off, key=lambda step: off[step])
-        rows.append(Row(original, step, f"{original.label}, step {step}"))
-    return rows + [row for row in ends if row.run.share is None]
+        originals.insert(0, (path, step, f"{path.label}, step {step}"))
+    return rows + [Row(run, step, ORIGINAL + label) for run, step, label in originals]
 
 
 def finding(runs: Sequence[Run]) -> tuple[Run, str]:
     """Say in one sentence what was measured, and compare; return also the run that it is about."""
     found = compare(runs)
     run = found[0] if found else max(runs, key=lambda run: (run.share or 0, run.end.r))
-    got = f"{percent(run.end.r, run.end.r_error)} at perplexity {plain(run.end.sample_perplexity)}"
+    share, perplexity = percent(run.end.r, run.end.r_error), plain(run.end.sample_perplexity)
+    got = f"{share} target tokens at perplexity {perplexity}"
     if found:
         other = f"the original target at the same share: {plain(found[-1])}"
     elif run.share is not None:
         other = f"the limit, {percent(run.limit.r)}: {plain(run.limit.sample_perplexity)}"
     else:
         other = f"the start model, {percent(run.start.r)}: {plain(run.start.sample_perplexity)}"
-    asked = run.label if run.share is None else f"Asked for {percent(run.share)} target tokens"
+    asked = f"With {run.label}" if run.share is None else f"Asked for {percent(run.share)}"
     return run, f"{asked}, the model writes {got}; {other}."
 
 
@@ -87,15 +86,16 @@ def pieces(ids: Sequence[int], targets: frozenset[int]) -> list[tuple[str, bool]
     return [(visible(decoder.decode(token_bytes(i))), i in targets) for i in ids]
 
 
-def percent(share: float, error: float = math.nan) -> str:
-    """Write a share, and its error where it is known: 20 %, 21.3 ± 1.1 %; nothing for NaN."""
-    if math.isnan(error):
-        return "" if math.isnan(share) else f"{100 * share:.3g} %"
-    return f"{100 * share:.1f} ± {100 * error:.1f} %"
+def percent(share: float | None, error: float = math.nan) -> str:
+    """Write a share, and its error where it is known: 20 %, 21.3 ± 1.1 %; None and NaN: nothing."""
+    if share is None or math.isnan(share):
+        return ""
+    known = not math.isnan(error)
+    return f"{100 * share:.1f} ± {100 * error:.1f} %" if known else f"{100 * share:.3g} %"
 
 
 def plain(value: float, digits: int = 3) -> str:
-    """Write three digits: 1.00, 58.4, 206,000; from ten million on 3.86e8; nothing for NaN."""
+    """Write three digits: 1.00, 58.4, 206,000; from ten million on 3.86e8; NaN: nothing."""
     if value < 10**digits - 0.5:
         return f"{value:#.{digits}g}".rstrip(".")
     if value < 1e7:
