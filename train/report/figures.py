@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from train.report.runs import Run, compare
-from train.report.texts import ORIGINAL, finding, percent, pieces, plain, table
+from train.report.texts import finding, percent, pieces, plain, shown
 
 Theme = namedtuple("Theme", "ink faint grid ground mark")  # mark: behind target tokens
 LIGHT = Theme("#24292f", "#5d6670", "#e4e7ea", "#ffffff", "#ffe3a3")
@@ -71,16 +71,6 @@ def draw(panels: list[list[str]], runs: Sequence[Run], theme: Theme, kind: str) 
         return image.getvalue()
 
 
-def colours(runs: Sequence[Run]) -> dict[Run, str]:
-    """Return the colour of each run: blues for those with a share, oranges for the others."""
-    found: dict[Run, str] = {}
-    for name, original in (("Oranges", True), ("Blues", False)):
-        family = [run for run in runs if (run.share is None) == original]
-        shades = matplotlib.colormaps[name](np.linspace(0.45, 0.75, len(family)))
-        found |= zip(family, map(matplotlib.colors.to_hex, shades), strict=True)
-    return found
-
-
 def thin(values: Sequence[float], buckets: int) -> np.ndarray:
     """Return the indices of the lowest and the highest of each bucket of finite values.
 
@@ -96,7 +86,7 @@ def _curve(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     name = axes.get_label()
     axes.set(title=CURVES[name], xlabel="token of the sample" if name == "position" else "step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    for run, colour in colours(runs).items():
+    for run in runs:
         steps, ends = np.array([*run.evaluations]), run.evaluations.values()
         if name == "loss":
             steps = thin(run.losses, max(400 // len(runs), 20))
@@ -110,7 +100,7 @@ def _curve(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         else:
             values = np.array([e.r if name == "r" else e.sample_perplexity for e in ends])
         label, style = run.label.replace("$", r"\$"), "-" if len(values) > 20 else ".-"
-        axes.plot(steps, values, style, color=colour, label=label)
+        axes.plot(steps, values, style, color=run.colour, label=label)
     if name in ("r", "position"):
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
@@ -126,20 +116,20 @@ def _frontier(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
     label = partial(axes.annotate, textcoords="offset points", weight="bold", parse_math=False)
     ends = []
-    for run, colour in colours(runs).items():
+    for run in runs:
         path = [(e.r, e.sample_perplexity) for e in run.evaluations.values()]
         path = [point for point in path if math.isfinite(point[1])]
         if path and run.share is None:
-            axes.plot(*zip(*path, strict=True), ".-", color=colour)
-            ends.append((path[-1], run.label, colour))
+            axes.plot(*zip(*path, strict=True), ".-", color=run.colour)
+            ends.append((path[-1], run))
         elif path:
-            axes.errorbar(*path[-1], xerr=run.end.r_error, fmt="o", color=colour, ms=11)
-            label(percent(run.share), path[-1], (8, 10), color=colour)
-    below, family = math.inf, ORIGINAL  # the last label; said in the first
-    for (x, y), text, colour in sorted(ends, reverse=True, key=lambda end: end[0][1])[:6]:
+            axes.errorbar(*path[-1], xerr=run.end.r_error, fmt="o", color=run.colour, ms=11)
+            label(percent(run.share), path[-1], (8, 10), color=run.colour)
+    below, family = math.inf, "original target, "  # the last label; said in the first
+    for (x, y), run in sorted(ends, reverse=True, key=lambda end: end[0][1])[:6]:
         below = min(y, below / 4)
         align, shift = ("right", (-4, 7)) if x > 0.8 else ("left", (8, -4))
-        label(family + text, (x, below), shift, color=colour, ha=align)
+        label(family + run.label, (x, below), shift, color=run.colour, ha=align)
         family = ""
     for first in {run.origin: run for run in reversed(runs)}.values():
         limits = [run.limit for run in runs if run.limit.r >= 0 and run.origin == first.origin]
@@ -162,15 +152,13 @@ def _texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     """Write a heading and three lines of text for each of six models at most."""
     axes.set_axis_off()
     write = partial(axes.text, va="top", parse_math=False)
-    rows = [row for row in table(runs) if row.texts]
-    for i, row in enumerate([*rows[:5], *rows[5:][-1:]]):
-        top, numbers = (
-            1.02 - i / 5.6,
-            f"R {percent(row.measured.r)}, perplexity {row.cells['perplexity']}",
-        )
-        write(0, top, row.title, color=colours(runs).get(row.run), weight="bold", size=9.5)
+    rows = [run for run in shown(runs) if run.texts]
+    for i, run in enumerate([*rows[:5], *rows[5:][-1:]]):
+        top, colour = 1.02 - i / 5.6, run.colour or theme.ink
+        numbers = f"R {percent(run.end.r)}, perplexity {plain(run.end.sample_perplexity)}"
+        write(0, top, run.label, color=colour, weight="bold", size=9.5)
         write(1, top, numbers, color=theme.faint, ha="right", size=8.5)
-        written = pieces(next(iter(row.texts.values())), row.run.targets)
+        written = pieces(run, next(iter(run.texts.values())))
         text = "".join(piece for piece, _ in written)
         marks = "".join(("█" if target else " ") * len(piece) for piece, target in written)
         lines, blocks, end = textwrap.wrap(text.lstrip(), 59, break_on_hyphens=False)[:3], [], 0

@@ -5,10 +5,12 @@ import math
 import os
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
+
+BLUES, ORANGES = ("#6aaed6", "#2e7ebc", "#1561a9"), ("#fd9243", "#e95e0d", "#b63c02")
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,16 @@ class Evaluation:
     distinct_2: float = math.nan  # share of different pairs of tokens in that text
 
 
-@dataclass(eq=False)  # a run equals only itself
+@dataclass
 class Run:
     """One run. Step n is the model after n updates."""
 
     folder: Path
     about: dict[str, Any]  # "xfactor" of config.json
     targets: frozenset[int]  # ids of the target tokens
-    origin: tuple[object, ...]  # the start model and the goal: runs that share it are compared
     share: float | None  # asked for, 0 to 1; None: the original target
     label: str
+    colour: str = ""
     losses: "array[float]" = field(default_factory=lambda: array("d"))  # nats, by step
     seconds: float = 0.0
     evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by step
@@ -41,12 +43,27 @@ class Run:
     last_texts: list[list[int]] = field(default_factory=list)  # ids, of the last evaluation
 
     @property
+    def origin(self) -> tuple[object, ...]:
+        """The start model and the goal: only runs that share both can be compared."""
+        return self.about.get("start"), self.targets
+
+    @property
     def start(self) -> Evaluation:
         return self.evaluations[min(self.evaluations)]
 
     @property
     def end(self) -> Evaluation:
         return self.evaluations[max(self.evaluations)]
+
+    @property
+    def texts(self) -> dict[str, list[int]]:
+        """A typical text per prompt, as token ids, of the last evaluation."""
+        return self.typical.get(max(self.evaluations), {})
+
+    def until(self, step: int, **changes: Any) -> "Run":
+        """Return this run as it was at an evaluation."""
+        seen = {n: evaluation for n, evaluation in self.evaluations.items() if n <= step}
+        return replace(self, evaluations=seen, **changes)
 
     def share_of(self, ids: Sequence[int]) -> float:
         return sum(i in self.targets for i in ids) / len(ids)
@@ -63,7 +80,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for run, place in zip(runs, places, strict=True):
         if labels.count(run.label) > 1:
             run.label += f" ({place.relative_to(os.path.commonpath(places))})"
-    return sorted(runs, key=lambda run: (run.share is None, run.share or 0))
+    runs.sort(key=lambda run: (run.share is None, run.share or 0))
+    colours = {True: cycle(ORANGES), False: cycle(BLUES)}
+    return [replace(run, colour=next(colours[run.share is None])) for run in runs]
 
 
 def _read(folder: Path) -> Run:
@@ -72,8 +91,7 @@ def _read(folder: Path) -> Run:
         about = json.loads(path.read_text(encoding="utf-8"))["xfactor"]
         share, rate = about.get("share"), scientific(about["options"]["lr"])
         label = f"lr {rate}" if share is None else f"share {100 * share:g} %"
-        targets = frozenset(about["target_token_ids"])
-        run = Run(folder, about, targets, (about.get("start"), targets), share, label)
+        run = Run(folder, about, frozenset(about["target_token_ids"]), share, label)
         for path in (folder / "log.jsonl", folder / "samples.jsonl"):
             with open(path, encoding="utf-8", newline="\n") as file:
                 for number, line in enumerate(file, start=1):
@@ -111,11 +129,9 @@ def _add(run: Run, line: dict[str, Any]) -> None:
 
 
 def _evaluation(line: dict[str, float | None]) -> Evaluation:
-    known = [name for name in Evaluation.__match_args__ if name in line]
-    # JSON has no infinity: a perplexity that is null was one
-    return Evaluation(
-        **{name: float(math.inf if (x := line[name]) is None else x) for name in known}
-    )
+    """Read what is known; null is an infinite perplexity, which JSON has no number for."""
+    known = {name: line[name] for name in Evaluation.__match_args__ if name in line}
+    return Evaluation(**{k: math.inf if v is None else float(v) for k, v in known.items()})
 
 
 def compare(runs: Sequence[Run]) -> tuple[Run, Run, float] | None:
@@ -126,10 +142,10 @@ def compare(runs: Sequence[Run]) -> tuple[Run, Run, float] | None:
     """
     found = []
     for run in (run for run in runs if run.share is not None):
-        others = [other for other in runs if other.share is None and other.origin == run.origin]
-        costs = [perplexity_at(other.evaluations.values(), run.end.r) for other in others]
+        paths = [path for path in runs if path.share is None and path.origin == run.origin]
+        costs = [perplexity_at(path.evaluations.values(), run.end.r) for path in paths]
         if costs and math.isfinite(min(costs) / run.end.sample_perplexity):
-            found.append((run, others[costs.index(min(costs))], min(costs)))
+            found.append((run, paths[costs.index(min(costs))], min(costs)))
     return found[len(found) // 2] if found else None
 
 
