@@ -51,8 +51,8 @@ def summary(folders: Sequence[Path]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["", *("  ".join(map(str.rjust, row, widths)) for row in table), "", sentence]
     for run in (rows[0], best):
-        for prompt, ids in [*run.texts.items()][:1]:
-            lines += ["", f"{run.label}: {prompt}" + "".join(text for text, _ in pieces(run, ids))]
+        for text in run.typical[:1]:
+            lines += ["", f"{run.label}: " + "".join(piece for piece, _ in pieces(run, text))]
     if (best.folder / "model.safetensors").exists():  # a killed run has none
         command = f"python -m train.sample --model {shlex.quote(str(best.folder))}"
         lines += ["", "Sample more text:", f"    {command}"]
@@ -86,10 +86,8 @@ def _page(runs: Sequence[Run]) -> str:
     )  # fmt: skip
     figures = {name: [b64encode(draw([[name]], runs, theme, "svg")).decode()
                       for theme in (LIGHT, DARK)] for name in ("frontier", *CURVES)}  # fmt: skip
-    settings = []
-    for run in runs:
-        ran = {"folder": run.folder, "steps done": len(run.losses), "seconds": round(run.seconds)}
-        settings.append(ran | run.about | run.about.get("versions", {}) | run.about["options"])
+    settings = [{"folder": run.folder} | run.about | run.about.get("versions", {})
+                | run.about["options"] for run in runs]  # fmt: skip
     return template.render(
         runs=runs, rows=shown(runs), finding=finding(runs)[1], figures=figures, curves=CURVES,
         light=LIGHT, dark=DARK, settings=settings, cells=cells, pieces=pieces,

@@ -92,7 +92,8 @@ def _curve(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
             steps = thin(run.losses, max(400 // len(runs), 20))
             values = np.asarray(run.losses)[steps]
         elif name == "position":  # means over 8 tokens, as one of 64 texts is too noisy
-            shares = [run.share_of(ids) for ids in zip(*run.last_texts, strict=False)]
+            ids = [ids for _, ids in run.typical]
+            shares = [run.share_of(column) for column in zip(*ids, strict=False)]
             steps, values = (
                 np.array([part.mean() for part in np.array_split(x, len(shares) // 8 or 1)])
                 for x in (np.arange(len(shares)) + 1, np.array(shares))
@@ -131,9 +132,9 @@ def _frontier(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         align, shift = ("right", (-4, 7)) if x > 0.8 else ("left", (8, -4))
         label(family + run.label, (x, below), shift, color=run.colour, ha=align)
         family = ""
-    for first in {run.origin: run for run in reversed(runs)}.values():
-        limits = [run.limit for run in runs if run.limit.r >= 0 and run.origin == first.origin]
-        points = sorted((e.r, e.sample_perplexity) for e in [first.start, *limits])
+    for start in (run for run in shown(runs) if not run.colour):
+        limits = [run.limit for run in runs if run.limit.r >= 0 and run.origin == start.origin]
+        points = sorted((e.r, e.sample_perplexity) for e in [start.end, *limits])
         axes.plot(*zip(*points, strict=True), "--d", color=theme.ink, ms=4, lw=1.4, zorder=4)
         label("start", points[0], (-5, -17), weight="normal")
         if limits:
@@ -152,13 +153,13 @@ def _texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     """Write a heading and three lines of text for each of six models at most."""
     axes.set_axis_off()
     write = partial(axes.text, va="top", parse_math=False)
-    rows = [run for run in shown(runs) if run.texts]
+    rows = [run for run in shown(runs) if run.typical]
     for i, run in enumerate([*rows[:5], *rows[5:][-1:]]):
         top, colour = 1.02 - i / 5.6, run.colour or theme.ink
         numbers = f"R {percent(run.end.r)}, perplexity {plain(run.end.sample_perplexity)}"
         write(0, top, run.label, color=colour, weight="bold", size=9.5)
         write(1, top, numbers, color=theme.faint, ha="right", size=8.5)
-        written = pieces(run, next(iter(run.texts.values())))
+        written = pieces(run, run.typical[0])
         text = "".join(piece for piece, _ in written)
         marks = "".join(("█" if target else " ") * len(piece) for piece, target in written)
         lines, blocks, end = textwrap.wrap(text.lstrip(), 59, break_on_hyphens=False)[:3], [], 0

@@ -10,6 +10,7 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
+Text = tuple[str, Sequence[int]]  # a prompt, and the ids of the tokens that continue it
 BLUES, ORANGES = ("#6aaed6", "#2e7ebc", "#1561a9"), ("#fd9243", "#e95e0d", "#b63c02")
 
 
@@ -36,11 +37,9 @@ class Run:
     label: str
     colour: str = ""
     losses: "array[float]" = field(default_factory=lambda: array("d"))  # nats, by step
-    seconds: float = 0.0
     evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by step
     limit: Evaluation = Evaluation()  # the start model, sampled with a bias on target tokens
-    typical: dict[int, dict[str, list[int]]] = field(default_factory=dict)  # step, prompt: ids
-    last_texts: list[list[int]] = field(default_factory=list)  # ids, of the last evaluation
+    texts: dict[int, list[Text]] = field(default_factory=dict)  # by step
 
     @property
     def origin(self) -> tuple[object, ...]:
@@ -48,17 +47,14 @@ class Run:
         return self.about.get("start"), self.targets
 
     @property
-    def start(self) -> Evaluation:
-        return self.evaluations[min(self.evaluations)]
-
-    @property
     def end(self) -> Evaluation:
         return self.evaluations[max(self.evaluations)]
 
     @property
-    def texts(self) -> dict[str, list[int]]:
-        """A typical text per prompt, as token ids, of the last evaluation."""
-        return self.typical.get(max(self.evaluations), {})
+    def typical(self) -> list[Text]:
+        """The texts of the last evaluation, those whose share of target tokens is nearest R first."""
+        texts = self.texts.get(max(self.evaluations), [])
+        return sorted(texts, key=lambda text: abs(self.share_of(text[1]) - self.end.r))
 
     def until(self, step: int, **changes: Any) -> "Run":
         """Return this run as it was at an evaluation."""
@@ -111,21 +107,15 @@ def _read(folder: Path) -> Run:
 
 
 def _add(run: Run, line: dict[str, Any]) -> None:
-    """Take a line of a log; of the samples keep the typical ones, whose shares are nearest R."""
     step = line["step"]
     if "loss" in line:
         run.losses.append(line["loss"])
-        run.seconds += line.get("seconds", 0)
     if "evaluation" in line:
         run.evaluations[step] = _evaluation(line["evaluation"])
     if "limit" in line:
         run.limit = _evaluation(line["limit"])
-    if "ids" in line and step in run.evaluations:  # a kill may cut the one file, not the other
-        ids, prompt, r = line["ids"], str(line["prompt"]), run.evaluations[step].r
-        kept = run.typical.setdefault(step, {})
-        kept[prompt] = min(kept.get(prompt, ids), ids, key=lambda ids: abs(run.share_of(ids) - r))
-        if step == max(run.evaluations):
-            run.last_texts.append(ids)
+    if "ids" in line:
+        run.texts.setdefault(step, []).append((str(line["prompt"]), array("i", line["ids"])))
 
 
 def _evaluation(line: dict[str, float | None]) -> Evaluation:

@@ -4,7 +4,7 @@ import codecs
 import math
 from collections.abc import Sequence
 
-from train.report.runs import Evaluation, Run, compare, scientific
+from train.report.runs import Evaluation, Run, Text, compare, scientific
 
 
 def shown(runs: Sequence[Run]) -> list[Run]:
@@ -19,8 +19,7 @@ def shown(runs: Sequence[Run]) -> list[Run]:
     rows += [run for run in runs if run.share is not None]
     if found := compare(runs):
         run, path, _ = found
-        off = {step: abs(one.r - run.end.r) for step, one in path.evaluations.items()}
-        step = min(off, key=lambda step: off[step])
+        step = min(path.evaluations, key=lambda step: abs(path.evaluations[step].r - run.end.r))
         rows.append(path.until(step, label=f"{path.label}, step {step}"))
     return rows + [run for run in runs if run.share is None]
 
@@ -40,7 +39,7 @@ def finding(runs: Sequence[Run]) -> tuple[Run, str]:
     """Say in one sentence what was measured, and compare; return also the run that it is about."""
     found = compare(runs)
     run = found[0] if found else max(runs, key=lambda run: (run.share or 0, run.end.r))
-    row, start = cells(run), run.start
+    row, start = cells(run), shown(runs)[0].end
     if found:
         other = f"the original target at the same share: {plain(found[-1])}"
     elif run.share is not None:
@@ -52,16 +51,17 @@ def finding(runs: Sequence[Run]) -> tuple[Run, str]:
     return run, f"{given}, the model writes {got}; {other}."
 
 
-def pieces(run: Run, ids: Sequence[int]) -> list[tuple[str, bool]]:
-    """Return the text that each token adds, and whether it is a target token.
+def pieces(run: Run, text: Text) -> list[tuple[str, bool]]:
+    """Return the prompt and what each token adds to it, and whether that is a target token.
 
     A character that several tokens make is shown with the last one; other bytes become U+FFFD.
     """
     from model.tokenizer import load_tokenizer  # here, as it takes a second to import
 
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder, (prompt, ids) = codecs.getincrementaldecoder("utf-8")("replace"), text
     token_bytes = load_tokenizer().token_bytes
-    return [(visible(decoder.decode(token_bytes(i))), i in run.targets) for i in ids]
+    tokens = [(visible(decoder.decode(token_bytes(i))), i in run.targets) for i in ids]
+    return [(visible(prompt), False), *tokens]
 
 
 def percent(share: float | None, error: float = math.nan) -> str:
