@@ -1,4 +1,4 @@
-"""Report finished or interrupted runs: report.html, two figures as PNG, the table as CSV.
+"""Report finished or interrupted runs: report.html, its figures as PNG, its table as CSV.
 
 The page stands alone: figures are embedded, nothing is fetched, no script runs. Each number in a
 sentence is computed from the runs' logs.
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from train.report.runs import Run, read_runs
-from train.report.texts import finding, main_run, pieces, table, visible
+from train.report.texts import cells, finding, pieces, shown, visible
 
 
 def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
@@ -46,14 +46,13 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
 def summary(folders: Sequence[Path]) -> str:
     """Return for a terminal the table, a text before and after, and what to run next."""
     runs = read_runs(folders)
-    rows, best = table(runs), main_run(runs)
-    cells = [[*rows[0].cells], *([*map(visible, row.cells.values())] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["", *("  ".join(map(str.rjust, row, widths)) for row in cells), "", finding(runs)]
-    for row in (rows[0], *(row for row in rows[1:] if row.run is best)):
-        for prompt, ids in [*row.texts.items()][:1]:
-            text = "".join(text for text, _ in pieces(ids, row.run.targets))
-            lines += ["", f"{row.title}: {prompt}{text}"]
+    rows, (best, sentence) = shown(runs), finding(runs)
+    table = [[*cells(best)], *([*cells(run).values()] for run in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["", *("  ".join(map(str.rjust, row, widths)) for row in table), "", sentence]
+    for run in (rows[0], best):
+        for text in run.typical[:1]:
+            lines += ["", f"{run.label}: " + "".join(piece for piece, _ in pieces(run, text))]
     if (best.folder / "model.safetensors").exists():  # a killed run has none
         command = f"python -m train.sample --model {shlex.quote(str(best.folder))}"
         lines += ["", "Sample more text:", f"    {command}"]
@@ -63,10 +62,10 @@ def summary(folders: Sequence[Path]) -> str:
 def _csv(runs: Sequence[Run]) -> str:
     """Write a line per row of the table, with everything measured, in full precision."""
     lines = []
-    for run, step, label in table(runs):
+    for run in shown(runs):
+        named = {"run": visible(run.label), "step": max(run.evaluations), "asked": run.share}
         limit = {f"limit_{name}": value for name, value in asdict(run.limit).items()}
-        named = {"run": visible(label), "step": step, "asked": run.share}
-        lines.append(named | asdict(run.evaluations[step]) | limit)
+        lines.append(named | asdict(run.end) | limit)
     writer = csv.DictWriter(written := io.StringIO(), lines[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
@@ -77,7 +76,7 @@ def _page(runs: Sequence[Run]) -> str:
     from jinja2 import StrictUndefined, Template
     from markupsafe import Markup
 
-    from train.report.figures import CURVES, DARK, LIGHT, colours, draw
+    from train.report.figures import CURVES, DARK, LIGHT, draw
 
     template = Template(
         Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"),
@@ -85,14 +84,11 @@ def _page(runs: Sequence[Run]) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    themes = (LIGHT, DARK)
-    figures = {name: [b64encode(draw([[name]], runs, theme, "svg")).decode() for theme in themes]
-               for name in ("frontier", *CURVES)}  # fmt: skip
-    settings = []
-    for run in runs:
-        ran = {"folder": run.folder, "steps done": len(run.losses), "seconds": round(run.seconds)}
-        settings.append(ran | run.about | run.about.get("versions", {}) | run.about["options"])
+    figures = {name: [b64encode(draw([[name]], runs, theme, "svg")).decode()
+                      for theme in (LIGHT, DARK)] for name in ("frontier", *CURVES)}  # fmt: skip
+    settings = [{"folder": run.folder} | run.about | run.about.get("versions", {})
+                | run.about["options"] for run in runs]  # fmt: skip
     return template.render(
-        runs=runs, rows=table(runs), finding=finding(runs), figures=figures, themes=themes,
-        colours=[colours(runs, theme) for theme in themes], settings=settings, pieces=pieces,
+        runs=runs, rows=shown(runs), finding=finding(runs)[1], figures=figures, curves=CURVES,
+        light=LIGHT, dark=DARK, settings=settings, cells=cells, pieces=pieces,
     )  # fmt: skip

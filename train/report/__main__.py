@@ -2,17 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 from train.report import summary, write_report
 from train.report.texts import visible
 
-Runs = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 
-
-def report(runs: tyro.conf.Positional[Runs], out: Path | None = None) -> None:
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
     """Report one or several runs.
 
     Args:
@@ -29,5 +26,3 @@ if __name__ == "__main__":
         tyro.cli(report, prog="python -m train.report")
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(visible(f"error: {error}"))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the runs are unchanged, give the same command again")

@@ -5,10 +5,13 @@ import math
 import os
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
+
+Text = tuple[str, Sequence[int]]  # a prompt, and the ids of the tokens that continue it
+BLUES, ORANGES = ("#6aaed6", "#2e7ebc", "#1561a9"), ("#fd9243", "#e95e0d", "#b63c02")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Evaluation:
     distinct_2: float = math.nan  # share of different pairs of tokens in that text
 
 
-@dataclass(eq=False)  # a run equals only itself
+@dataclass
 class Run:
     """One run. Step n is the model after n updates."""
 
@@ -32,25 +35,31 @@ class Run:
     targets: frozenset[int]  # ids of the target tokens
     share: float | None  # asked for, 0 to 1; None: the original target
     label: str
+    colour: str = ""
     losses: "array[float]" = field(default_factory=lambda: array("d"))  # nats, by step
-    seconds: float = 0.0
     evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by step
     limit: Evaluation = Evaluation()  # the start model, sampled with a bias on target tokens
-    typical: dict[int, dict[str, list[int]]] = field(default_factory=dict)  # step, prompt: ids
-    last_texts: list[list[int]] = field(default_factory=list)  # ids, of the last evaluation
+    texts: dict[int, list[Text]] = field(default_factory=dict)  # by step
 
     @property
-    def start(self) -> Evaluation:
-        return self.evaluations[min(self.evaluations)]
+    def origin(self) -> tuple[object, ...]:
+        """The start model and the goal: only runs that share both can be compared."""
+        return self.about.get("start"), self.targets
 
     @property
     def end(self) -> Evaluation:
         return self.evaluations[max(self.evaluations)]
 
     @property
-    def origin(self) -> tuple[object, ...]:
-        """The start model and the goal: runs that share both can be compared."""
-        return self.about.get("start"), self.targets
+    def typical(self) -> list[Text]:
+        """The texts of the last evaluation, those whose share of target tokens is nearest R first."""
+        texts = self.texts.get(max(self.evaluations), [])
+        return sorted(texts, key=lambda text: abs(self.share_of(text[1]) - self.end.r))
+
+    def until(self, step: int, **changes: Any) -> "Run":
+        """Return this run as it was at an evaluation."""
+        seen = {n: evaluation for n, evaluation in self.evaluations.items() if n <= step}
+        return replace(self, evaluations=seen, **changes)
 
     def share_of(self, ids: Sequence[int]) -> float:
         return sum(i in self.targets for i in ids) / len(ids)
@@ -67,11 +76,13 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for run, place in zip(runs, places, strict=True):
         if labels.count(run.label) > 1:
             run.label += f" ({place.relative_to(os.path.commonpath(places))})"
-    return sorted(runs, key=lambda run: (run.share is None, run.share or 0))
+    runs.sort(key=lambda run: (run.share is None, run.share or 0))
+    colours = {True: cycle(ORANGES), False: cycle(BLUES)}
+    return [replace(run, colour=next(colours[run.share is None])) for run in runs]
 
 
 def _read(folder: Path) -> Run:
-    place = path = folder / "config.json"
+    path, place = folder / "config.json", f"{folder / 'config.json'}"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))["xfactor"]
         share, rate = about.get("share"), scientific(about["options"]["lr"])
@@ -96,27 +107,21 @@ def _read(folder: Path) -> Run:
 
 
 def _add(run: Run, line: dict[str, Any]) -> None:
-    """Take a line of a log; of the samples keep the typical ones, whose shares are nearest R."""
     step = line["step"]
     if "loss" in line:
         run.losses.append(line["loss"])
-        run.seconds += line.get("seconds", 0)
     if "evaluation" in line:
         run.evaluations[step] = _evaluation(line["evaluation"])
     if "limit" in line:
         run.limit = _evaluation(line["limit"])
-    if "ids" in line and step in run.evaluations:  # a kill may cut the one file, not the other
-        ids, prompt, r = line["ids"], str(line["prompt"]), run.evaluations[step].r
-        kept = run.typical.setdefault(step, {})
-        kept[prompt] = min(kept.get(prompt, ids), ids, key=lambda ids: abs(run.share_of(ids) - r))
-        if step == max(run.evaluations):
-            run.last_texts.append(ids)
+    if "ids" in line:
+        run.texts.setdefault(step, []).append((str(line["prompt"]), array("i", line["ids"])))
 
 
 def _evaluation(line: dict[str, float | None]) -> Evaluation:
-    known = [name for name in Evaluation.__match_args__ if name in line]
-    # JSON has no infinity: a perplexity that is null was one
-    return Evaluation(**{name: float(math.inf if (x := line[name]) is None else x) for name in known})
+    """Read what is known; null is an infinite perplexity, which JSON has no number for."""
+    known = {name: line[name] for name in Evaluation.__match_args__ if name in line}
+    return Evaluation(**{k: math.inf if v is None else float(v) for k, v in known.items()})
 
 
 def compare(runs: Sequence[Run]) -> tuple[Run, Run, float] | None:
@@ -127,10 +132,10 @@ def compare(runs: Sequence[Run]) -> tuple[Run, Run, float] | None:
     """
     found = []
     for run in (run for run in runs if run.share is not None):
-        others = [other for other in runs if other.share is None and other.origin == run.origin]
-        costs = [perplexity_at(other.evaluations.values(), run.end.r) for other in others]
+        paths = [path for path in runs if path.share is None and path.origin == run.origin]
+        costs = [perplexity_at(path.evaluations.values(), run.end.r) for path in paths]
         if costs and math.isfinite(min(costs) / run.end.sample_perplexity):
-            found.append((run, others[costs.index(min(costs))], min(costs)))
+            found.append((run, paths[costs.index(min(costs))], min(costs)))
     return found[len(found) // 2] if found else None
 
 

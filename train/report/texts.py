@@ -1,97 +1,75 @@
-"""What is shown of runs, in words: a row for each model, its texts, and the finding."""
+"""What is shown of runs, in words: which ones, a row of the table, the finding, the texts."""
 
 import codecs
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from train.report.runs import Evaluation, Run, compare, scientific
-
-
-class Row(NamedTuple):
-    """A model that is shown: a run after some step."""
-
-    run: Run
-    step: int
-    label: str
-
-    @property
-    def title(self) -> str:
-        original = self.run.share is None and self.step
-        return f"original target, {self.label}" if original else self.label
-
-    @property
-    def measured(self) -> Evaluation:
-        return self.run.evaluations[self.step]
-
-    @property
-    def texts(self) -> dict[str, list[int]]:
-        """A typical text per prompt, as token ids."""
-        return self.run.typical.get(self.step, {})
-
-    @property
-    def cells(self) -> dict[str, str]:
-        """The table's row: empty where nothing was measured."""
-        one, limit, asked = self.measured, self.run.limit, self.run.share
-        if not (self.step and asked):
-            limit, asked = Evaluation(math.nan), math.nan
-        return {
-            "run": self.label, "asked": percent(asked), "R": percent(one.r, one.r_error),
-            "limit R": percent(limit.r), "perplexity": plain(one.sample_perplexity),
-            "limit perplexity": plain(limit.sample_perplexity),
-            "KL to start": plain(one.kl_to_start), "distinct-2": plain(one.distinct_2),
-        }  # fmt: skip
+from train.report.runs import Evaluation, Run, Text, compare, scientific
 
 
-def table(runs: Sequence[Run]) -> list[Row]:
+def shown(runs: Sequence[Run]) -> list[Run]:
     """List each start model, each run with a share, each with the original target.
 
-    Ahead of the latter, the one that is compared, at its evaluation with the nearest R.
+    Each is a run that ends where it is shown. Ahead of the original target's stands the one that
+    is compared, as it was when its R was nearest.
     """
-    starts = {run.origin: run for run in reversed(runs)}
-    rows = [Row(run, min(run.evaluations), "start model") for run in reversed(starts.values())]
-    ends = [Row(run, max(run.evaluations), run.label) for run in runs]
-    rows += [row for row in ends if row.run.share is not None]
+    starts = {run.origin: run for run in reversed(runs)}.values()
+    bare = {"label": "start model", "share": None, "limit": Evaluation(), "colour": ""}
+    rows = [run.until(min(run.evaluations), **bare) for run in reversed(starts)]
+    rows += [run for run in runs if run.share is not None]
     if found := compare(runs):
-        run, original, _ = found
-        off = {step: abs(one.r - run.end.r) for step, one in original.evaluations.items()}
-        step = min(off, key=lambda step: off[step])
-        rows.append(Row(original, step, f"{original.label}, step {step}"))
-    return rows + [row for row in ends if row.run.share is None]
+        run, path, _ = found
+        step = min(path.evaluations, key=lambda step: abs(path.evaluations[step].r - run.end.r))
+        rows.append(path.until(step, label=f"{path.label}, step {step}"))
+    return rows + [run for run in runs if run.share is None]
+
+
+def cells(run: Run) -> dict[str, str]:
+    """Return a run's row of the table: empty where nothing was measured."""
+    return {
+        "run": visible(run.label), "asked": percent(run.share),
+        "R": percent(run.end.r, run.end.r_error), "limit R": percent(run.limit.r),
+        "perplexity": plain(run.end.sample_perplexity),
+        "limit perplexity": plain(run.limit.sample_perplexity),
+        "KL to start": plain(run.end.kl_to_start), "distinct-2": plain(run.end.distinct_2),
+    }  # fmt: skip
 
 
 def finding(runs: Sequence[Run]) -> tuple[Run, str]:
     """Say in one sentence what was measured, and compare; return also the run that it is about."""
     found = compare(runs)
     run = found[0] if found else max(runs, key=lambda run: (run.share or 0, run.end.r))
-    got = f"{percent(run.end.r, run.end.r_error)} at perplexity {plain(run.end.sample_perplexity)}"
+    row, start = cells(run), shown(runs)[0].end
     if found:
         other = f"the original target at the same share: {plain(found[-1])}"
     elif run.share is not None:
-        other = f"the limit, {percent(run.limit.r)}: {plain(run.limit.sample_perplexity)}"
+        other = f"the limit, {row['limit R']}: {row['limit perplexity']}"
     else:
-        other = f"the start model, {percent(run.start.r)}: {plain(run.start.sample_perplexity)}"
-    asked = run.label if run.share is None else f"Asked for {percent(run.share)} target tokens"
-    return run, f"{asked}, the model writes {got}; {other}."
+        other = f"the start model, {percent(start.r)}: {plain(start.sample_perplexity)}"
+    given = f"With {run.label}" if run.share is None else f"Asked for {row['asked']}"
+    got = f"{row['R']} target tokens at perplexity {row['perplexity']}"
+    return run, f"{given}, the model writes {got}; {other}."
 
 
-def pieces(ids: Sequence[int], targets: frozenset[int]) -> list[tuple[str, bool]]:
-    """Return the text that each token adds, and whether it is a target token.
+def pieces(run: Run, text: Text) -> list[tuple[str, bool]]:
+    """Return the prompt and what each token adds to it, and whether that is a target token.
 
     A character that several tokens make is shown with the last one; other bytes become U+FFFD.
     """
     from model.tokenizer import load_tokenizer  # here, as it takes a second to import
 
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder, (prompt, ids) = codecs.getincrementaldecoder("utf-8")("replace"), text
     token_bytes = load_tokenizer().token_bytes
-    return [(visible(decoder.decode(token_bytes(i))), i in targets) for i in ids]
+    tokens = [(visible(decoder.decode(token_bytes(i))), i in run.targets) for i in ids]
+    return [(visible(prompt), False), *tokens]
 
 
-def percent(share: float, error: float = math.nan) -> str:
-    """Write a share, and its error where it is known: 20 %, 21.3 ± 1.1 %; nothing for NaN."""
-    if math.isnan(error):
-        return "" if math.isnan(share) else f"{100 * share:.3g} %"
-    return f"{100 * share:.1f} ± {100 * error:.1f} %"
+def percent(share: float | None, error: float = math.nan) -> str:
+    """Write a share, with its error if that is known: 20 %, 21.3 ± 1.1 %; nothing for NaN."""
+    if share is None or math.isnan(share):
+        return ""
+    known = not math.isnan(error)
+    return f"{100 * share:.1f} ± {100 * error:.1f} %" if known else f"{100 * share:.3g} %"
 
 
 def plain(value: float, digits: int = 3) -> str:
