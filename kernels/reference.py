@@ -33,8 +33,10 @@ def kl_div(logits: Tensor, target: Target, reduction: str = "batchmean") -> Tens
         log_p = F.log_softmax(target.whole_logits(dtype), dim=-1)
         loss = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     else:
-        p = target.to(dtype) if isinstance(target, Tensor) else target.dense(dtype)
-        p = (p / p.sum(-1, keepdim=True)).to(logits.device)
+        if isinstance(target, Tensor):
+            p = target.to(dtype) / target.to(dtype).sum(-1, keepdim=True)
+        else:
+            p = target.dense(dtype).to(logits.device)
         loss = F.kl_div(log_q, p, reduction="none").sum(-1)
     if reduction == "none":
         return loss
