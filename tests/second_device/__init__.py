@@ -232,9 +232,11 @@ def _triton() -> Iterator[None]:
     from tests.kernels.ptx.driver import Driver, _read_ptx
 
     class Launcher(Driver.launcher_cls):
-        """Also records each launch."""
+        """Takes tensors of the device alone, and records each launch."""
 
         def __call__(self, *args: Any) -> None:
+            if any(isinstance(x, Tensor) and not x.is_cuda for x in args):
+                raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
             super().__call__(*args)
             RECORD.add_launch("triton")
 

@@ -36,7 +36,8 @@ TAKE_A_NUMBER = {aten.fill, aten.fill_, aten.masked_fill, aten.masked_fill_}
 # Neither views nor kernels: they allocate, or rename what is there.
 NO_KERNEL = {
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
-    aten.detach, aten.lift_fresh, aten._unsafe_view, aten._fused_sdp_choice, aten._local_scalar_dense,
+    aten.detach, aten.lift_fresh, aten._unsafe_view, aten._fused_sdp_choice,
+    aten._local_scalar_dense,
 }  # fmt: skip
 # CUDA alone has these: products of 16-bit matrices that return their float32 sums.
 CUDA_ONLY: dict[Any, Callable[..., Tensor]] = {
