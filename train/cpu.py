@@ -26,7 +26,8 @@ def check_compilers(device: torch.device, compiles: bool) -> None:
 def prepare(device: torch.device, length: int) -> None:
     """Set up this process for steps on sequences of `length` tokens; does nothing on a GPU.
 
-    Results change by rounding at most. The figures are of gpt2-medium, B = 4, T = 64, on two Zen 4 cores (AVX-512 with bf16, no AMX).
+    Results change by rounding at most. The figures are of gpt2-medium, B = 4, T = 64, on two Zen 4
+    cores (AVX-512 with bf16, no AMX).
 
     Memory: glibc keeps freed memory. A step of gpt2-medium frees and allocates some 4 GB, and by
     default the kernel maps each large tensor again, page by page: a quarter of a bfloat16 step.

@@ -75,14 +75,12 @@ def make_inputs(
     if share is not None or source == "samples":
         say(f"sampling {TEXTS * TOKENS:,} tokens from the start model")
         count = TEXTS if share is None else TEXTS // 2
-        own = sampled = sample_texts(start, count, None, seed, "the start's tokens")
+        own = sampled = sample_texts(start, count, None, seed, "start's tokens")
     if share is not None:
         g = shares.solve(shares.target_mass(start, own, target.mask), share)
         say(f"a share of {share:.3g} is {g:.2f} nats on each target token's logit")
         if source == "samples":
-            tilted = sample_texts(
-                start, TEXTS - count, g * target.mask, seed + 1, "the tilted start's tokens"
-            )
+            tilted = sample_texts(start, TEXTS - count, g * target.mask, seed + 1, "tilted tokens")
             sampled = torch.cat((own, tilted))
     return sampled.flatten().cpu() if source == "samples" else text, g
 

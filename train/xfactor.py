@@ -103,7 +103,7 @@ def train(options: Options, run: Run, target: TwoLevelTarget, g: float | None) -
     g: nats that a share adds to the target tokens' logits; None for the two-level target itself.
     """
     device = target.mask.device
-    net = ranks.parallel(run.model)
+    net: Any = ranks.parallel(run.model)
     if options.compile:
         net = torch.compile(net)
     autocast = torch.autocast(device.type, torch.bfloat16, options.dtype == "bfloat16")
