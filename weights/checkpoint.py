@@ -138,7 +138,6 @@ def read_tensors(
                         file.seek(entry.begin)
                     else:  # what lies before it: the header or a mask
                         digest.update(file.read(entry.begin - file.tell()))
-                    # readinto continues where the system stops short, as Linux does after 2 GiB
                     if file.readinto(buffer) != len(buffer):
                         raise WeightsError(f"{part}: {name}: the file ended early")
                     if digest is not None:
