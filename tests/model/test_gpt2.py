@@ -191,6 +191,7 @@ BAD_STATES = [  # tensors to replace or drop (None), and the message
         {"lm_head.weight": torch.zeros(509, 192)},
         r"lm_head\.weight: got values that differ from wte",
     ),
+    ({"lm_head.weight": torch.zeros(509, 192).half()}, r"lm_head\.weight: got values that differ"),
     (
         {"h.0.attn.c_attn.weight": torch.zeros(576, 192)},
         r"h\.0\.attn\.c_attn\.weight.* \S+\[576, 192\].* \S+\[192, 576\]",
