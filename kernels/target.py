@@ -15,7 +15,7 @@ anew for each value of a Python number that an operator takes.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class TwoLevel(NamedTuple):
     """A TwoLevelTarget as the operators take it."""
 
     mask: Tensor  # bool (V,)
-    index: Tensor  # int64 (|S|,)
+    ids: Tensor  # int64 (|S|,)
     bitmasks: Tensor  # int32 (12, tiles, THREADS): a table of 4 rows for vec = 4, of 8 for vec = 8
     levels: Tensor  # (6,): alpha, beta, beta / alpha, log alpha, log beta, sum P log P
     has_beta: bool  # beta > 0
@@ -42,7 +42,7 @@ class Teacher(NamedTuple):
     logits: Tensor  # t, (N, V); or the teacher's hidden states, (N, C)
     weight: Tensor | None  # (V, C) of the teacher's LM head, for hidden states
     mask: Tensor | None  # these three: of the tilt's S, as in TwoLevel
-    index: Tensor | None
+    ids: Tensor | None
     bitmasks: Tensor | None
     strength: Tensor | None  # G, ()
 
@@ -176,8 +176,8 @@ class TeacherTarget:
     """
 
     kind = "teacher"
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
+    hidden: Any = None  # not Tensor | None: where logits is None, these are tensors
+    weight: Any = None
 
     def __init__(self, logits: Tensor, tilt: Tilt | None = None) -> None:
         check_floating("the teacher's logits", logits)

@@ -25,7 +25,7 @@ from tests.kernels.kl_cases import (
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 @pytest.mark.parametrize("path", FUSED)
 def test_loss_and_gradients_are_as_exact_as_the_unfused_ones(path, reduction, dtype):
-    """fused_linear_kl_div (1) (3): against float64; F.linear and the reference in the same dtype
+    """fused_linear_kl_div (1) (2) (3): against float64; F.linear and the reference in the same dtype
     set the bound. A random upstream gradient per row, and chunks that do not divide the rows."""
     shapes = [(7,), (2, 3)] if path == "triton" else [(7,), (2, 3), (1, 2, 5), (67,)]
     for leading in shapes:
