@@ -93,6 +93,7 @@ class TwoLevelTarget:
         ratio = beta / alpha  # before any sum of weights, which could overflow
         total = size + (vocab - size) * ratio
         self.alpha, self.beta = 1 / total, ratio / total
+        self._has_beta = self.beta > 0  # read instead of beta: torch.compile guards what it reads
         log_alpha = math.log(self.alpha)
         log_beta = math.log(self.beta) if self.beta else 0.0  # 0 log 0 = 0
         entropy = size * self.alpha * log_alpha + (vocab - size) * self.beta * log_beta
@@ -107,7 +108,7 @@ class TwoLevelTarget:
     @property
     def parts(self) -> TwoLevel:
         """What the operators take."""
-        return TwoLevel(self.mask, self.index, self.bitmasks, self.levels, self.beta > 0)
+        return TwoLevel(self.mask, self.index, self.bitmasks, self.levels, self._has_beta)
 
     @property
     def size(self) -> int:
@@ -133,7 +134,8 @@ class TwoLevelTarget:
             return self
         if device not in self._on_device:
             there = TwoLevelTarget.__new__(TwoLevelTarget)
-            there.alpha, there.beta, there._on_device = self.alpha, self.beta, {}
+            there.alpha, there.beta, there._has_beta = self.alpha, self.beta, self._has_beta
+            there._on_device = {}
             tokens = self.mask, self.index, self.bitmasks
             with torch.inference_mode(False):
                 there.mask, there.index, there.bitmasks = (x.to(device) for x in tokens)
@@ -163,7 +165,8 @@ class TeacherTarget:
             dtype. Not copied if it could be read as logits are. No gradient flows to it.
         tilt: (target, G): a TwoLevelTarget, of which only the tokens S are used, and the nats to
             add to their logits: a number below +inf (-inf forbids the tokens) or a tensor () on
-            the device of t. A compiled function is not compiled again when G changes.
+            the device of t. A target that is built inside a compiled function is compiled again
+            for each number: pass a G that changes as a tensor.
 
     Attributes:
         logits, tilt: as above, the TwoLevelTarget on the device of t; logits: None after
