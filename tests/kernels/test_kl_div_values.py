@@ -190,6 +190,26 @@ def test_a_dense_target_of_any_float_dtype_and_stride_is_read_right(path):
         assert_exact(path, logits, view)
 
 
+@pytest.mark.parametrize("kind", ["target tokens", "target tokens and beta", "row by row"])
+@pytest.mark.parametrize("path", FUSED)
+def test_rows_are_exact_up_to_1e9(path, kind):
+    """The range that the docstring states, at both edges: rows whose largest logit is 1e9 or -1e9,
+    in steps of float32's 64 there; and numbers that stand for -inf beside ordinary ones. Only the
+    error of the largest number's last place is allowed."""
+    steps = random_logits(2, 1001).mul(2).round() * 64
+    logits = steps - steps.amax(-1, keepdim=True) + torch.tensor([[1e9], [-1e9]], device=DEVICE)
+    target = make_target(kind, logits.shape)
+    exact_loss, exact_gradient = truth(logits, target)
+    loss, gradient = rows_and_gradient(path, logits, target)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-5)
+    logits = random_logits(2, 1001)
+    masked = (dense64(target) == 0).expand(2, 1001) if kind != "target tokens and beta" else None
+    if masked is not None:
+        logits[masked & (logits > 1)] = torch.finfo(torch.float32).min
+        assert_exact(path, logits, target)
+
+
 def rows_of(width):
     return st.lists(
         st.lists(st.floats(-50, 50, width=32), min_size=width, max_size=width),

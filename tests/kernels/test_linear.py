@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import fused_linear_kl_div
+from kernels.reference import kl_div
 from tests.kernels.kl_cases import (
     DEVICE,
     DTYPES,
@@ -91,6 +92,37 @@ def test_autocast_keeps_float32_weights_and_their_gradient(reduction):
     assert got[1].dtype == torch.float32
     for mine, its, true in zip(got, same, exact, strict=True):
         assert_as_exact(mine, its, true, 2**-9 * true.norm(dim=-1).max().item())
+
+
+def test_autocast_leaves_float64_as_it_is():
+    """As F.linear's: bit for bit the loss and gradients without autocast; a float64 and a float32
+    argument are refused, of which F.linear would make two dtypes."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in hidden_and_head(3))
+    arguments = fused_linear_kl_div, hidden, weight, two_level(211)
+    expected = loss_and_gradients(*arguments)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = loss_and_gradients(*arguments)
+        with pytest.raises(TypeError, match="convert one"):
+            fused_linear_kl_div(hidden, weight.float(), two_level(211))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert got[0].dtype == torch.float64
+
+
+def test_a_head_of_more_than_a_weight_is_one_merged_weight():
+    """LoRA and a bias, as the docstring merges them: loss and gradients of every part are those of
+    the unfused head."""
+    hidden, base = (x.detach() for x in hidden_and_head(5))
+    parts = [random_logits(*shape, seed=2, scale=0.3) for shape in ((211, 2), (2, 16), (211,))]
+    leaves = [x.requires_grad_() for x in (hidden, *parts)]
+    h, b, a, bias = leaves
+    weight = base + 0.5 * b @ a
+    expected = kl_div(F.linear(h, weight, bias), two_level(211))
+    wide = torch.cat([h, torch.ones(5, 1, device=DEVICE)], 1), torch.cat([weight, bias[:, None]], 1)
+    got = fused_linear_kl_div(*wide, two_level(211))
+    torch.testing.assert_close(got, expected)
+    for x in leaves:
+        gradients = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (got, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
 
 
 def test_accumulation_over_chunks_is_in_float32_whatever_the_dtype():
