@@ -129,7 +129,7 @@ def make_target(options: Options, rows: int, kind: str, head: bool) -> tuple[Any
     """A two-level target; its probabilities for each row, "dense"; "labels", one for each row; or a
     "teacher". With it the target of the first rows, as kl_div takes it."""
     if kind == "teacher":
-        make = TeacherTarget.from_hidden if head else TeacherTarget
+        make: Any = TeacherTarget.from_hidden if head else TeacherTarget
         first, *rest = make_inputs(options, rows, head, seed=1)
         return make(first, *rest), make(first[:ERROR_ROWS].double(), *(x.double() for x in rest))
     if kind == "labels":

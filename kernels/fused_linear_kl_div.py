@@ -109,10 +109,10 @@ def fused_linear_kl_div(
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     rows = hidden.reshape(math.prod(leading), hidden.shape[-1])  # (N, C)
-    parts = target.parts
+    parts: Any = target.parts
     if isinstance(target, TeacherTarget) and target.hidden is not None:
-        wide = parts.logits.to(_product_dtype(target.hidden, target.weight))
-        parts = parts._replace(logits=wide)
+        teacher_dtype = _product_dtype(target.hidden, target.weight)
+        parts = parts._replace(logits=parts.logits.to(teacher_dtype))
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     early = grad and reduction != "none" and dtype != torch.float16
     needs = early and hidden.requires_grad, early and weight.requires_grad

@@ -15,7 +15,7 @@ anew for each value of a Python number that an operator takes.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class TwoLevel(NamedTuple):
     """A TwoLevelTarget as the operators take it."""
 
     mask: Tensor  # bool (V,)
-    index: Tensor  # int64 (|S|,)
+    ids: Tensor  # int64 (|S|,)
     bitmasks: Tensor  # int32 (12, tiles, THREADS): a table of 4 rows for vec = 4, of 8 for vec = 8
     levels: Tensor  # (6,): alpha, beta, beta / alpha, log alpha, log beta, sum P log P
     has_beta: bool  # beta > 0
@@ -42,7 +42,7 @@ class Teacher(NamedTuple):
     logits: Tensor  # t, (N, V); or the teacher's hidden states, (N, C)
     weight: Tensor | None  # (V, C) of the teacher's LM head, for hidden states
     mask: Tensor | None  # these three: of the tilt's S, as in TwoLevel
-    index: Tensor | None
+    ids: Tensor | None
     bitmasks: Tensor | None
     strength: Tensor | None  # G, ()
 
@@ -93,6 +93,7 @@ class TwoLevelTarget:
         ratio = beta / alpha  # before any sum of weights, which could overflow
         total = size + (vocab - size) * ratio
         self.alpha, self.beta = 1 / total, ratio / total
+        self._has_beta = self.beta > 0  # read instead of beta: torch.compile guards what it reads
         log_alpha = math.log(self.alpha)
         log_beta = math.log(self.beta) if self.beta else 0.0  # 0 log 0 = 0
         entropy = size * self.alpha * log_alpha + (vocab - size) * self.beta * log_beta
@@ -107,7 +108,7 @@ class TwoLevelTarget:
     @property
     def parts(self) -> TwoLevel:
         """What the operators take."""
-        return TwoLevel(self.mask, self.index, self.bitmasks, self.levels, self.beta > 0)
+        return TwoLevel(self.mask, self.index, self.bitmasks, self.levels, self._has_beta)
 
     @property
     def size(self) -> int:
@@ -133,7 +134,8 @@ class TwoLevelTarget:
             return self
         if device not in self._on_device:
             there = TwoLevelTarget.__new__(TwoLevelTarget)
-            there.alpha, there.beta, there._on_device = self.alpha, self.beta, {}
+            there.alpha, there.beta, there._has_beta = self.alpha, self.beta, self._has_beta
+            there._on_device = {}
             tokens = self.mask, self.index, self.bitmasks
             with torch.inference_mode(False):
                 there.mask, there.index, there.bitmasks = (x.to(device) for x in tokens)
@@ -163,7 +165,8 @@ class TeacherTarget:
             dtype. Not copied if it could be read as logits are. No gradient flows to it.
         tilt: (target, G): a TwoLevelTarget, of which only the tokens S are used, and the nats to
             add to their logits: a number below +inf (-inf forbids the tokens) or a tensor () on
-            the device of t. A compiled function is not compiled again when G changes.
+            the device of t. A target that is built inside a compiled function is compiled again
+            for each number: pass a G that changes as a tensor.
 
     Attributes:
         logits, tilt: as above, the TwoLevelTarget on the device of t; logits: None after
@@ -176,8 +179,8 @@ class TeacherTarget:
     """
 
     kind = "teacher"
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
+    hidden: Any = None  # not Tensor | None: where logits is None, these are tensors
+    weight: Any = None
 
     def __init__(self, logits: Tensor, tilt: Tilt | None = None) -> None:
         check_floating("the teacher's logits", logits)

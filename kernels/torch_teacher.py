@@ -59,8 +59,8 @@ def backward(
 
 def _tilted(target: Teacher, rows: slice, out: Tensor) -> None:
     """Write u of these rows to out."""
-    t = target.logits[rows]
-    if target.strength is None:
+    t, strength = target.logits[rows], target.strength
+    if target.mask is None or strength is None:
         out.copy_(t)
     else:
-        torch.add(t, torch.where(target.mask, target.strength, 0.0).to(out.dtype), out=out)
+        torch.add(t, torch.where(target.mask, strength, 0.0).to(out.dtype), out=out)
