@@ -5,7 +5,7 @@ from inspect import signature
 import pytest
 import torch
 
-from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+from kernels import TeacherTarget, TwoLevelTarget, benchmark, fused_kl_div, fused_linear_kl_div
 
 pytest.importorskip("triton")
 
@@ -136,3 +136,19 @@ def test_chunks_add_up_by_the_products_that_only_cuda_has(gpu, dtype):
 
     for mine, its in zip(gradients("cuda", 2), gradients("cpu", ROWS), strict=True):
         assert distance(mine, its) < (2e-6 if dtype == torch.float32 else 2**-7)
+
+
+def test_the_benchmark_runs_on_cuda(gpu, monkeypatch, capsys):
+    """Each loss of this project but the compiled one, by the device's clock, which stands still."""
+    losses = {
+        name: loss
+        for name, loss in benchmark.LOSSES.items()
+        if loss.needs in ("", "triton") and "compiled" not in name
+    }
+    monkeypatch.setattr(benchmark, "LOSSES", losses)
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e12)
+    size = ["--rows", "4", "--vocab", str(VOCAB), "--width", str(WIDTH), "--seconds", "0"]
+    benchmark.main(["--device", "cuda", *size])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("1 +- 0" in line for line in lines) == len(losses)
+    assert gpu.launches()["triton"] > 0

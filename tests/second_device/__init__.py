@@ -102,9 +102,14 @@ def _cuda() -> dict[str, Any]:
     properties = SimpleNamespace(
         name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
     )
-    does_nothing = ("_lazy_init", "set_device", "manual_seed", "manual_seed_all", "empty_cache")
+    do_nothing = (
+        "_lazy_init", "_sleep", "empty_cache", "manual_seed", "manual_seed_all",
+        "reset_peak_memory_stats", "set_device",
+    )  # fmt: skip
+    event = SimpleNamespace(record=nothing, elapsed_time=lambda end: 1.0)
     return {
-        **dict.fromkeys((*does_nothing, "reset_peak_memory_stats"), nothing),
+        **dict.fromkeys(do_nothing, nothing),
+        "Event": lambda enable_timing=False: event,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,

@@ -242,7 +242,7 @@ def _count(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if packet in INDEXING and any(_is_host(x) for x in args[1]):
         RECORD.add_copy("device", waits=True)
     if packet in WAITING or (packet in INDEXING and _selects_by_mask(args)):
-        RECORD.add_wait(packet.__name__.strip("_"))
+        RECORD.add_wait({"_local_scalar_dense": "item"}.get(packet.__name__, packet.__name__))
     if packet not in NO_KERNEL and not func.is_view:
         RECORD.add_launch(str(packet))
 
