@@ -17,10 +17,10 @@ It shows what a CPU run cannot:
 
 Values are the CPU's, bit for bit, save those of Triton kernels: a run here must equal a run there.
 
-It cannot show a GPU's rounding, speed, memory, streams, graphs, nor which kernels cuBLAS and the
-attention take; autocast converts what it converts on a CPU; nothing runs under torch.compile or
-DistributedDataParallel. It is one device and one thread. tests/test_second_device.py has what it
-refuses and allows, and asks a real GPU the same where there is one.
+It cannot show a GPU's rounding, speed, memory, streams and graphs, host memory that is read before
+a non_blocking copy has arrived, or which kernels cuBLAS and the attention take. Autocast converts
+what it converts on a CPU, and CPU tensors too. torch.compile and DistributedDataParallel do not run
+on it. tests/test_second_device.py has its rules, and asks a real GPU the same where there is one.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_map
 
 from .record import Record
-from .tensor import GENERATORS, GPU, RECORD, SAVED, DeviceTensor, SecondDevice, ToDevice, ToHost
+from .tensor import (
+    GENERATORS,
+    GPU,
+    PINNED,
+    RECORD,
+    SAVED,
+    DeviceTensor,
+    SecondDevice,
+    ToDevice,
+    ToHost,
+)
 
 NAME = "second device"
 LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
@@ -51,6 +61,8 @@ def second_device() -> Iterator[Record]:
     """Be a machine with one GPU; yield the record of what happens on it, cleared."""
     RECORD.clear()
     with ExitStack() as stack:
+        for known in (PINNED, GENERATORS, SAVED):
+            stack.callback(known.clear)
         for owner, names in _replacements().items():
             stack.enter_context(mock.patch.multiple(owner, **names))
         if find_spec("triton"):
