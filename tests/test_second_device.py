@@ -157,6 +157,16 @@ def waits(record, function):
     return False
 
 
+def test_a_copy_of_memory_that_is_not_pinned_waits_even_if_non_blocking(gpu):
+    """CUDA first copies it to pinned memory of its own; its debug mode does not tell."""
+    t = Tensors()
+    gpu.clear()
+    t.c.to("cuda", non_blocking=True)
+    t.g.copy_(t.c, non_blocking=True)
+    t.c.copy_(t.g, non_blocking=True)
+    assert gpu.waits().total() == 3, gpu.report("waits")
+
+
 def test_a_wait_names_its_line_and_a_copy_its_direction(gpu):
     x = torch.ones(3).to("cuda")
     x.sum().item()
