@@ -60,6 +60,8 @@ NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
 def second_device() -> Iterator[Record]:
     """Be a machine with one GPU; yield the record of what happens on it, cleared."""
     RECORD.clear()
+    if torch.cuda._is_compiled() and torch._C._cuda_getDeviceCount():
+        torch.cuda.init()  # C++ asks for it once, and would take what stands for it below
     with ExitStack() as stack:
         for known in (PINNED, GENERATORS, SAVED):
             stack.callback(known.clear)
