@@ -93,6 +93,7 @@ WAITING = {
     "all": lambda t: 1 if t.g_mask.all() else 0,
     "tolist": lambda t: t.g.tolist(),
     "repr": lambda t: repr(t.g),
+    "format": lambda t: f"{t.g_number:.2f}",
     "to the CPU": lambda t: t.g.to("cpu"),
     "cpu": lambda t: t.g.cpu(),
     "copy_ to the CPU": lambda t: t.c.copy_(t.g),

@@ -20,7 +20,8 @@ Values are the CPU's, bit for bit, save those of Triton kernels: a run here must
 It cannot show a GPU's rounding, speed, memory, streams and graphs, host memory that is read before
 a non_blocking copy has arrived, or which kernels cuBLAS and the attention take. Autocast converts
 what it converts on a CPU, and CPU tensors too. torch.compile and DistributedDataParallel do not run
-on it. tests/test_second_device.py has its rules, and asks a real GPU the same where there is one.
+on it, nor do functions of C++ that make a tensor beside their arguments, as F.one_hot does.
+tests/test_second_device.py has its rules, and asks a real GPU the same where there is one.
 """
 
 from collections.abc import Iterator

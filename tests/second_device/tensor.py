@@ -121,6 +121,9 @@ class DeviceTensor(torch.Tensor):
         SAVED.add(StorageWeakRef(self.inner.untyped_storage()))
         return self.inner.__reduce_ex__(protocol)
 
+    def __format__(self, spec: str) -> str:
+        return format(repr(self) if self.dim() else self.item(), spec)
+
     def __repr__(self, **_: Any) -> str:
         RECORD.add_wait("repr")
         return f"{self.inner!r} on {GPU}"
