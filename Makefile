@@ -8,8 +8,8 @@ help:  ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 demo: .venv/demo  ## ask for 5, 20 and 50 % X tokens; and what the original target does
-	$(BIN)/python -m train.xfactor --model tiny --lr 1e-4 --steps 60 --eval-every 5 --out runs/demo/lr-1e-4
-	$(BIN)/python -m train.xfactor --model tiny --lr 3e-4 --steps 24 --eval-every 2 --out runs/demo/lr-3e-4
+	$(BIN)/python -m train.xfactor --model tiny --lr 1e-4 --steps 120 --eval-every 10 --out runs/demo/lr-1e-4
+	$(BIN)/python -m train.xfactor --model tiny --lr 3e-4 --steps 60 --eval-every 5 --out runs/demo/lr-3e-4
 	$(call share,0.05,5)
 	$(call share,0.2,20)
 	$(call share,0.5,50)
