@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,19 @@ import torch
 
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
 SLEEP_CYCLES = 10_000_000  # 5 ms at 2 GHz, several times what a loss takes on the host
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name; or the processor's, with the threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        name = next(
+            (value.strip() for key, _, value in fields if key.strip() == "model name"), name
+        )
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
