@@ -1,4 +1,4 @@
-"""Timing and memory measurement of the benchmark, on CUDA and on the CPU."""
+"""Timing, memory and tables of the benchmarks, on CUDA and on the CPU."""
 
 import ctypes
 import gc
@@ -79,3 +79,10 @@ def _resident(name: str) -> int:
     """kB, from /proc/self/status."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith(name))
+
+
+def aligned(columns: dict[str, list[str]]) -> str:
+    """Lay the columns out side by side under their heads."""
+    whole = [[head, *cells] for head, cells in columns.items()]
+    padded = [[text.ljust(max(map(len, column))) for text in column] for column in whole]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
