@@ -299,7 +299,7 @@ def test_bad_teachers_are_refused_by_name():
         (TypeError, r"tilt must be \(TwoLevelTarget, G\)", lambda: TeacherTarget(logits, tokens)),
         (TypeError, "tilt must be", lambda: TeacherTarget(logits, (tokens.mask, 5.0))),
         (TypeError, "tilt must be", lambda: TeacherTarget(logits, (tokens, "5"))),
-        (ValueError, "got a mask of 8", lambda: TeacherTarget(logits[:, 1:], (tokens, 5.0))),
+        (ValueError, "a tilt of 8 tokens", lambda: TeacherTarget(logits[:, 1:], (tokens, 5.0))),
         (ValueError, "below \\+inf", lambda: TeacherTarget(logits, (tokens, INF))),
         (ValueError, "below \\+inf", lambda: TeacherTarget(logits, (tokens, float("nan")))),
         (ValueError, "got \\(8,\\)", lambda: TeacherTarget(logits, (tokens, logits[0]))),
