@@ -5,8 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from train.report import summary, write_report
-from train.report.texts import visible
+from train.report import summary, visible, write_report
 
 
 def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
