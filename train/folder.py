@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ CONFIG, STATE, MODEL = "config.json", "state.pt", "model.safetensors"
 LOG, SAMPLES = LOGS = ("log.jsonl", "samples.jsonl")
 MAY_CHANGE = ("steps", "eval_every", "out")  # options of a run that continues
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # the file system has none
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.tmp\w{6}")  # atomic_write's, safetensors'
 Line = dict[str, Any]
 
 
@@ -36,12 +38,13 @@ def open_folder(out: Path) -> Iterator[None]:
         descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
         try:
             _lock(descriptor, out)
-            for left in out.glob(f".*.{'[0-9a-f]' * 16}.tmp"):  # by a command that was killed
-                left.unlink()
-            others = {path.name for path in out.iterdir()} - {"lost+found"}  # of a new disk
-            if others and read_config(out) is None:
-                found = f"--out {out} holds {min(others)!r} and no run"
+            names = {path.name for path in out.iterdir()} - {"lost+found"}  # of a new disk
+            left = set(filter(TEMPORARY.fullmatch, names))  # by a command that was killed
+            if names > left and read_config(out) is None:
+                found = f"--out {out} holds {min(names - left)!r} and no run"
                 raise ValueError(f"{found}; give a new or an empty folder")
+            for name in left:
+                (out / name).unlink()
             yield
         finally:
             os.close(descriptor)
@@ -50,7 +53,8 @@ def open_folder(out: Path) -> Iterator[None]:
             with suppress(OSError):  # it is not empty
                 path.rmdir()
         if isinstance(error, OSError):
-            raise ValueError(f"cannot write to {out}: {error}") from error
+            advice = "repair that and give the same command again"
+            raise ValueError(f"cannot write to {out}: {error}; {advice}") from error
         raise
 
 

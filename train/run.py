@@ -23,6 +23,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -163,14 +164,13 @@ class Run:
             "model": self.model.state_dict(),
             "adam": self.optimizer.state_dict()["state"],
         }
+        for log in folder.LOGS:
+            fsync(self.out / log)
         try:
-            for log in folder.LOGS:
-                fsync(self.out / log)
             with atomic_write(self.out / folder.STATE) as path, open(path, "wb") as file:
                 torch.save(state, file)
-        except (OSError, RuntimeError) as error:  # PyTorch's for a full disk
-            reason = f"cannot save step {step} in {self.out}: {str(error).splitlines()[0]}"
-            raise ValueError(f"{reason}; the save of step {self.step} is kept") from error
+        except RuntimeError as error:  # of PyTorch, if a write raised: a full disk, a signal
+            raise (error.__context__ or error) from None
         self.step, self.saved = step, time.perf_counter()
 
     def _evaluate(self, step: int) -> None:
@@ -189,6 +189,9 @@ class Run:
 
     def _save_model(self) -> None:
         weights = {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters()}
-        with atomic_write(self.out / folder.MODEL) as temporary:
-            save_file(weights, temporary, metadata={"format": "pt"})
+        try:
+            with atomic_write(self.out / folder.MODEL) as temporary:
+                save_file(weights, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         save_tokenizer(self.out)
