@@ -1,7 +1,7 @@
 """The experiment's command in processes of their own, for tests that start, stop and kill it.
 
-A fork server imports everything once; each command is a fork of it. Evaluations are short: two
-tokens of one sample per prompt, so that a run is all steps and saves.
+A fork server imports everything once; each command is a fork of it. Every step is logged and saved,
+evaluations are two tokens of one sample per prompt, and there is no report.
 """
 
 import json
@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,37 @@ from unittest.mock import patch
 import torch
 
 import train.evaluate
-import train.report.figures
-from train.xfactor import main
-from weights import load_weights
+import train.inputs
+import train.run
+import train.xfactor
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train.xfactor", "torch._dynamo", "train.report.figures"])
+CONTEXT.set_forkserver_preload(["tests.train.quick_run", "torch._dynamo"])
 LIMIT = 120  # seconds that no command here comes near
 
 
-def start(arguments: list[str], log: Path, function=None) -> BaseProcess:
+def short() -> ExitStack:
+    """Shorten whatever is not a step or a save."""
+    stack = ExitStack()
+    for module, values in {
+        train.evaluate: {"NEW_TOKENS": 2},
+        train.run: {"FULL": 1, "SHORT": 1, "LOG_EVERY": 1, "SAVE_EVERY": -1.0},
+        train.inputs: {"TEXTS": 4, "BATCH": 2, "TOKENS": 16},
+        train.xfactor: {"write_report": lambda *_: [], "summary": lambda *_: "reported"},
+    }.items():
+        stack.enter_context(patch.multiple(module, **values))
+    return stack
+
+
+def command(arguments: list[str]) -> None:
+    """Run `python -m train.xfactor` with these arguments."""
+    with short(), patch.object(sys, "argv", ["train.xfactor", *arguments]):
+        train.xfactor.main()
+
+
+def start(arguments: list[str], log: Path, function=command) -> BaseProcess:
     """Start the command with its output in `log`, or another function of such arguments."""
-    process = CONTEXT.Process(target=_run, args=(function or command, arguments, log))
+    process = CONTEXT.Process(target=_run, args=(function, arguments, log))
     process.start()
     return process
 
@@ -42,58 +62,45 @@ def finish(process: BaseProcess, log: Path) -> tuple[int, str]:
     return process.exitcode, log.read_text()
 
 
-def run(arguments: list[str], log: Path, function=None) -> tuple[int, str]:
+def run(arguments: list[str], log: Path, function=command) -> tuple[int, str]:
     """Start it and wait for it."""
     return finish(start(arguments, log, function), log)
 
 
-def command(arguments: list[str]) -> None:
-    """Run `python -m train.xfactor` with these arguments; short evaluations, empty pictures."""
-    with (
-        patch.object(train.report.figures, "draw", lambda *_: b""),
-        patch.multiple(train.evaluate, NEW_TOKENS=2, SAMPLES=1),
-        patch.object(sys, "argv", ["train.xfactor", *arguments]),
-    ):
-        main()
-
-
-def wait_until(condition: Callable[[], bool], is_alive: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
     """Return once the condition holds; it must come to hold while the process lives."""
     deadline = time.monotonic() + LIMIT
     while not condition():
-        assert is_alive(), "the process has ended before"
+        assert process.is_alive(), "the process has ended before"
         assert time.monotonic() < deadline, f"not within {LIMIT} s"
         time.sleep(0.01)
 
 
-def has_step(folder: Path) -> bool:
-    """Return whether a run has logged a step."""
-    metrics = folder / "metrics.jsonl"
-    return metrics.exists() and b'"loss"' in metrics.read_bytes()
-
-
-def assert_same_run(folder: Path, whole: Path) -> None:
-    """Compare everything but times: logs, samples and weights bit for bit, and the files' names."""
-    assert logged(folder) == logged(whole)
-    assert (folder / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    expected = load_weights(whole)
-    for name, p in load_weights(folder).items():
-        assert torch.equal(p, expected[name]), name
-    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
-    assert {p.name for p in folder.parent.iterdir()} == {p.name for p in whole.parent.iterdir()}
-
-
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without times; no step may occur twice or out of order."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Return the lines of log.jsonl without times; no step may occur twice or out of order."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
-    assert steps == list(range(1, len(steps) + 1))
+    assert steps == list(range(len(steps)))
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def losses(folder: Path) -> list[float]:
     """Return the logged loss of each step."""
+    if not (folder / "log.jsonl").exists():
+        return []
     return [line["loss"] for line in logged(folder) if "loss" in line]
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Compare all but times, bit for bit: log, samples, weights, Adam's state, names of files."""
+    assert logged(folder) == logged(whole)
+    for name in ("samples.jsonl", "model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    got, expected = (torch.load(f / "state.pt", weights_only=True) for f in (folder, whole))
+    assert got["step"] == expected["step"]
+    for part in ("model", "adam"):
+        torch.testing.assert_close(got[part], expected[part], rtol=0, atol=0)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -101,7 +108,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def _run(function, arguments: list[str], log: Path) -> None:
+def _run(function: Callable[[list[str]], None], arguments: list[str], log: Path) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
