@@ -7,19 +7,16 @@ BIN := .venv/bin
 help:  ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-demo: .venv/demo  ## two learning rates and two settings of the dial, on the embedded checkpoint
-	@if [ -f runs/demo/report.html ]; then \
-		echo "runs/demo is complete: starting anew"; \
-		rm -rf runs/demo-old; mv runs/demo runs/demo-old && rm -rf runs/demo-old; fi
-	$(call run,runs/demo/rates,--lr 1e-5 1e-3)
-	$(call run,runs/demo/dial,--lr 1e-3 --tilt 3 5)
-	$(BIN)/python -m train.report runs/demo/rates runs/demo/dial --out runs/demo
+demo: .venv/demo  ## ask for 5, 20 and 50 % X tokens; and what the original target does
+	$(call run,lr-1e-4,--lr 1e-4 --steps 60 --eval-every 5)
+	$(call run,lr-3e-4,--lr 3e-4 --steps 24 --eval-every 2)
+	$(call run,share-5,--lr 1e-3 --steps 150 --share 0.05)
+	$(call run,share-20,--lr 1e-3 --steps 150 --share 0.2)
+	$(call run,share-50,--lr 1e-3 --steps 150 --share 0.5)
+	$(BIN)/python -m train.report runs/demo/* --out runs/report
 
-# Start the runs in a folder; after an interruption, resume them.
 define run
-	@set -- --model tiny --steps 120 --eval-every 60 $(2) --out $(1); \
-	ls $(1)/*/config.json >/dev/null 2>&1 && set -- --resume $(1); \
-	echo python -m train.xfactor "$$@"; exec $(BIN)/python -m train.xfactor "$$@"
+	$(BIN)/python -m train.xfactor --model tiny $(2) --out runs/demo/$(1)
 endef
 
 test: .venv/test  ## the whole suite; without a GPU, the compiled kernels run on the CPU

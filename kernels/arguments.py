@@ -1,9 +1,10 @@
-"""Argument checks of the two public losses: what was got, what was expected, what to do."""
+"""Argument checks of the two public losses."""
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .reference import compute_dtype
 from .target import Target, TeacherTarget, TwoLevelTarget
 
 IMPLS = ("triton", "triton-simple", "torch")
@@ -11,12 +12,15 @@ REDUCTIONS = ("batchmean", "sum", "none")
 
 
 def resolve_target(
-    target: Target, shape: torch.Size, device: torch.device, reduction: str
-) -> Target:
-    """Return the target on the device of logits of this shape (..., V); TypeError or ValueError if
-    it cannot be theirs, or if there is no such reduction."""
+    target: Target, shape: torch.Size, device: torch.device, dtype: torch.dtype, reduction: str
+) -> TwoLevelTarget | TeacherTarget:
+    """Return the target on the device of logits of this shape (..., V) and dtype; probabilities as
+    a teacher's logits. TypeError or ValueError if it cannot be theirs, or for the reduction."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+        raise ValueError(
+            f'reduction must be one of {REDUCTIONS}, got {reduction!r}; pass "batchmean" for the '
+            "mean over all rows (of logits (B, T, V), F.kl_div's own divides by B alone)"
+        )
     vocab = shape[-1]
     if isinstance(target, TwoLevelTarget):
         if target.vocab_size != vocab:
@@ -38,24 +42,25 @@ def resolve_target(
             "target must be a TwoLevelTarget, a TeacherTarget or a floating-point tensor of "
             f"probabilities, got {got}; wrap a mask as TwoLevelTarget(mask)"
         )
+    if target.layout != torch.strided:
+        raise TypeError(f"target is {target.layout}; pass target.to_dense()")
     if target.shape not in ((vocab,), shape):
         raise ValueError(
-            f"a dense target must have shape ({vocab},) or that of the logits, {tuple(shape)}; "
+            f"probabilities must have shape ({vocab},) or that of the logits, {tuple(shape)}; "
             f"got {tuple(target.shape)}"
         )
     if target.device != device:
         raise ValueError(
             f"target is on {target.device}, logits on {device}; move it once, outside the loop"
         )
-    if target.requires_grad:
-        raise ValueError("target requires grad, but no gradient flows to it; pass target.detach()")
-    return target
+    log_p = target.detach().to(compute_dtype(dtype)).log()
+    return TeacherTarget(log_p.expand(shape))
 
 
 def resolve_row_weights(
-    weights: Tensor | None, leading: torch.Size, device: torch.device
+    weights: Tensor | None, leading: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> Tensor | None:
-    """Check the weights of rows of this shape (...); return them as (N,)."""
+    """Check the weights of rows of this shape (...); return them as (N,), in the loss's dtype."""
     if weights is None:
         return None
     if not isinstance(weights, Tensor) or weights.shape != leading or weights.device != device:
@@ -66,7 +71,7 @@ def resolve_row_weights(
         )
     if weights.requires_grad:
         raise ValueError("row_weights requires grad, but no gradient flows to it; detach it")
-    return weights.reshape(-1)
+    return weights.reshape(-1).to(compute_dtype(dtype))
 
 
 def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -91,15 +96,4 @@ def refuse_forward_mode(name: str, *arguments: Tensor) -> None:
         raise RuntimeError(
             f"{name} has reverse-mode derivatives only, got a dual tensor (jvp, jacfwd, hessian); "
             "use kernels.reference.kl_div, which has all"
-        )
-
-
-def refuse_negative(loss: Tensor, target: Target) -> None:
-    """ValueError for a P with negative values. They make NaN of their rows' losses, so P itself is
-    only looked at if there is one; on CUDA that waits for the device, so only in anomaly mode."""
-    looks = loss.device.type == "cpu" or torch.is_anomaly_enabled()
-    if looks and isinstance(target, Tensor) and loss.isnan().any() and (target < 0).any():
-        raise ValueError(
-            f"target must hold probabilities, got values down to {target.min().item():.3g}; pass "
-            "target.softmax(-1), or TeacherTarget(target) for a teacher's logits"
         )

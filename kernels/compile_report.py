@@ -16,6 +16,7 @@ Padded, contiguous and misaligned logits share one compiled variant, because the
 specialised on no argument.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -60,23 +61,19 @@ def gpu_target(name: GPU) -> GPUTarget:
 
 def variants(gpu: GPUTarget, dtype: torch.dtype) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """Kernel, target, function, and its constants and options, as the launchers have them."""
-    for target in ("two-level", "two-level, beta", "dense", "dense, unaligned"):
-        p = {"DENSE": "dense" in target, "P_ALIGN": 4 if "unaligned" in target else 16}
-        constants = triton_launch.meta(dtype, gpu, "forward", BETA="beta" in target, **p)
-        yield "forward", target, triton_kl_div.forward_kernel, constants
-        if "beta" not in target:  # which the backward reads as a number
-            constants = triton_launch.meta(dtype, gpu, "backward", **p)
-            yield "backward", target, triton_kl_div.backward_kernel, constants
+    constants = triton_launch.meta(dtype, gpu)
+    for beta in (False, True):
+        target = "two-level, beta" if beta else "two-level"
+        yield "forward", target, triton_kl_div.forward_kernel, constants | {"BETA": beta}
+    yield "backward", "two-level", triton_kl_div.backward_kernel, constants
     simple = {"BLOCK": triton_simple.BLOCK, "num_warps": 4}
     yield "forward", "two-level, simple", triton_simple.forward_kernel, simple
     yield "backward", "two-level, simple", triton_simple.backward_kernel, simple
-    for what in ("", ", bits", ", vector", ", unaligned", ", bits, unaligned"):
-        bias = next((bias for bias in ("bits", "vector") if bias in what), "none")
-        t_align = dtype.itemsize if "unaligned" in what else 16
-        t = {"BIAS": bias, "SHIFT": "unaligned" in what, "T_ALIGN": t_align}
-        for kernel in ("forward", "backward"):
-            constants = triton_launch.meta(dtype, gpu, kernel, **t)
-            yield kernel, f"teacher{what}", getattr(triton_teacher, f"{kernel}_kernel"), constants
+    for tilt, t_align in itertools.product((False, True), (16, dtype.itemsize)):
+        target = "teacher" + ", tilt" * tilt + ", by element" * (t_align < 16)
+        constants = triton_launch.meta(dtype, gpu, TILT=tilt, T_ALIGN=t_align)
+        yield "forward", target, triton_teacher.forward_kernel, constants
+        yield "backward", target, triton_teacher.backward_kernel, constants
 
 
 def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[str, Any]) -> Any:
@@ -85,8 +82,7 @@ def compile_kernel(gpu: GPUTarget, function: Any, dtype: str, constants: dict[st
     options = {k: v for k, v in constants.items() if k not in names}
     constants = {k: v for k, v in constants.items() if k in names}
     types = dict.fromkeys(("logits_ptr", "out_ptr", "teacher_ptr"), f"*{dtype}")
-    if not constants.get("DENSE") and constants.get("BIAS") != "vector":
-        types |= {"target_ptr": "*i32", "bias_ptr": "*i32", "edge_ptr": "*u8", "mask_ptr": "*u8"}
+    types |= {"mask_ptr": "*u8", "bits_ptr": "*i32", "levels_ptr": "*fp64", "strength_ptr": "*fp64"}
     types |= dict.fromkeys(constants, "constexpr")
     signature = {p.name: types.get(p.name, p.annotation_type or "*fp32") for p in function.params}
     source = ASTSource(function, signature, constexprs=constants)

@@ -1,33 +1,31 @@
 """fused_kl_div: the public function, its operators, autograd, and the dispatch by device.
 
-Three operators stand below it, all on logits of shape (N, V):
+Each kind of target has three operators, all on logits of shape (N, V):
 
-    kernels::kl_div_forward    -> loss (N,), lse (N,), norm: what the backward needs besides lse
-    kernels::kl_div_backward   -> dKL/dz times grad_loss, a new tensor (N, V)
-    kernels::kl_div_backward_  the same, written over the logits (inplace_backward)
+    kl_div_two_level_forward     kl_div_teacher_forward     -> loss (N,), lse (N,), norm: what the
+                                                               backward needs besides lse
+    kl_div_two_level_backward    kl_div_teacher_backward    -> dKL/dz times grad_loss, new, (N, V)
+    kl_div_two_level_backward_   kl_div_teacher_backward_   the same, written over the logits
 
-They are registered with torch.library, each with a fake kernel (shapes only), so torch.compile sees
-one opaque call instead of breaking the graph, and losses run on the meta device. An operator takes
-tensors and numbers only, so a target travels in parts (pack, unpack), and the path with it:
-
-    kind         p              aux                  table                     alpha      beta
-    two-level    mask (V,)      target token ids     bitmask                   alpha      beta
-    dense        P
-    teacher      t (N, V)       mask of the bias     bias, or the kernels'     strength
+They are registered with torch.library in a namespace of this package's name, each with a fake
+kernel (shapes only), so torch.compile sees one opaque call instead of breaking the graph, and
+losses run on the meta device. An operator takes tensors and plain values only, so a target travels
+as its parts (TwoLevel or Teacher of target.py), and the name of the path behind them.
 """
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import arguments, torch_kl_div, torch_teacher
 from .reference import compute_dtype
-from .target import Target, TeacherTarget, TokenBias, TwoLevelTarget, check_floating
+from .target import Target, Teacher, TeacherTarget, TwoLevel, as_rows, check_floating
 
-PACKED = "str kind, Tensor p, Tensor? aux, Tensor? table, float alpha, float beta, str impl"
+KINDS: dict[str, type[TwoLevel] | type[Teacher]] = {"two_level": TwoLevel, "teacher": Teacher}
+NAMESPACE = str(__package__).replace(".", "__")  # a copy under another name has its own operators
 
 
 def fused_kl_div(
@@ -42,25 +40,27 @@ def fused_kl_div(
     """KL(P || softmax(logits)) in nats, where P is the target; log-softmax and KL in one pass.
 
     Args:
-        logits: (..., V), float32, bfloat16, float16 or (not with Triton) float64. Read without a
-            copy if the last dimension is contiguous and one stride spans the rows.
-        target: a TwoLevelTarget, a TeacherTarget, or probabilities (V,) or (..., V). No gradient
-            flows to it. Negative probabilities are refused on the CPU; on CUDA, where looking would
-            wait for the device, they make NaN of the loss, and torch.autograd.detect_anomaly()
-            finds them.
-        reduction: "batchmean" (mean over all rows), "sum", or "none" (one value per row, (...)).
-        inplace_backward: the backward writes the gradient over the logits, which saves a tensor of
-            their size. They are lost then: a second backward, or one that needs them, raises.
+        logits: (..., V), float32, bfloat16, float16 or (not with Triton) float64. They are not
+            copied if the last dimension is contiguous and one stride spans the rows. With Triton,
+            the largest of each row must lie within +-1e9; others may be -inf.
+        target: a TwoLevelTarget, a TeacherTarget, or probabilities (V,) or (..., V), which are
+            taken as TeacherTarget(p.log()): scaled to sum to 1, and NaN where one is negative. No
+            gradient flows to a target.
+        reduction: "batchmean" (mean over all rows: of logits (B, T, V) B T of them, where
+            F.kl_div's own divides by B alone), "sum", or "none" (one value per row, (...)).
+        inplace_backward: write the gradient over the logits in the backward, which saves a tensor
+            of their size. The logits are destroyed, so a second backward pass raises.
         impl: "triton" (the default for CUDA tensors), "torch" (for all others), or "triton-simple"
             (the lesson, kernels/triton_simple.py; two-level targets only).
         row_weights: (...), a factor per row; 0 leaves a row out (padding), whatever is in it.
-            "batchmean" divides by their sum. No gradient flows to them.
+            "batchmean" divides by their sum: if all are 0, or if there are no rows, the mean is
+            NaN, as in F.cross_entropy, and the gradient 0. No gradient flows to the weights.
 
     Returns:
         The loss in float32 (float64 for float64 logits), first derivatives in reverse mode only.
 
     Raises:
-        TypeError, ValueError: a bad argument: what was got, what was expected.
+        TypeError, ValueError: a bad argument.
         RuntimeError: the path asked for cannot run here (nothing falls back silently), or a second
             or a forward-mode derivative is asked for.
     """
@@ -68,19 +68,23 @@ def fused_kl_div(
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     arguments.refuse_forward_mode("fused_kl_div", logits)
-    target = arguments.resolve_target(target, logits.shape, logits.device, reduction)
+    shape, device, dtype = logits.shape, logits.device, logits.dtype
+    target = arguments.resolve_target(target, shape, device, dtype, reduction)
     if isinstance(target, TeacherTarget) and target.logits is None:
         raise ValueError(
             "got TeacherTarget.from_hidden(...), which is for fused_linear_kl_div; pass "
-            "TeacherTarget(teacher_logits, bias)"
+            "TeacherTarget(teacher_logits)"
         )
-    weights = arguments.resolve_row_weights(row_weights, logits.shape[:-1], logits.device)
-    impl = arguments.resolve_impl(impl, logits.device, logits.dtype)
-    rows = _as_rows(logits, inplace_backward)
-    loss, *_ = _KlDiv.apply(rows, inplace_backward, *pack(target, rows.dtype, impl))
+    weights = arguments.resolve_row_weights(row_weights, shape[:-1], device, dtype)
+    impl = arguments.resolve_impl(impl, device, dtype)
+    rows = _rows_to_overwrite(logits) if inplace_backward else _rows_apart(logits)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        loss, *_ = _KlDiv.apply(rows, inplace_backward, target.kind, *target.parts, impl)
+    else:
+        loss, *_ = OPERATORS[target.kind].forward(rows, *target.parts, impl)
     loss = weighted(loss, weights)
     if reduction == "none":
-        return loss.view(logits.shape[:-1])
+        return loss.view(shape[:-1])
     # Not loss.mean(): the gradient of a sum is one number, which the backward reads as such.
     return mean_of(loss.sum(), reduction, loss.shape[0], weights)
 
@@ -94,20 +98,21 @@ def mean_of(total: Tensor, reduction: str, rows: int, weights: Tensor | None) ->
     """Divide the summed loss by what "batchmean" divides by: the rows, or the sum of weights."""
     if reduction == "sum":
         return total
-    return total / (rows if weights is None else weights.sum(dtype=total.dtype))
+    return total / (rows if weights is None else weights.sum())
 
 
-def _as_rows(logits: Tensor, inplace: bool) -> Tensor:
-    """(N, V) with a contiguous last dimension and rows that do not overlap; copied if need be."""
+def _rows_apart(logits: Tensor) -> Tensor:
+    """(N, V) as the kernels read it; rows must not overlap, for the gradient has their stride."""
+    rows = as_rows(logits)
+    return rows.contiguous() if rows.shape[0] > 1 and rows.stride(0) == 0 else rows
+
+
+def _rows_to_overwrite(logits: Tensor) -> Tensor:
+    """(N, V), a view of the logits; ValueError if there is none."""
     vocab = logits.shape[-1]
-    shape = logits.numel() // vocab, vocab
-    if not inplace:
-        rows = logits.reshape(shape)
-        apart = rows.stride(1) == 1 and (shape[0] <= 1 or rows.stride(0) >= vocab)
-        return rows if apart else rows.contiguous()
     if logits.stride(-1) == 1 and all(stride >= vocab for stride in logits.stride()[:-1]):
         try:
-            return logits.view(shape)
+            return logits.view(logits.numel() // vocab, vocab)
         except RuntimeError:  # leading dimensions that no single stride spans
             pass
     raise ValueError(
@@ -116,47 +121,13 @@ def _as_rows(logits: Tensor, inplace: bool) -> Tensor:
     )
 
 
-def pack(target: Target, dtype: torch.dtype, impl: str) -> tuple[Any, ...]:
-    """Take a target of logits (N, V) of this dtype apart, as the operators take it: PACKED."""
-    for_triton = impl != "torch"
-    vec = 16 // dtype.itemsize
-    if isinstance(target, TwoLevelTarget):
-        table = target.bitmasks[vec] if for_triton else None
-        return "two-level", target.mask, target.index, table, target.alpha, target.beta, impl
-    if isinstance(target, TeacherTarget):
-        t, bias = target.hidden if target.logits is None else target.logits, target.bias
-        t = _as_rows(t, False)
-        if bias is None:
-            return "teacher", t, None, None, 0.0, 0.0, impl
-        table = bias.tables[vec] if for_triton else bias.vector
-        return "teacher", t, bias.mask, table, bias.strength, 0.0, impl
-    p = target if target.ndim == 1 else target.flatten(0, -2)
-    return "dense", p, None, None, 0.0, 0.0, impl
-
-
-def unpack(
-    logits: Tensor, kind: str, p: Tensor, aux: Any, table: Any, alpha: float, beta: float, impl: str
-) -> tuple[ModuleType, Target]:
-    """The launchers, and the target put together again with the one table that the logits need."""
-    tables = {16 // logits.dtype.itemsize: table}
-    target: Target = p
-    if kind == "two-level":
-        target = TwoLevelTarget.from_parts(p, aux, tables, alpha, beta)
-    elif kind == "teacher":
-        bias = None if table is None else TokenBias(table, aux, alpha, tables)
-        target = TeacherTarget.from_parts(p, bias)
-    return launchers(impl, logits.device, kind), target
-
-
 def launchers(impl: str, device: torch.device, kind: str) -> ModuleType:
-    """Import the module that has forward(logits, target) -> loss, lse, norm and
-    backward(logits, lse, norm, target, grad_loss, out) for this kind of target. Logits are (N, V)
-    with a contiguous last dimension, out may be the logits, and the target is on their device."""
+    """The module whose forward and backward run this path; TypeError or RuntimeError if none."""
     if impl == "torch":
         return torch_teacher if kind == "teacher" else torch_kl_div
-    if impl == "triton-simple" and kind != "two-level":
+    if impl == "triton-simple" and kind != "two_level":
         raise TypeError(
-            f'impl="triton-simple" takes a TwoLevelTarget, got a {kind} one; pass impl="triton"'
+            f'impl="triton-simple" takes a TwoLevelTarget, got a {kind}; pass impl="triton"'
         )
     name = "triton_simple" if impl == "triton-simple" else "triton_launch"
     try:
@@ -175,63 +146,74 @@ def launchers(impl: str, device: torch.device, kind: str) -> ModuleType:
     return module
 
 
-def empty_results(rows: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised loss, lse and norm of logits of this dtype: (N,) each, or (N, 3) for a
-    teacher's norm."""
-    n = rows.shape[0]
-    loss = rows.new_empty(n, dtype=compute_dtype(dtype))
-    return loss, torch.empty_like(loss), loss.new_empty((n, 3) if kind == "teacher" else n)
+class Operators(NamedTuple):
+    """The operators of one kind of target."""
+
+    forward: Any
+    backward: Any
+    backward_: Any
 
 
-@torch.library.custom_op(
-    "kernels::kl_div_forward",
-    mutates_args=(),
-    schema=f"(Tensor logits, {PACKED}) -> (Tensor, Tensor, Tensor)",
-)
-def kl_div_forward(logits: Tensor, *packed: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and log-sum-exp per row, (N,) each; and norm, (N,), or (N, 3) for a teacher."""
-    kernels, target = unpack(logits, *packed)
-    results = kernels.forward(logits, target)
-    arguments.refuse_negative(results[0], target)
-    return results
+def parts_schema(kind: str) -> str:
+    """The arguments of an operator that are a target's parts, as torch.library writes them."""
+    names = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool"}
+    return ", ".join(f"{names[t]} target_{name}" for name, t in get_type_hints(KINDS[kind]).items())
 
 
-@kl_div_forward.register_fake
-def _(logits: Tensor, kind: str, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_results(logits, logits.dtype, kind)
+def unpack(kind: str, parts: Any, device: torch.device) -> tuple[ModuleType, Any]:
+    """The module that runs this path, and the target as it takes it, of an operator's arguments."""
+    *target, impl = parts
+    return launchers(impl, device, kind), KINDS[kind](*target)
 
 
-@torch.library.custom_op(
-    "kernels::kl_div_backward",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor lse, Tensor norm, Tensor grad_loss, {PACKED}) -> Tensor",
-)
-def kl_div_backward(
-    logits: Tensor, lse: Tensor, norm: Tensor, grad_loss: Tensor, *packed: Any
-) -> Tensor:
-    """The gradient of the logits as a new tensor (N, V), in their dtype."""
-    kernels, target = unpack(logits, *packed)
-    out = torch_kl_div.empty_gradient(logits)
-    kernels.backward(logits, lse, norm, target, grad_loss, out)
-    return out
+def _operators(kind: str) -> Operators:
+    """Register the operators of a kind of target."""
+    name, parts = f"{NAMESPACE}::kl_div_{kind}", f"{parts_schema(kind)}, str impl"
+    saved = f"Tensor lse, Tensor norm, Tensor grad_loss, {parts}"
+
+    @torch.library.custom_op(
+        f"{name}_forward",
+        mutates_args=(),
+        schema=f"(Tensor logits, {parts}) -> (Tensor, Tensor, Tensor)",
+    )
+    def forward(logits: Tensor, *parts: Any) -> tuple[Tensor, Tensor, Tensor]:
+        kernels, target = unpack(kind, parts, logits.device)
+        return kernels.forward(logits, target)
+
+    @forward.register_fake
+    def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits.dtype))
+        norm = (logits.shape[0], 3) if kind == "teacher" else logits.shape[0]
+        return loss, torch.empty_like(loss), loss.new_empty(norm)
+
+    @torch.library.custom_op(
+        f"{name}_backward", mutates_args=(), schema=f"(Tensor logits, {saved}) -> Tensor"
+    )
+    def backward(
+        logits: Tensor, lse: Tensor, norm: Tensor, grad_loss: Tensor, *parts: Any
+    ) -> Tensor:
+        kernels, target = unpack(kind, parts, logits.device)
+        out = torch_kl_div.empty_gradient(logits)
+        kernels.backward(logits, lse, norm, target, grad_loss, out)
+        return out
+
+    @backward.register_fake
+    def _(logits: Tensor, *_: Any) -> Tensor:
+        return logits.new_empty_strided(logits.shape, torch_kl_div.gradient_strides(logits))
+
+    @torch.library.custom_op(
+        f"{name}_backward_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, {saved}) -> ()"
+    )
+    def backward_(
+        logits: Tensor, lse: Tensor, norm: Tensor, grad_loss: Tensor, *parts: Any
+    ) -> None:
+        kernels, target = unpack(kind, parts, logits.device)
+        kernels.backward(logits, lse, norm, target, grad_loss, logits)
+
+    return Operators(forward, backward, backward_)
 
 
-@kl_div_backward.register_fake
-def _(logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty_strided(logits.shape, torch_kl_div.gradient_strides(logits))
-
-
-@torch.library.custom_op(
-    "kernels::kl_div_backward_",
-    mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, Tensor lse, Tensor norm, Tensor grad_loss, {PACKED}) -> ()",
-)
-def kl_div_backward_(
-    logits: Tensor, lse: Tensor, norm: Tensor, grad_loss: Tensor, *packed: Any
-) -> None:
-    """The gradient of the logits, over the logits."""
-    kernels, target = unpack(logits, *packed)
-    kernels.backward(logits, lse, norm, target, grad_loss, logits)
+OPERATORS = {kind: _operators(kind) for kind in KINDS}
 
 
 class _KlDiv(torch.autograd.Function):
@@ -240,27 +222,31 @@ class _KlDiv(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Tensor, inplace: bool, *packed: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return kl_div_forward(logits, *packed)
+    def forward(
+        logits: Tensor, inplace: bool, kind: str, *parts: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return OPERATORS[kind].forward(logits, *parts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, ctx.inplace, ctx.kind, p, aux, table, *ctx.options = inputs
-        ctx.save_for_backward(logits, *output[1:], p, aux, table)
+        logits, ctx.inplace, ctx.kind, *parts = inputs
+        ctx.options = [x for x in parts if isinstance(x, bool | str)]  # behind the tensors
+        ctx.save_for_backward(logits, *output[1:], *parts[: len(parts) - len(ctx.options)])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, lse, norm, *tensors = ctx.saved_tensors
-        others = lse, norm, grad_loss, ctx.kind, *tensors, *ctx.options
+        others = lse, norm, grad_loss, *tensors, *ctx.options
+        operators = OPERATORS[ctx.kind]
         if not ctx.inplace:
-            grad = first_derivative("fused_kl_div", kl_div_backward, logits, *others)
+            grad = first_derivative("fused_kl_div", operators.backward, logits, *others)
         elif torch.is_grad_enabled():  # the graph would keep logits that are overwritten here
             refuse_second_derivative("fused_kl_div")
         else:
             grad = logits.detach()
-            kl_div_backward_(grad, *others)
-        return grad, *(None,) * 8
+            operators.backward_(grad, *others)
+        return grad, *(None,) * (2 + len(tensors) + len(ctx.options))
 
 
 def first_derivative(name: str, operator: Any, *inputs: Any) -> Any:

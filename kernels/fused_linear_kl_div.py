@@ -1,21 +1,22 @@
-"""The LM head and the loss in one: the N x V logits never exist.
+"""The LM head and the loss in one: logits exist for one chunk of rows at a time.
 
-For hidden states h (N, C), the head's weight W (V, C), a target P, (V,) or (N, V), with |P| = sum P
-per row, and an upstream gradient g of each row's loss,
+For hidden states h (N, C), the head's weight W (V, C), a target P and a factor g per row,
 
     z = h W^T,    L = sum over rows of g KL(P || softmax(z))                           (1)
-    dz = g (|P| softmax(z) - P)                                                        (2)
+    dz = g (softmax(z) - P)                                                            (2)
     dh = dz W,    dW = dz^T h                                                          (3)
 
 Rows are taken in chunks. A chunk's logits lie in one buffer that all chunks reuse; the loss's
 backward writes dz over them, and two matrix products make dh and add to dW. Beside the results only
-one chunk is ever in memory, whatever N; a second one for a teacher given by its hidden states, or
-for an (N, V) target of which rows of weight 0 are left out. (The idea is that of Liger's fused
-linear cross-entropy; Cut Cross-Entropy, Wijmans et al. 2024, goes further and keeps no chunk.)
+one chunk is ever in memory, whatever N; a second one for a teacher that is given by its hidden
+states, or whose rows of weight 0 are left out. (The idea is that of Liger's fused linear
+cross-entropy; Cut Cross-Entropy, Wijmans et al. 2024, goes further and keeps no chunk.)
 
 When the gradients are formed. For "batchmean" and "sum" the upstream gradient is one number, so the
-forward computes (2) and (3) with g = 1, or the row's weight, while the chunk's logits are at hand,
-and the first backward scales the results in place. Three cases compute the logits once more in the
+forward computes (2) and (3) while it has the chunk's logits, with all of g that it knows: 1 / N, or
+the row's weight over the sum of weights. The upstream gradient of loss.backward() is then 1, and
+the results are the gradients. Another one (gradient accumulation, a gradient scaler, a sum of two
+losses) scales them in place in the first backward. Three cases compute the logits once more in the
 backward instead, at the price of one more product: "none", where each row has an upstream gradient
 of its own, which no scaling of dW can bring in afterwards; float16, whose range would lose dz
 before the gradient scaler's factor reaches it; and a second backward over a retained graph.
@@ -25,14 +26,15 @@ CUDA, the products of (3) return their float32 sums where they would round to 16
 the sum over V of dh, and would add the parts in 16 bits. The CPU's products have no such mode, and
 no such split: each is rounded once. dW is accumulated over chunks in float32 (float64 for float64)
 and returned in the weight's dtype. Rows of the buffer are a multiple of 64 elements long, so that
-every row of a vocabulary of odd size starts on an aligned address: 50,304 for 50,257.
+every row of a vocabulary of odd size starts on an aligned address: 50,304 for 50,257. The columns
+between are zero, because oneDNN's products on AMX read them.
 
 Traffic of loss and gradients in float32, N C left out. With n = N / chunk_rows chunks, rounded up:
 
     N V elements   z written, read by the loss, read and overwritten by dz, read twice       6
     V C elements   W read twice a chunk                                                    2 n
                    dW written by the first chunk, read and written by the others       2 n - 1
-                   dW read and written when it is scaled                                     2
+                   dW read and written if the upstream gradient is not 1                     2
 
 F.linear and the unfused loss take 16 and 3 (triton_kl_div.py has the 13 of the loss): chunks save
 memory and cost V C.
@@ -45,9 +47,19 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .fused_kl_div import PACKED, empty_results, first_derivative, mean_of, pack, unpack, weighted
+from .fused_kl_div import (
+    KINDS,
+    NAMESPACE,
+    first_derivative,
+    launchers,
+    mean_of,
+    parts_schema,
+    unpack,
+    weighted,
+)
 from .reference import compute_dtype
 from .target import Target, TeacherTarget, check_head
+from .torch_kl_div import zero_padded
 
 CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
 CUDA_CHUNK_ROWS = 2048  # 412 MB: what a GPU needs to be busy with each product
@@ -64,25 +76,22 @@ def fused_linear_kl_div(
     chunk_rows: int | None = None,
     impl: str | None = None,
     *,
-    return_lse: bool = False,
     row_weights: Tensor | None = None,
-) -> Any:
-    """fused_kl_div(F.linear(hidden, weight), target, reduction) without the logits.
+) -> Tensor:
+    """fused_kl_div(F.linear(hidden, weight), target, reduction), a chunk of logits at a time.
 
     Args:
         hidden: (..., C), the LM head's input.
-        weight: (V, C), as F.linear takes it; of hidden's dtype, or any under autocast.
+        weight: (V, C), as F.linear takes it; of hidden's dtype, or any under autocast (which leaves
+            float64 as it is). It must be all that makes the logits. Of a head with LoRA, merge the
+            product: head.weight + scale * B @ A. Of a head with a bias, append the bias to the
+            weight as a column, and a column of ones to hidden.
         target, reduction, impl, row_weights: as in fused_kl_div, for logits (..., V).
         chunk_rows: rows whose logits exist at a time; None: 2,048 on CUDA, 512 elsewhere.
-        return_lse: return each row's log-sum-exp too, so that e^(z - lse) is the probability of any
-            token whose logit z the caller computes. It carries no gradient, and means nothing in a
-            row of weight 0.
 
     Returns:
         The loss, a tensor in float32 (float64 for float64 arguments), first derivatives in reverse
-        mode only. With return_lse the pair of it and lse, (...) and of the same dtype; with a
-        TeacherTarget the triple of it, lse and lse_target, (...), the log-sum-exp of the teacher's
-        t + b: the target itself gives a token the probability e^(t + b - lse_target).
+        mode only.
 
     Raises:
         TypeError, ValueError, RuntimeError: as fused_kl_div.
@@ -90,121 +99,143 @@ def fused_linear_kl_div(
     check_head(hidden, weight)
     dtype = _product_dtype(hidden, weight)
     arguments.refuse_forward_mode("fused_linear_kl_div", hidden, weight)
-    leading = hidden.shape[:-1]
-    shape = torch.Size((*leading, weight.shape[0]))
-    target = arguments.resolve_target(target, shape, hidden.device, reduction)
-    weights = arguments.resolve_row_weights(row_weights, leading, hidden.device)
+    leading, vocab = hidden.shape[:-1], weight.shape[0]
+    shape = torch.Size((*leading, vocab))
+    target = arguments.resolve_target(target, shape, hidden.device, dtype, reduction)
+    weights = arguments.resolve_row_weights(row_weights, leading, hidden.device, dtype)
     impl = arguments.resolve_impl(impl, hidden.device, dtype)
     if chunk_rows is None:
         chunk_rows = CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     rows = hidden.reshape(math.prod(leading), hidden.shape[-1])  # (N, C)
-    sum_rows = reduction != "none"
-    early = sum_rows and dtype != torch.float16 and torch.is_grad_enabled()
+    parts = target.parts
+    if isinstance(target, TeacherTarget) and target.hidden is not None:
+        wide = parts.logits.to(_product_dtype(target.hidden, target.weight))
+        parts = parts._replace(logits=wide)
+    grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    early = grad and reduction != "none" and dtype != torch.float16
     needs = early and hidden.requires_grad, early and weight.requires_grad
-    if weights is not None:
-        weights = weights.to(compute_dtype(dtype))
-    kind, p, *packed = pack(target, dtype, impl)
-    teacher_weight = target.weight if isinstance(target, TeacherTarget) else None
-    if teacher_weight is not None:
-        p = p.to(_product_dtype(p, teacher_weight))
-    loss, lse, norm, *_ = _LinearKlDiv.apply(
-        rows, weight, weights, sum_rows, *needs, teacher_weight, chunk_rows, dtype, kind, p, *packed
+    apply = _LinearKlDiv.apply if grad else _LinearKlDiv.forward
+    loss, *_ = apply(
+        rows, weight, weights, reduction, *needs, chunk_rows, dtype, target.kind, *parts, impl
     )
-    loss = mean_of(loss, reduction, rows.shape[0], weights) if sum_rows else loss.view(leading)
-    if not return_lse:
-        return loss
-    if isinstance(target, TeacherTarget):
-        return loss, lse.view(leading), norm[:, 0].view(leading)
-    return loss, lse.view(leading)
+    return loss.view(leading) if reduction == "none" else loss
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype in which F.linear would multiply; TypeError if it would not."""
     device = hidden.device.type
+    dtypes = [hidden.dtype, weight.dtype]
     if device != "meta" and torch.is_autocast_enabled(device):  # "meta" would be an error
-        return torch.get_autocast_dtype(device)
-    if hidden.dtype != weight.dtype:
+        narrow = torch.get_autocast_dtype(device)
+        dtypes = [dtype if dtype == torch.float64 else narrow for dtype in dtypes]
+    if dtypes[0] != dtypes[1]:
         raise TypeError(
-            f"hidden is {hidden.dtype}, weight {weight.dtype}: convert one, or use torch.autocast"
+            f"hidden is {hidden.dtype}, weight {weight.dtype}: convert one, or use torch.autocast "
+            "(which leaves float64 as it is)"
         )
-    return hidden.dtype
+    return dtypes[0]
 
 
-@torch.library.custom_op(
-    "kernels::linear_kl_div",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? g, bool need_hidden, bool need_weight, "
-    f"Tensor? teacher_weight, SymInt chunk_rows, ScalarType dtype, {PACKED}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def linear_kl_div(
+def _operator(kind: str) -> Any:
+    """Register the operator of a kind of target."""
+
+    @torch.library.custom_op(
+        f"{NAMESPACE}::linear_kl_div_{kind}",
+        mutates_args=(),
+        schema="(Tensor hidden, Tensor weight, Tensor g, bool need_hidden, bool need_weight, "
+        f"SymInt chunk_rows, ScalarType dtype, {parts_schema(kind)}, str impl) "
+        "-> (Tensor, Tensor, Tensor)",
+    )
+    def operator(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return loss_and_gradients(kind, *inputs)
+
+    @operator.register_fake
+    def _(
+        hidden: Tensor, weight: Tensor, g: Tensor, need_hidden: bool, need_weight: bool, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(rest[1]))
+        grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
+        return loss, grad_hidden, weight.new_empty(weight.shape if need_weight else 0)
+
+    return operator
+
+
+def loss_and_gradients(
+    kind: str,
     hidden: Tensor,
     weight: Tensor,
-    g: Tensor | None,
+    g: Tensor,
     need_hidden: bool,
     need_weight: bool,
-    teacher_weight: Tensor | None,
     chunk_rows: int,
     dtype: torch.dtype,
-    kind: str,
-    p: Tensor,
-    *packed: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, lse, norm per row, as kl_div_forward has them; dh and dW of (3) if needed, else (0,).
+    *parts: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of each row, (N,); dh and dW of (3) if needed, else (0,).
 
-    hidden is (N, C); g is that of (2), (N,), None for 1; a row where it is 0 reaches no gradient,
-    whatever is in it, and is left out on the CPU, where g can be looked at without waiting. dtype
-    is that of the products. With a teacher_weight, p is the teacher's hidden states.
+    hidden is (N, C); g is that of (2), (N,); a row where it is 0 reaches no gradient, whatever is
+    in it, and is left out on the CPU, where g can be looked at without waiting. dtype is that of
+    the products.
     """
+    kernels, target = unpack(kind, parts, hidden.device)
     (n, width), vocab = hidden.shape, weight.shape[0]
-    padded = (vocab + 63) // 64 * 64
-    buffer = hidden.new_empty((min(chunk_rows, n), padded), dtype=dtype)[:, :vocab]
-    loss, lse, norm = empty_results(hidden, dtype, kind)
+    most, padded = min(chunk_rows, n), (vocab + 63) // 64 * 64
+    buffer = zero_padded(hidden.new_empty((most, padded), dtype=dtype), vocab)
+    loss = hidden.new_empty(n, dtype=compute_dtype(dtype))
     grad_hidden = hidden.new_empty((n, width) if need_hidden else 0)
     # Unwritten until the first chunk; zero if there are no rows.
     grad_weight = (loss.new_empty if n else loss.new_zeros)((vocab, width) if need_weight else 0)
-    upstream = loss.new_ones(1).expand(n) if g is None else g
     chunks: Any = [slice(start, min(start + chunk_rows, n)) for start in range(0, n, chunk_rows)]
     on_cpu = hidden.device.type == "cpu"
-    if g is not None and on_cpu and not g.all():
+    if on_cpu and not g.all():
         chunks = g.nonzero().squeeze(1).split(chunk_rows)
-        for x in (loss, lse, norm, grad_hidden):
-            x.zero_()
+        loss.zero_()
+        grad_hidden.zero_()
+    teacher_buffer = None
     with torch.autocast(hidden.device.type, enabled=False):
         w = weight.to(dtype)  # (V, C)
-        if teacher_weight is not None:
-            teacher_weight = teacher_weight.to(p.dtype)
-            teacher_buffer = buffer.new_empty((len(buffer), padded), dtype=p.dtype)[:, :vocab]
+        if kind == "teacher" and target.weight is not None:
+            wide = target.logits.dtype
+            target = target._replace(weight=target.weight.to(wide))
+            teacher_buffer = zero_padded(hidden.new_empty((most, padded), dtype=wide), vocab)
         for i, rows in enumerate(chunks):
             h = hidden[rows].to(dtype)  # (R, C)
-            p_rows = p[rows] if p.ndim == 2 else p
-            if teacher_weight is not None:  # (R, C) -> (R, V)
-                p_rows = torch.mm(p_rows, teacher_weight.t(), out=teacher_buffer[: len(h)])
             z = torch.mm(h, w.t(), out=buffer[: len(h)])  # (1): (R, V)
-            kernels, target = unpack(z, kind, p_rows, *packed)
-            loss[rows], lse[rows], norm[rows] = kernels.forward(z, target)
-            arguments.refuse_negative(loss[rows], target)
+            of_rows = target
+            if kind == "teacher":
+                t = target.logits[rows]
+                if teacher_buffer is not None:  # (R, C) -> (R, V)
+                    t = torch.mm(t, target.weight.t(), out=teacher_buffer[: len(h)])
+                of_rows = target._replace(logits=t)
+            loss[rows], lse, norm = kernels.forward(z, of_rows)
             if need_hidden or need_weight:  # (2), over z
-                kernels.backward(z, lse[rows], norm[rows], target, upstream[rows], z)
+                kernels.backward(z, lse, norm, of_rows, g[rows], z)
             if need_hidden:
                 grad_hidden[rows] = _product(z, w).to(hidden.dtype)  # (3): (R, C)
             if need_weight:
-                if g is not None and not on_cpu:  # 0 * NaN would be NaN
+                if g.stride(0) != 0 and not on_cpu:  # 0 * NaN would be NaN
                     h = h.masked_fill(g[rows, None] == 0, 0.0)
                 _add_product(grad_weight, z, h, first=i == 0)  # (3): (V, C)
-    return loss, lse, norm, grad_hidden, grad_weight.to(weight.dtype)
+    return loss, grad_hidden, grad_weight.to(weight.dtype)
 
 
-@linear_kl_div.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, g: Any, need_hidden: bool, need_weight: bool, *rest: Any
-) -> tuple[Tensor, ...]:
-    _, _, dtype, kind, *_ = rest
-    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
-    grad_weight = weight.new_empty(weight.shape if need_weight else 0)
-    return *empty_results(hidden, dtype, kind), grad_hidden, grad_weight
+OPERATORS = {kind: _operator(kind) for kind in KINDS}
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::scale_",
+    mutates_args=("x",),
+    schema="(Tensor(a!) x, Tensor factor, str impl) -> ()",
+)
+def scale_(x: Tensor, factor: Tensor, impl: str) -> None:
+    """x times a number, in place. Nothing of x is read or written if the number is 1, for which
+    nobody waits: on CUDA the kernel reads it."""
+    if impl != "torch":
+        launchers("triton", x.device, "").scale_(x, factor)
+    elif x.device.type != "cpu" or factor != 1:
+        x.mul_(factor)
 
 
 def has_wide_products(x: Tensor) -> bool:
@@ -245,39 +276,62 @@ class _LinearKlDiv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, row_weights: Tensor | None, sum_rows: bool, *options: Any
+        hidden: Tensor, weight: Tensor, row_weights: Tensor | None, reduction: str, *options: Any
     ) -> tuple[Tensor, ...]:
-        loss, *rest = linear_kl_div(hidden, weight, row_weights, *options)
+        need_hidden, need_weight, chunk_rows, dtype, kind, *parts = options
+        g = factors(hidden, dtype, row_weights, reduction)
+        loss, *gradients = OPERATORS[kind](
+            hidden, weight, g, need_hidden, need_weight, chunk_rows, dtype, *parts
+        )
         loss = weighted(loss, row_weights)
-        return loss.sum() if sum_rows else loss, *rest
+        if reduction != "none":
+            loss = mean_of(loss.sum(), reduction, hidden.shape[0], row_weights)
+        return loss, *gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        hidden, weight, row_weights, _, *needs, teacher_weight = inputs[:7]
-        *ctx.options, p, aux, table = inputs[7:13]
-        ctx.levels = inputs[13:]
-        ctx.save_for_backward(hidden, weight, row_weights, teacher_weight, p, aux, table)
-        ctx.is_early, ctx.early = any(needs), output[3:]
+        hidden, weight, row_weights, ctx.reduction, *needs = inputs[:6]
+        ctx.chunk_rows, ctx.dtype, ctx.kind, *parts = inputs[6:]
+        ctx.options = [x for x in parts if isinstance(x, bool | str)]  # behind the tensors
+        tensors = parts[: len(parts) - len(ctx.options)]
+        ctx.save_for_backward(hidden, weight, row_weights, *tensors)
+        ctx.is_early, ctx.early = any(needs), output[1:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else backward gets zeros, as large as dW
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        hidden, weight, row_weights, *tensors = ctx.saved_tensors
+        nothing = (None,) * (7 + len(tensors) + len(ctx.options))
         if grad_loss is None:  # nothing depends on the loss
-            return (None,) * 16
+            return None, None, *nothing
         needs = ctx.needs_input_grad[:2]
         grads, ctx.early = ctx.early, None  # scaled in place, so one backward alone may have them
         late = torch.is_grad_enabled() or not ctx.is_early
         if late or grads is None:
-            hidden, weight, g, teacher_weight, *tensors = ctx.saved_tensors
+            g = factors(hidden, ctx.dtype, row_weights, ctx.reduction)
             if late:
-                upstream = grad_loss.expand(hidden.shape[0])
-                g = upstream if g is None else g * upstream
-            *_, grad_hidden, grad_weight = first_derivative(
-                "fused_linear_kl_div", linear_kl_div, hidden, weight, g, *needs, teacher_weight,
-                *ctx.options, *tensors, *ctx.levels,
+                g = g * grad_loss
+            _, *grads = first_derivative(
+                "fused_linear_kl_div", OPERATORS[ctx.kind], hidden, weight, g, *needs,
+                ctx.chunk_rows, ctx.dtype, *tensors, *ctx.options,
             )  # fmt: skip
-            grads = grad_hidden, grad_weight
         if not late:
-            grads = [grad.mul_(grad_loss) for grad in grads]
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 14
+            for grad, need in zip(grads, needs, strict=True):
+                if need:
+                    scale_(grad, grad_loss, ctx.options[-1])
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
+
+
+def factors(
+    hidden: Tensor, dtype: torch.dtype, row_weights: Tensor | None, reduction: str
+) -> Tensor:
+    """g of (1), (N,): what the loss of each row counts, of stride 0 without weights. 0 for a row of
+    weight 0, whatever the sum of weights is."""
+    n = hidden.shape[0]
+    if row_weights is None:
+        one = hidden.new_ones(1, dtype=compute_dtype(dtype))
+        return (one / n if reduction == "batchmean" else one).expand(n)
+    if reduction != "batchmean":
+        return row_weights
+    return torch.where(row_weights == 0, 0.0, row_weights / row_weights.sum())

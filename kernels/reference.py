@@ -2,7 +2,7 @@
 
     KL = sum over the vocabulary of P (log P - log_softmax(z))                        in nats
 
-P is the target's probabilities, or softmax(t + b) for the logits t of a teacher. The tests bound
+P is the target's probabilities, which are softmax(t) for the logits t of a teacher. The tests bound
 the error of every other path by the error of this one in the same dtype; the benchmark calls it
 "unfused". One difference remains as PyTorch has it: where P = 0 and a logit is -inf, the term is
 0 * -inf = NaN here, and 0 in the fused paths.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .target import Target, TeacherTarget, TwoLevelTarget
+from .target import Target, TeacherTarget
 
 
 def kl_div(logits: Tensor, target: Target, reduction: str = "batchmean") -> Tensor:
@@ -23,7 +23,8 @@ def kl_div(logits: Tensor, target: Target, reduction: str = "batchmean") -> Tens
 
     Args:
         logits: (..., V), any floating dtype; computed in float32, or in float64 if that is theirs.
-        target: a TwoLevelTarget, a TeacherTarget, or probabilities (V,) or (..., V).
+        target: a TwoLevelTarget, a TeacherTarget, or probabilities (V,) or (..., V), which are
+            scaled to sum to 1.
         reduction: "batchmean" (mean over all rows), "sum", or "none" (one value per row, (...)).
     """
     dtype = compute_dtype(logits.dtype)
@@ -32,8 +33,11 @@ def kl_div(logits: Tensor, target: Target, reduction: str = "batchmean") -> Tens
         log_p = F.log_softmax(target.whole_logits(dtype), dim=-1)
         loss = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     else:
-        p = target.dense(dtype) if isinstance(target, TwoLevelTarget) else target.to(dtype)
-        loss = F.kl_div(log_q, p.to(logits.device), reduction="none").sum(-1)
+        if isinstance(target, Tensor):
+            p = target.to(dtype) / target.to(dtype).sum(-1, keepdim=True)
+        else:
+            p = target.dense(dtype).to(logits.device)
+        loss = F.kl_div(log_q, p, reduction="none").sum(-1)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.mean()

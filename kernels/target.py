@@ -5,27 +5,46 @@
     P     target probabilities
 
     TwoLevelTarget   alpha on S, beta elsewhere, |S| alpha + (V - |S|) beta = 1
-    TeacherTarget    softmax(t + b): t the logits of a teacher, b a bias per token
-    a tensor         P itself, (V,) for all rows of the logits, or one row for each of theirs
+    TeacherTarget    softmax(t), where t are a teacher's logits; with a tilt, G is added to t on S
 
 A two-level target is a mask and two numbers, so no N x V matrix of probabilities is ever built: the
-Triton kernels read one bit per token, from a table that all rows share (bitmask.py). A teacher's
-bias that has one value besides 0 is a mask and a number too. The tables are made with the target,
-never inside an operator: a CUDA graph that captured a loss would own what it allocates.
+Triton kernels read one bit per token from a table that all rows share (bitmask.py). Tables are
+built with the target, not inside an operator: under CUDA graphs, memory that is allocated during
+capture belongs to the graph. Numbers travel as tensors too, because torch.compile would compile
+anew for each value of a Python number that an operator takes.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .bitmask import pack_bits, shifted_copies
+from .bitmask import pack_bits
 
 VECS = (4, 8)  # elements in 16 bytes of logits: float32, and bfloat16 or float16
+
+
+class TwoLevel(NamedTuple):
+    """A TwoLevelTarget as the operators take it."""
+
+    mask: Tensor  # bool (V,)
+    index: Tensor  # int64 (|S|,)
+    bitmasks: Tensor  # int32 (12, tiles, THREADS): a table of 4 rows for vec = 4, of 8 for vec = 8
+    levels: Tensor  # (6,): alpha, beta, beta / alpha, log alpha, log beta, sum P log P
+    has_beta: bool  # beta > 0
+
+
+class Teacher(NamedTuple):
+    """A TeacherTarget as the operators take it."""
+
+    logits: Tensor  # t, (N, V); or the teacher's hidden states, (N, C)
+    weight: Tensor | None  # (V, C) of the teacher's LM head, for hidden states
+    mask: Tensor | None  # these three: of the tilt's S, as in TwoLevel
+    index: Tensor | None
+    bitmasks: Tensor | None
+    strength: Tensor | None  # G, ()
 
 
 class TwoLevelTarget:
@@ -39,16 +58,22 @@ class TwoLevelTarget:
     Attributes:
         mask, alpha, beta: the copy, and the two probabilities.
         index: int64 (|S|,), the ids of the target tokens, ascending.
-        bitmasks: the tables of bitmask.py, by the elements in 16 bytes of logits.
+        bitmasks: the tables of bitmask.py for vec = 4 and vec = 8, one after the other.
+        levels: alpha, beta, beta / alpha, log alpha, log beta, sum P log P, as a tensor.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
 
+    kind = "two_level"
+
     def __init__(self, mask: Tensor, alpha: float = 1.0, beta: float = 0.0) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = getattr(mask, "dtype", type(mask).__name__)
-            raise TypeError(f"mask must be a bool tensor (V,), got {got}; use mask.bool()")
+            raise TypeError(
+                f"mask must be a bool tensor (V,), got {got}; make one of token ids by "
+                "torch.zeros(V, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)"
+            )
         if mask.ndim != 1 or mask.is_meta:
             raise ValueError(
                 f"mask must be one-dimensional (V,) and hold data, got {tuple(mask.shape)} "
@@ -59,11 +84,7 @@ class TwoLevelTarget:
                 f"weights must be finite with alpha > beta >= 0, got {alpha=}, {beta=}; "
                 "alpha is the weight of a target token, beta that of every other token"
             )
-        with torch.inference_mode(False):  # an inference tensor could not be saved for backward
-            mask = mask.clone()
-            index = mask.nonzero().squeeze(1)
-            bitmasks = {vec: pack_bits(mask, vec) for vec in VECS}
-        size, vocab = index.numel(), mask.numel()
+        size, vocab = int(mask.sum()), mask.numel()
         if not 0 < size < vocab:
             raise ValueError(
                 f"mask must select some tokens and not all, got {size} of {vocab}; "
@@ -72,19 +93,21 @@ class TwoLevelTarget:
         ratio = beta / alpha  # before any sum of weights, which could overflow
         total = size + (vocab - size) * ratio
         self.alpha, self.beta = 1 / total, ratio / total
-        self.mask, self.index, self.bitmasks = mask, index, bitmasks
+        log_alpha = math.log(self.alpha)
+        log_beta = math.log(self.beta) if self.beta else 0.0  # 0 log 0 = 0
+        entropy = size * self.alpha * log_alpha + (vocab - size) * self.beta * log_beta
+        levels = self.alpha, self.beta, ratio, log_alpha, log_beta, entropy
+        with torch.inference_mode(False):  # an inference tensor could not be saved for backward
+            self.mask = mask.clone()
+            self.index = self.mask.nonzero().squeeze(1)
+            self.bitmasks = torch.cat([pack_bits(self.mask, vec) for vec in VECS])
+            self.levels = torch.tensor(levels, dtype=_widest(mask.device), device=mask.device)
         self._on_device: dict[torch.device, TwoLevelTarget] = {}
 
-    @classmethod
-    def from_parts(
-        cls, mask: Tensor, index: Tensor, bitmasks: dict[int, Tensor], alpha: float, beta: float
-    ) -> "TwoLevelTarget":
-        """Build from these attributes, unchecked: no copy, no host synchronisation."""
-        target = cls.__new__(cls)
-        target.alpha, target.beta = alpha, beta
-        target.mask, target.index, target.bitmasks = mask, index, bitmasks
-        target._on_device = {}
-        return target
+    @property
+    def parts(self) -> TwoLevel:
+        """What the operators take."""
+        return TwoLevel(self.mask, self.index, self.bitmasks, self.levels, self.beta > 0)
 
     @property
     def size(self) -> int:
@@ -96,12 +119,6 @@ class TwoLevelTarget:
         """V, the number of tokens."""
         return self.mask.numel()
 
-    @property
-    def sum_p_log_p(self) -> float:
-        """The sum over the vocabulary of P log P in nats, with 0 log 0 = 0."""
-        levels = (self.size, self.alpha), (self.vocab_size - self.size, self.beta)
-        return sum(count * p * math.log(p) for count, p in levels if p > 0)
-
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """P as a tensor (V,) on the device of the mask."""
         p = torch.full((self.vocab_size,), self.beta, dtype=dtype, device=self.mask.device)
@@ -110,13 +127,17 @@ class TwoLevelTarget:
     def to(self, device: torch.device | str) -> "TwoLevelTarget":
         """Return the same target on another device; the copy is kept, so later calls are free."""
         device = torch.device(device)
+        if device.type == "cuda" and device.index is None:  # or set_device would make it stale
+            device = torch.device("cuda", torch.cuda.current_device())
         if device == self.mask.device:
             return self
         if device not in self._on_device:
+            there = TwoLevelTarget.__new__(TwoLevelTarget)
+            there.alpha, there.beta, there._on_device = self.alpha, self.beta, {}
+            tokens = self.mask, self.index, self.bitmasks
             with torch.inference_mode(False):
-                mask, index = self.mask.to(device), self.index.to(device)
-                bitmasks = {vec: table.to(device) for vec, table in self.bitmasks.items()}
-            there = TwoLevelTarget.from_parts(mask, index, bitmasks, self.alpha, self.beta)
+                there.mask, there.index, there.bitmasks = (x.to(device) for x in tokens)
+                there.levels = self.levels.to(device, _widest(device))
             self._on_device[device] = there
         return self._on_device[device]
 
@@ -127,89 +148,97 @@ class TwoLevelTarget:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class TokenBias:
-    """A teacher's bias b, (V,), as the losses read it; the tables are for the Triton kernels."""
-
-    vector: Tensor  # b
-    mask: Tensor | None  # where b is not 0, if it has one value there
-    strength: float  # that value, or 0
-    # By the elements in 16 bytes of logits: bitmasks if there is a mask, else float32 copies of b,
-    # one per alignment.
-    tables: dict[int, Tensor]
+Tilt = tuple[TwoLevelTarget, float | Tensor]  # the tokens S, and G in nats
 
 
 class TeacherTarget:
-    """P = softmax(t + b): the distribution of a teacher per row, with a bias per token.
+    """P = softmax(t): the distribution of a teacher, row by row; with a tilt, softmax(t + G on S).
 
-    Without a bias this is distillation. With b = G on some tokens and 0 elsewhere it is the teacher
-    tilted toward them: the distribution that maximises G times the probability of those tokens
-    minus the KL divergence to the teacher. b = -inf forbids a token.
+    Without a tilt this is distillation. With one it is the teacher tilted toward the tokens of S:
+    the distribution that maximises G times their probability minus the KL divergence to the
+    teacher. To add any other bias per token, add it to t.
 
     Args:
         logits: t, of the shape (..., V) of the student's logits, on their device; any floating
-            dtype (with Triton no float64). Not copied, unless it is an inference tensor.
-        bias: b (V,), any floating dtype, on the same device.
-
-    Examining a bias waits for the device, so the result is kept as long as the tensor lives: pass
-    the same one each time, and a new target per step costs nothing. A target with a bias cannot be
-    built inside a compiled function, only used there.
+            dtype. Not copied if it could be read as logits are. No gradient flows to it.
+        tilt: (target, G): a TwoLevelTarget, of which only the tokens S are used, and the nats to
+            add to their logits: a number below +inf (-inf forbids the tokens) or a tensor () on
+            the device of t. A compiled function is not compiled again when G changes.
 
     Attributes:
-        logits: t; None after from_hidden.
+        logits, tilt: as above, the TwoLevelTarget on the device of t; logits: None after
+            from_hidden.
         hidden, weight: as given to from_hidden, else None.
         shape, device: those of t.
-        bias: TokenBias, a copy of b; None if b is None or 0 everywhere.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or requires grad (no gradient flows to a
-            teacher); b has NaN or +inf, or is -inf everywhere.
+        TypeError, ValueError: an argument is not as above.
     """
 
-    logits: Tensor | None = None
-    hidden: Any = None  # not Tensor | None: where logits is None, these are tensors
-    weight: Any = None
+    kind = "teacher"
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
 
-    def __init__(self, logits: Tensor, bias: Tensor | None = None) -> None:
-        self.logits = _constant("the teacher's logits", logits)
-        self.shape, self.device = logits.shape, logits.device
+    def __init__(self, logits: Tensor, tilt: Tilt | None = None) -> None:
+        check_floating("the teacher's logits", logits)
         if logits.ndim == 0 or logits.shape[-1] == 0:
             raise ValueError(f"the teacher's logits must be (..., V), got {tuple(logits.shape)}")
-        self.bias = _token_bias(bias, logits.shape[-1], logits.device)
+        self.logits: Tensor | None = _constant(logits)
+        self._complete(self.logits, logits.shape, tilt)
 
     @classmethod
     def from_hidden(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None
+        cls, hidden: Tensor, weight: Tensor, tilt: Tilt | None = None
     ) -> "TeacherTarget":
         """Build a target for fused_linear_kl_div: t = F.linear(hidden, weight), chunk by chunk.
 
         Args:
             hidden: (..., C), input of the teacher's LM head, with the leading dimensions of the
-                student's; C may differ from the student's.
-            weight: (V, C), of hidden's dtype, or any under autocast.
-            bias: b (V,), as above.
+                student's; C may differ from the student's. No gradient flows to it.
+            weight: (V, C), of hidden's dtype, or any under autocast; a Parameter may be passed as
+                it is, and no gradient flows to it. It must be the whole head, as the weight of
+                fused_linear_kl_div.
+            tilt: as above.
         """
-        target = cls.__new__(cls)
         check_head(hidden, weight, "the teacher's ")
-        target.hidden = _constant("the teacher's hidden", hidden)
-        target.weight = _constant("the teacher's weight", weight)
-        target.shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
-        target.device = hidden.device
-        target.bias = _token_bias(bias, weight.shape[0], weight.device)
+        target = cls.__new__(cls)
+        target.logits = None
+        target.hidden, target.weight = _constant(hidden), _constant(weight)
+        shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
+        target._complete(target.hidden, shape, tilt)
         return target
 
-    @classmethod
-    def from_parts(cls, logits: Tensor, bias: TokenBias | None) -> "TeacherTarget":
-        """Build from these attributes, unchecked: no copy, no host synchronisation."""
-        target = cls.__new__(cls)
-        target.logits, target.bias = logits, bias
-        target.shape, target.device = logits.shape, logits.device
-        return target
+    def _complete(self, rows: Tensor, shape: torch.Size, tilt: Tilt | None) -> None:
+        """Set what both kinds have; rows: the logits or the hidden states."""
+        self.shape, self.device, self.tilt = shape, rows.device, tilt
+        tokens: tuple[Tensor | None, ...] = None, None, None, None
+        if tilt is not None:
+            target, strength = _check_tilt(tilt, shape[-1])
+            target = target.to(self.device)
+            self.tilt = target, strength
+            if not isinstance(strength, Tensor):
+                strength = torch.full((), strength, dtype=_widest(rows.device), device=rows.device)
+            tokens = *target.parts[:3], _constant(strength.to(_widest(rows.device)))
+        self.parts = Teacher(as_rows(rows), self.weight, *tokens)
 
     def whole_logits(self, dtype: torch.dtype) -> Tensor:
-        """t + b of all rows, (..., V), in this dtype: for the definition, which keeps them."""
+        """t, tilted, of all rows, (..., V), in this dtype: for the definition, which keeps them."""
         t = F.linear(self.hidden, self.weight) if self.logits is None else self.logits
-        return t.to(dtype) if self.bias is None else t.to(dtype) + self.bias.vector.to(dtype)
+        if self.tilt is None:
+            return t.to(dtype)
+        return torch.where(self.tilt[0].mask, t.to(dtype) + self.tilt[1], t.to(dtype))
+
+    def __repr__(self) -> str:
+        tilt = "" if self.tilt is None else f", tilt={self.tilt}"
+        return f"TeacherTarget({tuple(self.shape)}{tilt}, device={str(self.device)!r})"
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., V) as (N, V) with a contiguous last dimension and one stride, which may be 0; copied
+    only if need be."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    shared_or_apart = rows.shape[0] <= 1 or rows.stride(0) == 0 or rows.stride(0) >= rows.shape[1]
+    return rows if rows.stride(1) == 1 and shared_or_apart else rows.contiguous()
 
 
 def check_floating(name: str, x: Tensor) -> None:
@@ -232,60 +261,35 @@ def check_head(hidden: Tensor, weight: Tensor, whose: str = "") -> None:
         raise ValueError(f"{whose}hidden is on {hidden.device}, weight on {weight.device}")
 
 
-def _constant(name: str, x: Tensor) -> Tensor:
-    """Check that x is floating-point and asks for no gradient; copy an inference tensor, which
-    autograd could not save."""
-    check_floating(name, x)
-    if x.requires_grad:
+def _check_tilt(tilt: Tilt, vocab: int) -> Tilt:
+    """TypeError or ValueError unless the tilt is one of logits (..., V)."""
+    target, strength = tilt if isinstance(tilt, tuple) and len(tilt) == 2 else (None, None)
+    if not isinstance(target, TwoLevelTarget) or not isinstance(strength, float | int | Tensor):
+        raise TypeError(f"tilt must be (TwoLevelTarget, G), G in nats, got {tilt!r}")
+    if target.vocab_size != vocab:
         raise ValueError(
-            f"{name} must not require grad, for no gradient flows to a teacher; "
-            "compute it under torch.no_grad() or pass .detach()"
+            f"the tilt's vocabulary must be that of the teacher's logits, {vocab}; "
+            f"got a mask of {target.vocab_size} tokens"
         )
+    if isinstance(strength, Tensor):
+        if strength.ndim:
+            raise ValueError(f"G must be a number or a tensor (), got {tuple(strength.shape)}")
+    elif not torch.compiler.is_compiling() and not strength < math.inf:
+        raise ValueError(f"G must be below +inf and not NaN, got {strength}")
+    return target, strength
+
+
+def _constant(x: Tensor) -> Tensor:
+    """Detach x; copy an inference tensor, which autograd could not save."""
     if torch.compiler.is_compiling() or not x.is_inference():
-        return x
+        return x.detach()
     with torch.inference_mode(False):
         return x.clone()
 
 
-_BIASES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # b -> its version, TokenBias
+def _widest(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _token_bias(bias: Tensor | None, vocab: int, device: torch.device) -> TokenBias | None:
-    """Check and examine a bias, once per tensor and version of it."""
-    if bias is None:
-        return None
-    constant = _constant("bias", bias)
-    if bias.shape != (vocab,) or bias.device != device:
-        raise ValueError(
-            f"bias must have shape ({vocab},) on {device}, got {tuple(bias.shape)} on {bias.device}"
-        )
-    with torch.inference_mode(False):
-        if bias.is_inference():  # counts no versions, so a change in place would go unnoticed
-            return _examine(constant)
-        if bias not in _BIASES or _BIASES[bias][0] != bias._version:
-            _BIASES[bias] = bias._version, _examine(constant.clone())
-    return _BIASES[bias][1]
-
-
-def _examine(bias: Tensor) -> TokenBias | None:
-    """Find the two values of a bias, if one of them is 0, and build its tables; None if all 0."""
-    top = bias.max().item()  # NaN if any is
-    if not math.isfinite(top):
-        raise ValueError(
-            f"bias must be below +inf, not NaN, and above -inf for some token; its maximum is {top}"
-        )
-    values = bias.unique()
-    others = values[values != 0]
-    if len(others) == 0:
-        return None
-    if len(values) == 2 and len(others) == 1:
-        mask = bias != 0
-        tables = {vec: pack_bits(mask, vec) for vec in VECS}
-        return TokenBias(bias, mask, others.item(), tables)
-    length = (len(bias) + 7) // 8 * 8
-    tables = {vec: shifted_copies(bias.float(), vec, length) for vec in VECS}
-    return TokenBias(bias, None, 0.0, tables)
-
-
-Probabilities = TwoLevelTarget | Tensor  # a tensor holds P: (V,), or the logits' shape
-Target = Probabilities | TeacherTarget
+Target = TwoLevelTarget | TeacherTarget | Tensor  # a tensor: P, (V,) or the logits' shape

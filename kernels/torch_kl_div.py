@@ -1,7 +1,7 @@
-"""The fused loss in plain PyTorch: the path on the CPU, and on any device without Triton.
+"""The fused two-level loss in plain PyTorch: for the CPU, and any device without Triton.
 
     KL     = sum P (log P - log q),   q = softmax(z)                                 (1)
-    dKL/dz = |P| q - P,               |P| = sum P, 1 unless a dense P says otherwise (2)
+    dKL/dz = q - P                                                                   (2)
 
 Eager log_softmax + kl_div walks over four to six N x V tensors, each of them fresh memory. Here a
 tile of rows, small enough to stay in the cores' caches, goes through every step before the next
@@ -23,7 +23,6 @@ before its last read. The gradient's memory asks for 2 MB pages: a fresh 51 MB t
 page faults of 4 KB, which took longer than the arithmetic (13 ms against 3 ms on two Zen 5 cores).
 """
 
-import math
 import mmap
 from collections.abc import Iterator
 
@@ -31,48 +30,39 @@ import torch
 from torch import Tensor
 
 from .reference import compute_dtype
-from .target import Probabilities, TwoLevelTarget
+from .target import TwoLevel
 
 CPU_TILE = 1 << 19  # elements, 2 MB of float32: ten rows of 50,257, in two L2 caches of 1 MB each
 GPU_TILE = 1 << 25  # 128 MB of float32: enough elements per launch for any GPU
 HUGE_PAGE = 2 << 20  # bytes
 
 
-def forward(logits: Tensor, target: Probabilities) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, log-sum-exp and norm, |P|, per row, (N,) each, in the dtype of the arithmetic."""
+def forward(logits: Tensor, target: TwoLevel) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, log-sum-exp and 1 per row, (N,) each, in the dtype of the arithmetic."""
     loss = logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype))
-    lse, norm = torch.empty_like(loss), torch.ones_like(loss)
+    lse = torch.empty_like(loss)
     for rows, (scratch,) in tiles(logits, 1):
         z = logits[rows]
         top = z.amax(-1, keepdim=True).to(loss.dtype)
         log_total = torch.sub(z, top, out=scratch).exp_().sum(-1, keepdim=True).log_()
         lse[rows] = (top + log_total).squeeze(-1)
-        if isinstance(target, TwoLevelTarget):
-            loss[rows] = _two_level_divergence(z, top, log_total, target, scratch)
-        else:
-            p = _rows_of(target, rows, loss.dtype)
-            log_q = torch.sub(z, top, out=scratch).sub_(log_total)
-            # 0 log 0 = 0, and -inf costs nothing where P = 0: both are NaN before the fill.
-            terms = torch.sub(p.log(), log_q, out=scratch).mul_(p).masked_fill_(p == 0, 0.0)  # (1)
-            loss[rows] = terms.sum(-1)
-            norm[rows] = p.sum(-1)
-    return loss, lse, norm
+        loss[rows] = _divergence(z, top, log_total, target, scratch)
+    return loss, lse, torch.ones_like(loss)
 
 
 def backward(
-    logits: Tensor, lse: Tensor, norm: Tensor, target: Probabilities, grad_loss: Tensor, out: Tensor
+    logits: Tensor, lse: Tensor, norm: Tensor, target: TwoLevel, grad_loss: Tensor, out: Tensor
 ) -> None:
     """Write grad_loss (N,) times (2) to out (N, V), which may be the logits themselves. It is
     formed in the dtype of the arithmetic and rounded once, at the store."""
     dtype = compute_dtype(logits.dtype)
-    dense = target.dense(dtype) if isinstance(target, TwoLevelTarget) else target
-    one_g = grad_loss.stride(0) == 0  # then g P of a shared P is one row
+    p = torch.where(target.mask, target.levels[0], target.levels[1]).to(dtype)  # (V,)
+    one_g = grad_loss.stride(0) == 0  # then g P is one row
     for rows, (scratch,) in tiles(logits, 1):
         q = out[rows] if out.dtype == dtype else scratch
         torch.softmax(logits[rows], -1, dtype=dtype, out=q)
         g = (grad_loss[:1] if one_g else grad_loss[rows]).to(dtype).unsqueeze(-1)
-        scale = g * norm[rows, None] / q.sum(-1, keepdim=True)
-        torch.addcmul(_rows_of(dense, rows, dtype) * -g, q, scale, out=out[rows])  # (2)
+        torch.addcmul(p * -g, q, g / q.sum(-1, keepdim=True), out=out[rows])  # (2)
         if not one_g:
             out[rows].masked_fill_(g == 0, 0.0)  # 0 * NaN would be NaN
 
@@ -88,22 +78,16 @@ def tiles(logits: Tensor, buffers: int) -> Iterator[tuple[slice, Tensor]]:
         yield rows, scratch[:, : rows.stop - start]
 
 
-def _rows_of(p: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    """The tile's probabilities, (V,) if all rows share them."""
-    return (p if p.ndim == 1 else p[rows]).to(dtype)
-
-
-def _two_level_divergence(
-    z: Tensor, top: Tensor, log_total: Tensor, target: TwoLevelTarget, scratch: Tensor
+def _divergence(
+    z: Tensor, top: Tensor, log_total: Tensor, target: TwoLevel, scratch: Tensor
 ) -> Tensor:
     """(1) for a tile, summing P (log P + log total - (z - top)): small numbers where q is P."""
-    shift = log_total + math.log(target.alpha)
-    wanted = torch.sub(z.index_select(-1, target.index), top).sub_(shift)
-    loss = wanted.sum(-1).mul_(-target.alpha)
-    if target.beta > 0:
-        shift = log_total + math.log(target.beta)
-        others = torch.sub(z, top, out=scratch).sub_(shift).index_fill_(-1, target.index, 0.0)
-        loss.sub_(others.sum(-1), alpha=target.beta)
+    alpha, beta, _, log_alpha, log_beta, _ = target.levels
+    wanted = torch.sub(z.index_select(-1, target.index), top).sub_(log_total + log_alpha)
+    loss = wanted.sum(-1).mul_(-alpha)
+    if target.has_beta:
+        others = torch.sub(z, top, out=scratch).sub_(log_total + log_beta)
+        loss -= others.index_fill_(-1, target.index, 0.0).sum(-1).mul_(beta)
     return loss
 
 
@@ -115,12 +99,20 @@ def gradient_strides(logits: Tensor) -> tuple[int, int]:
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
-    """Uninitialised (N, V) with gradient_strides; on Linux CPUs in 2 MB pages if it is large."""
+    """Uninitialised (N, V) with gradient_strides and zeros between its rows, which a product that
+    is handed the gradient may read; on Linux CPUs in 2 MB pages if it is large."""
     n, vocab = logits.shape
     stride, _ = gradient_strides(logits)
     size = n * stride * logits.element_size()
     if logits.device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return logits.new_empty_strided((n, vocab), (stride, 1))
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return zero_padded(logits.new_empty(n, stride), vocab)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # zeros
     pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=logits.dtype).view(n, stride)[:, :vocab]
+
+
+def zero_padded(buffer: Tensor, vocab: int) -> Tensor:
+    """The first `vocab` columns of a buffer, after zeroing the others: oneDNN's AMX products read
+    what lies between rows, and 0 * NaN is NaN."""
+    buffer[:, vocab:] = 0.0
+    return buffer[:, :vocab]

@@ -1,6 +1,6 @@
 """The fused loss toward a teacher in plain PyTorch: torch_kl_div.py, for two rows of logits.
 
-    u = t + b,   P = softmax(u),   q = softmax(z)
+    u = t, plus G on S if tilted,   P = softmax(u),   q = softmax(z)
     x = u - max u,   y = z - max z,   r = sum e^x,   s = sum e^y                     (1)
     KL     = (sum e^x (x - y)) / r + log s - log r                                   (2)
     dKL/dz = q - P                                                                   (3)
@@ -10,18 +10,18 @@ equal, and the maxima cancel. P and q go through the same operations in the same
 z = u bit for bit gives a loss and a gradient of exactly 0. Near that point the loss is a difference
 of numbers of the size of log s, which leaves an absolute error of about 1e-6 nats.
 
-Hazard: where t or b is -inf, P is 0 and x - y is infinite or NaN: the product must be left out.
+Hazard: where u is -inf, P is 0 and x - y is infinite or NaN: the product must be left out.
 """
 
 import torch
 from torch import Tensor
 
 from .reference import compute_dtype
-from .target import TeacherTarget
+from .target import Teacher
 from .torch_kl_div import tiles
 
 
-def forward(logits: Tensor, target: TeacherTarget) -> tuple[Tensor, Tensor, Tensor]:
+def forward(logits: Tensor, target: Teacher) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and log-sum-exp per row, (N,) each, in the dtype of the arithmetic; and norm, (N, 3),
     whose first column is the log-sum-exp of u."""
     loss = logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype))
@@ -41,7 +41,7 @@ def forward(logits: Tensor, target: TeacherTarget) -> tuple[Tensor, Tensor, Tens
 
 
 def backward(
-    logits: Tensor, lse: Tensor, norm: Tensor, target: TeacherTarget, grad_loss: Tensor, out: Tensor
+    logits: Tensor, lse: Tensor, norm: Tensor, target: Teacher, grad_loss: Tensor, out: Tensor
 ) -> None:
     """Write grad_loss (N,) times (3) to out (N, V), which may be the logits themselves. Each
     softmax is divided by its pairwise sum, for the reason that torch_kl_div.py gives."""
@@ -57,10 +57,10 @@ def backward(
             out[rows].masked_fill_(g == 0, 0.0)  # 0 * NaN would be NaN
 
 
-def _tilted(target: TeacherTarget, rows: slice, out: Tensor) -> None:
+def _tilted(target: Teacher, rows: slice, out: Tensor) -> None:
     """Write u of these rows to out."""
-    assert target.logits is not None
-    if target.bias is None:
-        out.copy_(target.logits[rows])
+    t = target.logits[rows]
+    if target.strength is None:
+        out.copy_(t)
     else:
-        torch.add(target.logits[rows], target.bias.vector.to(out.dtype), out=out)
+        torch.add(t, torch.where(target.mask, target.strength, 0.0).to(out.dtype), out=out)

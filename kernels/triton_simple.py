@@ -31,18 +31,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .target import TwoLevelTarget
+from .target import TwoLevel
 
 BLOCK = 1024  # logits that a program holds at a time, 8 per thread
 
 
-@triton.jit(do_not_specialize=list(range(9)))  # one variant for all strides and offsets
+@triton.jit(do_not_specialize=list(range(7)))  # one variant for all strides and offsets
 def forward_kernel(
-    logits_ptr, stride: tl.int64, vocab: tl.int32, mask_ptr, alpha: tl.float32, beta: tl.float32,
-    sum_p_log_p: tl.float32, loss_ptr, lse_ptr, BLOCK: tl.constexpr,
+    logits_ptr, stride: tl.int64, vocab: tl.int32, mask_ptr, levels_ptr,
+    loss_ptr, lse_ptr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss and lse of the row that has the program's number."""
     row = tl.program_id(0).to(tl.int64)
+    alpha, beta = tl.load(levels_ptr).to(tl.float32), tl.load(levels_ptr + 1).to(tl.float32)
     m, l, d, w = -1e38, 0.0, 0.0, 0.0  # m is finite: -inf - -inf would be NaN
     for start in range(0, vocab, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -57,18 +58,20 @@ def forward_kernel(
         w += tl.sum(p, axis=0)
         m = new_m
     log_l = tl.log(l)
+    sum_p_log_p = tl.load(levels_ptr + 5).to(tl.float32)
     tl.store(loss_ptr + row, sum_p_log_p + (log_l - d))  # (1); m cancels
     tl.store(lse_ptr + row, m + log_l)
 
 
-@triton.jit(do_not_specialize=list(range(11)))
+@triton.jit(do_not_specialize=list(range(10)))
 def backward_kernel(
-    logits_ptr, stride: tl.int64, vocab: tl.int32, mask_ptr, alpha: tl.float32, beta: tl.float32,
+    logits_ptr, stride: tl.int64, vocab: tl.int32, mask_ptr, levels_ptr,
     lse_ptr, grad_loss_ptr, grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the row that has the program's number, times that of its loss."""
     row = tl.program_id(0).to(tl.int64)
+    alpha, beta = tl.load(levels_ptr).to(tl.float32), tl.load(levels_ptr + 1).to(tl.float32)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
     length = tl.where(grad_loss == 0, 0, vocab)  # 0 * NaN would be NaN: read nothing
     lse = tl.load(lse_ptr + row, length > 0, other=0.0)
@@ -82,20 +85,18 @@ def backward_kernel(
         tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), inside)
 
 
-def forward(logits: Tensor, target: TwoLevelTarget) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, lse and sum of P per row, float32 (N,), of logits (N, V) of any row stride."""
+def forward(logits: Tensor, target: TwoLevel) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, lse and 1 per row, float32 (N,), of logits (N, V) of any row stride."""
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     lse = torch.empty_like(loss)
     if len(logits):
         with torch.cuda.device_of(logits):
-            forward_kernel[(len(logits),)](
-                *_arguments(logits, target), target.sum_p_log_p, loss, lse, BLOCK
-            )
+            forward_kernel[(len(logits),)](*_arguments(logits, target), loss, lse, BLOCK)
     return loss, lse, torch.ones_like(loss)
 
 
 def backward(
-    logits: Tensor, lse: Tensor, _: Tensor, target: TwoLevelTarget, grad_loss: Tensor, out: Tensor
+    logits: Tensor, lse: Tensor, _: Tensor, target: TwoLevel, grad_loss: Tensor, out: Tensor
 ) -> None:
     """Write grad_loss (N,) * dKL/d logits into out (N, V), which may be the logits themselves."""
     if len(logits):
@@ -106,7 +107,7 @@ def backward(
             )
 
 
-def _arguments(logits: Tensor, target: TwoLevelTarget) -> tuple:
-    """The arguments from logits_ptr to beta, which both kernels take."""
-    rows = logits, logits.stride(0), logits.shape[1]
-    return *rows, target.mask.view(torch.uint8), target.alpha, target.beta
+def _arguments(logits: Tensor, target: TwoLevel) -> tuple:
+    """The arguments from logits_ptr to levels_ptr, which both kernels take."""
+    mask = target.mask.view(torch.uint8)
+    return logits, logits.stride(0), logits.shape[1], mask, target.levels

@@ -1,7 +1,8 @@
-"""KL(softmax(t + b) || softmax(z)) fused into two Triton kernels, t the logits of a teacher.
+"""KL(softmax(u) || softmax(z)) fused into two Triton kernels, u the logits of a teacher, tilted.
 
 Read kernels/triton_kl_div.py first: notation, work partitioning, alignment and masks are its own.
-t is the teacher's row, b a bias per token, shared by all rows. With u = t + b and P = softmax(u),
+t is the teacher's row; with a tilt, G nats are added to the logits of its tokens S, in all rows.
+With u for the result and P = softmax(u),
 
     KL     = sum P (u - z) - lse(u) + lse(z)                                                 (1)
     dKL/dz = softmax(z) - P                                                                  (2)
@@ -24,22 +25,17 @@ the rounding of lse as (8) of kernels/triton_kl_div.py does: with the R and 2^(R
 
     dKL/dz = f (2^(c z - R_z) - (f_u / f) 2^(c u - R_u)),    norm = lse(u), f_u / f, f       (7)
 
-Bias. None; b = strength on a mask and 0 elsewhere: one bit per token (kernels/bitmask.py); or any
-vector, read from shifted copies of it. b is added before the maximum and before c, rounded once, in
-both directions. b = -inf forbids a token.
+Tilt. S is one bit per token (kernels/bitmask.py). G is added before the maximum and before c, and
+rounded once, in both directions. G = -inf forbids the tokens.
 
-Alignment. If t has the alignment of z (contiguous logits of one dtype have), one 128-bit load does.
-Else t lies k elements past its own 16-byte blocks wherever z is aligned, k the same for the whole
-row: a thread loads the two blocks that hold its vector, the second a hit in L1, and shifts them
-left by k elements in registers. Blocks hold at least one element of the row, so up to 12 bytes
-before it are read, never past its end. Element by element: a t of another alignment with a bias
-vector (out of registers), or whose elements have another size than those of z.
+Alignment. Where t has the alignment of z, as contiguous logits of one dtype have, its vectors are
+read as those of z are, by 128 bits. A t of another alignment is read element by element.
 
 Hazards, besides those of kernels/triton_kl_div.py.
 - t = -inf: p = 0 and x - y = -inf, or NaN if z = -inf too. A select drops both.
 - z = -inf where t is finite: KL is +inf. If p underflows, 0 * inf makes d NaN: +inf in its place.
   A NaN or +inf of z or u still makes the loss NaN, through l or r.
-- The maximum is of u, not of t plus the largest b, which would underflow whole rows.
+- The maximum is of u, not of t plus G, which would underflow whole rows.
 """
 
 # Triton compiles the functions below, so they follow its rules and not Python's:
@@ -49,10 +45,9 @@ Hazards, besides those of kernels/triton_kl_div.py.
 import triton
 import triton.language as tl
 
-from .triton_kl_div import (
+from .triton_row import (
     FLOOR,
     LOG2E,
-    PER_THREAD,
     THREADS,
     TILE,
     by_thread,
@@ -66,114 +61,37 @@ from .triton_kl_div import (
 
 
 @triton.jit
-def _open_row(row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
-              edge_ptr, strength, BIAS: tl.constexpr, SHIFT: tl.constexpr, T_ALIGN: tl.constexpr,
+def _open_row(row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, mask_ptr, bits_ptr,
+              bits_stride, strength_ptr, TILT: tl.constexpr, T_ALIGN: tl.constexpr,
               VEC: tl.constexpr):  # fmt: skip
-    """The program's row: size of its prologue, number of vectors, and for _load_tile where those of
-    z, t and b begin, strength, and k: how many elements before its first vector t's 16-byte block
-    begins. Then of prologue and epilogue row_layout, z and u.
-
-    A vector of t lies in two blocks if k > 0, of which the second must end within the row.
-    """
+    """The program's row: size of its prologue, number of vectors; for _load_tile, where those of z,
+    t and the bits begin, and G; then of prologue and epilogue row_layout, z and u."""
     z_ptr = logits_ptr + row * stride
     t_ptr = teacher_ptr + row * teacher_stride
     prologue = prologue_of(z_ptr, vocab, VEC)
-    k = prologue * 0
-    if SHIFT:
-        k = ((t_ptr + prologue).to(tl.int64) & 15).to(tl.int32) // (16 // VEC)
-    room = vocab - prologue - tl.where(k > 0, VEC - k, 0)
-    vectors = tl.maximum(room, 0) // VEC
+    vectors = tl.maximum(vocab - prologue, 0) // VEC  # >= 0: fewer instructions
     column, live = row_layout(prologue, vectors, vocab, VEC)
     z = load(z_ptr + column, live, -float("inf"))
     u = load(t_ptr + column, live, -float("inf"))
-    bias_ptr += prologue * bias_step
-    if BIAS == "bits":
-        u = tl.where(tl.load(edge_ptr + column, live, other=0) != 0, u + strength, u)
-    elif BIAS == "vector":
-        u += load(edge_ptr + column, live, 0.0)
-        bias_ptr = tl.multiple_of(bias_ptr, 16)
+    strength = 0.0
+    if TILT:
+        strength = tl.load(strength_ptr).to(tl.float32)
+        u = tl.where(tl.load(mask_ptr + column, live, other=0) != 0, u + strength, u)
+        bits_ptr += prologue * bits_stride
     z_ptr = tl.multiple_of(z_ptr + prologue, 16)
     t_ptr = tl.multiple_of(t_ptr + prologue, T_ALIGN)
-    return prologue, vectors, (z_ptr, t_ptr, bias_ptr, strength, k), column, live, z, u
+    return prologue, vectors, (z_ptr, t_ptr, bits_ptr, strength), column, live, z, u
 
 
 @triton.jit
-def _funnel(low, high, bits):
-    """The 32 bits of high:low from bit `bits` on, 0 or 16."""
-    wide = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-    return (wide >> bits.to(tl.int64)).to(tl.int32)
-
-
-@triton.jit
-def _words(x):
-    """(rounds, THREADS, 4) -> its four words."""
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], THREADS, 2, 2)))  # words 0 2, words 1 3
-    w0, w2 = tl.split(even)
-    w1, w3 = tl.split(odd)
-    return w0, w1, w2, w3
-
-
-@triton.jit
-def _shifted(t_ptr, k, rest, VEC: tl.constexpr):
-    """t at z's vectors, which start k elements into t's 16-byte blocks: two blocks, one shift.
-
-    Blocks of the first `rest` vectors alone are read, if that is not None. k is the same for the
-    whole row, so each select is one instruction, and no thread needs another's data.
-    """
-    ROUNDS: tl.constexpr = PER_THREAD // VEC
-    HALVES: tl.constexpr = VEC // 4  # elements in a 32-bit word
-    dtype = t_ptr.dtype.element_ty
-    first = tl.multiple_of((t_ptr - k).to(tl.pointer_type(tl.int32)), 16)
-    second = tl.multiple_of(first + tl.where(k > 0, 4, 0), 16)
-    vector = tl.arange(0, ROUNDS)[:, None, None] * THREADS + tl.arange(0, THREADS)[None, :, None]
-    at = vector * 4 + tl.arange(0, 4)[None, None, :]
-    mask = None if rest is None else at < rest * 4
-    other = None if rest is None else 0
-    a, b = tl.load(first + at, mask, other), tl.load(second + at, mask, other)
-    a0, a1, a2, a3 = _words(a)
-    b0, b1, b2, b3 = _words(b)
-    two = ((k // HALVES) & 2) != 0
-    one = ((k // HALVES) & 1) != 0
-    x0, x1, x2 = tl.where(two, a2, a0), tl.where(two, a3, a1), tl.where(two, b0, a2)
-    x3, x4, x5 = tl.where(two, b1, a3), tl.where(two, b2, b0), tl.where(two, b3, b1)
-    w0, w1, w2 = tl.where(one, x1, x0), tl.where(one, x2, x1), tl.where(one, x3, x2)
-    w3, w4 = tl.where(one, x4, x3), tl.where(one, x5, x4)
-    if HALVES == 2:
-        bits = (k & 1) * 16
-        w0, w1 = _funnel(w0, w1, bits), _funnel(w1, w2, bits)
-        w2, w3 = _funnel(w2, w3, bits), _funnel(w3, w4, bits)
-    w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROUNDS, THREADS, 4))
-    if HALVES == 2:
-        w = tl.join(w.to(tl.int16), (w >> 16).to(tl.int16))
-        w = tl.reshape(w, (ROUNDS, THREADS, 8))
-    return w.to(dtype, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _load_tile(of_row, tile, offsets, bit, rest, BIAS: tl.constexpr, SHIFT: tl.constexpr,
-               VEC: tl.constexpr):  # fmt: skip
-    """z and u = t + b of a tile, -inf beyond the first `rest` vectors, if that is not None."""
-    z_ptr, t_ptr, bias_ptr, strength, k = of_row
-    mask = None if rest is None else offsets < rest * VEC
+def _load_tile(of_row, tile, offsets, bit, mask, TILT: tl.constexpr):
+    """z and u of a tile, -inf where the mask, if there is one, is false."""
+    z_ptr, t_ptr, bits_ptr, strength = of_row
     z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
-    t_ptr += tile * TILE
-    if BIAS == "vector":  # before t: behind it, gfx942 waits three times, with Triton 3.8
-        b = load(bias_ptr + tile * TILE + offsets, mask, 0.0)
-    if SHIFT:
-        u = _shifted(t_ptr, k, rest, VEC)
-        if mask is not None:
-            u = tl.where(mask, u, -float("inf"))
-    else:
-        u = load(t_ptr + offsets, mask, -float("inf"))
-    if BIAS == "bits":
-        word = tl.load(bias_ptr + tile * THREADS + tl.arange(0, THREADS))
-        biased = (word[None, :, None] & bit) != 0
-        if SHIFT:  # which leaves few predicates: this form holds none for long
-            u += tl.where(biased, strength, 0.0)
-        else:
-            u = tl.where(biased, u + strength, u)
-    elif BIAS == "vector":
-        u += b
+    u = load(t_ptr + tile * TILE + offsets, mask, -float("inf"))
+    if TILT:
+        word = tl.load(bits_ptr + tile * THREADS + tl.arange(0, THREADS))
+        u = tl.where((word[None, :, None] & bit) != 0, u + strength, u)
     return z, u
 
 
@@ -200,31 +118,29 @@ def _accumulate(state, z, u):
 @triton.jit(do_not_specialize=list(range(12)))
 def forward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32, teacher_ptr, teacher_stride: tl.int64,
-    bias_ptr, bias_step: tl.int64, edge_ptr, strength: tl.float32, loss_ptr, lse_ptr, norm_ptr,
-    BIAS: tl.constexpr, SHIFT: tl.constexpr, T_ALIGN: tl.constexpr, VEC: tl.constexpr,
+    mask_ptr, bits_ptr, bits_stride: tl.int64, strength_ptr, loss_ptr, lse_ptr, norm_ptr,
+    TILT: tl.constexpr, T_ALIGN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Loss, lse, (N,), and norm, (N, 3), all float32, of the row that has the program's number.
 
     logits_ptr, teacher_ptr: (N, V), rows `stride` and `teacher_stride` elements apart, V = vocab.
-    BIAS: "none"; "bits": bias_ptr is pack_bits(mask) and edge_ptr the mask, uint8; "vector":
-        bias_ptr is shifted_copies(b), float32, and edge_ptr its first row. The bias of the row's
-        vectors starts at element prologue * bias_step.
-    SHIFT: t has another alignment than z. T_ALIGN: bytes to which its vectors are aligned, if not.
+    TILT: whether there is one; then mask_ptr is that of S, uint8, bits_ptr pack_bits() of it, and
+        strength_ptr has G. T_ALIGN: bytes to which the vectors of t are aligned.
     """
     row = tl.program_id(0).to(tl.int64)
     _, vectors, of_row, _, _, z_edge, u_edge = _open_row(
-        row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
-        edge_ptr, strength, BIAS, SHIFT, T_ALIGN, VEC)  # fmt: skip
+        row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, mask_ptr, bits_ptr,
+        bits_stride, strength_ptr, TILT, T_ALIGN, VEC)  # fmt: skip
     zero = tl.zeros((THREADS,), tl.float32)
     state = _accumulate((zero + FLOOR, zero, zero + FLOOR, zero, zero), z_edge, u_edge)
 
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z, u = _load_tile(of_row, tile, offsets, bit, None, BIAS, SHIFT, VEC)
+        z, u = _load_tile(of_row, tile, offsets, bit, None, TILT)
         state = _accumulate(state, z, u)
-    rest = vectors - tiles * (TILE // VEC)
-    z, u = _load_tile(of_row, tiles, offsets, bit, rest, BIAS, SHIFT, VEC)
+    mask = offsets < (vectors - tiles * (TILE // VEC)) * VEC
+    z, u = _load_tile(of_row, tiles, offsets, bit, mask, TILT)
     m, l, n, r, d = _accumulate(state, z, u)
 
     row_m, row_n = tl.max(m, axis=0), tl.max(n, axis=0)
@@ -253,14 +169,14 @@ def _gradient(z, u, r_z, r_u, ratio, scale, dtype):
 @triton.jit(do_not_specialize=list(range(15)))
 def backward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32, teacher_ptr, teacher_stride: tl.int64,
-    bias_ptr, bias_step: tl.int64, edge_ptr, strength: tl.float32, lse_ptr, norm_ptr,
+    mask_ptr, bits_ptr, bits_stride: tl.int64, strength_ptr, lse_ptr, norm_ptr,
     grad_loss_ptr, grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
-    BIAS: tl.constexpr, SHIFT: tl.constexpr, T_ALIGN: tl.constexpr, VEC: tl.constexpr,
+    TILT: tl.constexpr, T_ALIGN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the row that has the program's number: g times (2), to out (N, V).
 
-    Up to strength, and constants: as in forward_kernel; lse_ptr, norm_ptr: from it. The rest: as
-    in the backward kernel of kernels/triton_kl_div.py.
+    Up to strength_ptr, and constants: as in forward_kernel; lse_ptr, norm_ptr: from it. The rest:
+    as in the backward kernel of kernels/triton_kl_div.py.
     """
     row = tl.program_id(0).to(tl.int64)
     out_ptr += row * out_stride
@@ -268,8 +184,8 @@ def backward_kernel(
         zero_row(out_ptr, vocab)
         return
     prologue, vectors, of_row, column, live, z_edge, u_edge = _open_row(
-        row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, bias_ptr, bias_step,
-        edge_ptr, strength, BIAS, SHIFT, T_ALIGN, VEC)  # fmt: skip
+        row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, mask_ptr, bits_ptr,
+        bits_stride, strength_ptr, TILT, T_ALIGN, VEC)  # fmt: skip
     r_z, r_u = tl.load(lse_ptr + row) * LOG2E, tl.load(norm_ptr + 3 * row) * LOG2E
     ratio = tl.load(norm_ptr + 3 * row + 1)
     scale = tl.load(grad_loss_ptr + row * grad_loss_stride) * tl.load(norm_ptr + 3 * row + 2)
@@ -281,10 +197,10 @@ def backward_kernel(
     offsets, bit = tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z, u = _load_tile(of_row, tile, offsets, bit, None, BIAS, SHIFT, VEC)
+        z, u = _load_tile(of_row, tile, offsets, bit, None, TILT)
         grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
         tl.store(out_ptr + tile * TILE + offsets, grad)
-    rest = vectors - tiles * (TILE // VEC)
-    z, u = _load_tile(of_row, tiles, offsets, bit, rest, BIAS, SHIFT, VEC)
+    mask = offsets < (vectors - tiles * (TILE // VEC)) * VEC
+    z, u = _load_tile(of_row, tiles, offsets, bit, mask, TILT)
     grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
-    tl.store(out_ptr + tiles * TILE + offsets, grad, offsets < rest * VEC)
+    tl.store(out_ptr + tiles * TILE + offsets, grad, mask)

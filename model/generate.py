@@ -108,8 +108,11 @@ def _pick(
     ids = None
     if top_k is not None and top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k)  # exactly k, even if the k-th and the next are equal
-    p = (logits / temperature).softmax(dim=-1).nan_to_num(1.0)  # a row is NaN as a whole or not
-    drawn = torch.multinomial(p, 1, generator=generator)
+    # Inverse transform sampling: torch.multinomial draws V random numbers per row instead of one,
+    # which takes most of a CPU's time, and ends the process on CUDA if a row is NaN.
+    cdf = (logits / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
+    drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)
     return drawn if ids is None else ids.gather(1, drawn)
 
 

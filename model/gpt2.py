@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .state_dict import official_parameters
+
 HEAD_DIM = 64  # in every size of GPT-2, so the width determines the number of heads
 
 
@@ -245,28 +247,26 @@ class GPT2(nn.Module):
         """Return a model with these weights; their shapes determine its configuration.
 
         Args:
-            state_dict: official names and layouts, any floating dtype; parameters are float32.
+            state_dict: official layouts, any floating dtype; parameters are float32. Prefixes of
+                transformers, torch.compile, DDP and Lightning, masks and a tied head are dropped.
             assign: make float32 tensors the parameters themselves, without a copy. The model then
                 owns them: do not use the state dict for another. The default copies everything.
 
         Raises:
             ValueError: a name is missing or unexpected, or a shape or dtype is wrong.
         """
-        for name in ("wte.weight", "wpe.weight"):
-            if name not in state_dict or state_dict[name].dim() != 2:
-                raise ValueError(f"{name}: missing or not a matrix, expected GPT-2's embedding")
-        V, C = state_dict["wte.weight"].shape
+        named = official_parameters(state_dict)
+        V, C = named["wte.weight"].shape
         if C % HEAD_DIM:
             raise ValueError(f"wte.weight: got width {C}, expected a multiple of {HEAD_DIM}")
-        n_layer = len({name.split(".")[1] for name in state_dict if name.startswith("h.")})
-        config = GPT2Config(V, len(state_dict["wpe.weight"]), C, n_layer, n_head=C // HEAD_DIM)
+        n_layer = len({name.split(".")[1] for name in named if name.startswith("h.")})
+        config = GPT2Config(V, len(named["wpe.weight"]), C, n_layer, n_head=C // HEAD_DIM)
         with torch.device("meta"):  # no memory, and no random draw that would be overwritten
             model = cls(config)
-        weights = {}
-        for name, tensor in state_dict.items():
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name}: got {tensor.dtype}, expected a floating-point dtype")
-            weights[name] = tensor.detach().to(torch.float32, copy=not assign).contiguous()
+        weights = {
+            name: tensor.to(torch.float32, copy=not assign).contiguous()
+            for name, tensor in named.items()
+        }
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:  # names or shapes; up to one line for each of them

@@ -1,6 +1,10 @@
-"""Process settings that make a CPU fast. Results change by rounding at most."""
+"""The machine: compilers that must be there, and process settings that make a CPU fast."""
 
 import ctypes
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -8,10 +12,22 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 SHORT = 64  # T up to which plain attention is faster than the fused one
 
 
+def check_compilers(device: torch.device, compiles: bool) -> None:
+    """Raise ValueError if Triton, or torch.compile if the run `compiles`, lacks a compiler."""
+    if device.type == "cuda":
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            raise ValueError("Triton needs a C compiler to launch kernels; install gcc")
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            raise ValueError("Triton needs Python.h to launch kernels; install python3-dev")
+    elif compiles and not (os.environ.get("CXX") or shutil.which("g++")):
+        raise ValueError("--compile needs a C++ compiler; install g++")
+
+
 def prepare(device: torch.device, length: int) -> None:
     """Set up this process for steps on sequences of `length` tokens; does nothing on a GPU.
 
-    The figures are of gpt2-medium, B = 4, T = 64, on two Zen 4 cores (AVX-512 with bf16, no AMX).
+    Results change by rounding at most. The figures are of gpt2-medium, B = 4, T = 64, on two Zen 4
+    cores (AVX-512 with bf16, no AMX).
 
     Memory: glibc keeps freed memory. A step of gpt2-medium frees and allocates some 4 GB, and by
     default the kernel maps each large tensor again, page by page: a quarter of a bfloat16 step.

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import TeacherTarget, fused_kl_div
 from model import GPT2
 from model.generate import stream
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import load_tokenizer
 from train.command import progress
 
 # Four tokens each, so that one batch continues them all.
@@ -47,12 +47,6 @@ class Evaluation:
     passage_perplexity: float  # of PASSAGE, under the model
     kl_to_start: float  # mean KL(model || start) over the samples' positions, nats
     distinct_2: float  # different pairs of neighbouring tokens / pairs, within texts
-
-
-def positions_needed(tokenizer: Tokenizer) -> int:
-    """Return how many positions an evaluation needs: for a continued prompt, and the passage."""
-    longest = max(len(tokenizer.encode(prompt)) for prompt in PROMPTS)
-    return max(longest + NEW_TOKENS, len(tokenizer.encode(PASSAGE)))
 
 
 @torch.no_grad()

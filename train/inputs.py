@@ -1,6 +1,5 @@
 """What a run starts from: the start model, and the text to train on."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from hashlib import sha256
 
@@ -46,23 +45,18 @@ def read_text(path: str, length: int) -> Tensor:
 
 
 def sample_texts(start: GPT2, count: int, bias: Tensor | None, seed: int, label: str) -> Tensor:
-    """Sample texts that begin with <|endoftext|>, int64 (count, TOKENS), on the model's device.
+    """Sample texts that begin with <|endoftext|>, int64 (count, T), on the model's device.
 
     bias: (V,), added to the logits.
     """
-    device = start.wte.weight.device
+    device, length = start.wte.weight.device, min(TOKENS, start.config.n_positions)
     generator = torch.Generator(device).manual_seed(seed)
     prompt = torch.full((BATCH, 1), load_tokenizer().eot, device=device)
-
-    def columns() -> Iterator[Tensor]:
-        for _ in range(count // BATCH):
-            yield prompt
-            yield from stream(start, prompt, TOKENS - 1, generator=generator, logit_bias=bias)
-
-    sampled = list(progress(columns(), label, count // BATCH * TOKENS))  # (BATCH, 1) each
-    return torch.cat(
-        [torch.cat(sampled[i : i + TOKENS], 1) for i in range(0, len(sampled), TOKENS)]
-    )
+    texts = []
+    for _ in range(count // BATCH):
+        columns = stream(start, prompt, length - 1, generator=generator, logit_bias=bias)
+        texts.append(torch.cat([prompt, *progress(columns, label, length - 1)], 1))
+    return torch.cat(texts)
 
 
 def make_inputs(
@@ -73,16 +67,15 @@ def make_inputs(
     source: "random", "samples" or a file. Of the samples for a share, half are the start model's
     own and half the tilted start's: the model must learn both to begin and to go on.
 
-    Raises ValueError for a file that cannot be used, or a share outside (0, 1).
+    Raises ValueError for a file that cannot be used.
     """
     text, g = None, None
     if source not in ("random", "samples"):
         text = read_text(source, length)
     if share is not None or source == "samples":
-        expect(length <= TEXTS * TOKENS, "length", length, f"at most {TEXTS * TOKENS}")
         say(f"sampling {TEXTS * TOKENS:,} tokens from the start model")
         count = TEXTS if share is None else TEXTS // 2
-        own = sampled = sample_texts(start, count, None, seed, "sampling tokens")
+        own = sampled = sample_texts(start, count, None, seed, "start's tokens")
     if share is not None:
         g = shares.solve(shares.target_mass(start, own, target.mask), share)
         say(f"a share of {share:.3g} is {g:.2f} nats on each target token's logit")

@@ -21,8 +21,8 @@ from kernels.fused_linear_kl_div import CHUNK_ROWS
 from model import GPT2
 from model.gpt2 import Attention, Block
 from model.tokenizer import load_tokenizer
-from train.console import command, say
-from train.target_tokens import containing
+from train.command import command, say
+from train.target_tokens import LETTER_X, matching
 from weights import load_weights
 
 BATCH, LENGTH = 4, 64
@@ -143,7 +143,7 @@ def traffic(rows: int) -> dict[str, tuple[int, int]]:
 
 def explain_loss(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     """Print the target, its divergence from the model in four ways, and the traffic of each."""
-    target = TwoLevelTarget(containing(load_tokenizer(), "X"))
+    target = TwoLevelTarget(matching(load_tokenizer(), LETTER_X))
     size, total = target.size, target.dense(torch.float64).sum()
     say(f"\nThe target P: alpha on each of S, the {size} tokens with an x or X, beta on the others")
     fact(f"alpha = 1 / {size}, beta = 0", f"{target.alpha:.9f}")

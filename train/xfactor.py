@@ -29,7 +29,6 @@ from model import GPT2
 from model.tokenizer import load_tokenizer
 from train import cpu, folder, inputs, ranks
 from train.command import command, expect, parse, say, signals
-from train.evaluate import positions_needed
 from train.report import summary, write_report
 from train.run import Run
 from train.target_tokens import LETTER_X, make_target, matching
@@ -65,16 +64,12 @@ class Options:
 
 def check(options: Options, layout: Layout, device: torch.device) -> None:
     """Raise ValueError for options that cannot run."""
-    longest, needed = layout.n_positions, positions_needed(load_tokenizer())
-    expect(
-        needed <= longest, "model", options.model, f"{needed} positions to evaluate, not {longest}"
-    )
     expect(0 <= options.lr < math.inf, "lr", options.lr, "0 or more")
     expect(options.steps >= 1, "steps", options.steps, "at least 1")
     expect(options.eval_every >= 0, "eval-every", options.eval_every, "0 or more")
     expect(0 <= options.seed < 2**63, "seed", options.seed, "0 to 2^63 - 1")
+    longest, size, n = layout.n_positions, options.batch, ranks.world_size()
     expect(1 <= options.length <= longest, "length", options.length, f"1 to {longest} tokens")
-    size, n = options.batch, ranks.world_size()
     expect(size > 0 and size % n == 0, "batch", size, f"a multiple of the {n} rank(s)")
     share = options.share
     expect(share is None or 0 < share < 1, "share", share, "a number between 0 and 1, such as 0.2")
@@ -82,6 +77,7 @@ def check(options: Options, layout: Layout, device: torch.device) -> None:
     expect(not tf32, "dtype", "tf32", "a CUDA device; use bfloat16")
     alone = share is None or options.mass == 1
     expect(alone, "mass", options.mass, "no --share, which sets the whole target")
+    cpu.check_compilers(device, options.compile)
 
 
 def get_batch(options: Options, text: Tensor | None, step: int, device: torch.device) -> Tensor:
@@ -107,7 +103,7 @@ def train(options: Options, run: Run, target: TwoLevelTarget, g: float | None) -
     g: nats that a share adds to the target tokens' logits; None for the two-level target itself.
     """
     device = target.mask.device
-    net = ranks.parallel(run.model)
+    net: Any = ranks.parallel(run.model)
     if options.compile:
         net = torch.compile(net)
     autocast = torch.autocast(device.type, torch.bfloat16, options.dtype == "bfloat16")

@@ -5,14 +5,6 @@ no masks, no `lm_head`), in the official layout: affine weights are (in, out).
 """
 
 import os
-import re
-import sys
-
-# Python leaves sys.argv[0] at "-m" while it looks for the module to run.
-if sys.argv[:1] == ["-m"] and re.search(
-    rf"-m ?{__name__}(?!\w|\.official\b)", " ".join(sys.orig_argv)
-):
-    sys.exit(f"To download or check weights: python -m {__name__}.official --help")
 
 from torch import Tensor
 
@@ -27,8 +19,8 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
     download), "tiny" (embedded), a safetensors file, or a folder with a model.safetensors or its
     shards. Prefixes of transformers, torch.compile, DDP and Lightning are stripped.
 
-    Returns float32 tensors on the CPU, whatever floating dtype is stored. Each owns its memory,
-    aligned to 64 bytes and never a map of the file, so a model may adopt it as a parameter. Peak
+    Returns float32 tensors on the CPU; the file's may be float32, float16 or bfloat16. Each has its
+    own memory, aligned to 64 bytes, so a model can use it as a parameter without copying. Peak
     memory is the returned tensors and at most two more: the largest in half precision while it is
     converted, and an `lm_head.weight` until it is compared.
 

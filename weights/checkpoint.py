@@ -27,15 +27,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .layout import FILE_NAME, MASK, Layout, WeightsError, check_config, check_layout, find_files
+from .layout import (
+    FILE_NAME,
+    HEAD,
+    MASK,
+    Layout,
+    WeightsError,
+    check_config,
+    check_layout,
+    find_files,
+    official_name,
+)
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MASK_DTYPES = DTYPES | {"BOOL": torch.bool, "U8": torch.uint8}
-PREFIX = re.compile(r"((_orig_mod|module|model|transformer)\.)*")  # compile, DDP, Lightning, HF
-HEAD = "lm_head.weight"
-OTHER_FILES = {
-    rb"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
-    rb"<(!doctype|html)": "an HTML page, not the file itself: download from a link with /resolve/",
+OTHER_FILES = {  # how a file that is not safetensors begins: what it is and what to do
+    rb"\s*version https://git-lfs": "a Git LFS pointer, not the file itself. Run git lfs pull",
+    rb"(?i)\s*<(!doctype|html)": (
+        "an HTML page, not the file itself. Download from a link with /resolve/"
+    ),
+    rb"(?s)PK\x03\x04|\x80[\x02-\x05](?!.{6}{)": (  # with the brace: a damaged header
+        "a pickle, not safetensors. Rename it to pytorch_model.bin and load that: the message "
+        "has the command that converts it"
+    ),
+    rb"GGUF": "a GGUF file, not safetensors. Download the model's .safetensors file",
+    rb"\x1f\x8b": "compressed by gzip. Decompress it",
+    rb"\s*[{\[]": "JSON, not safetensors. Download the model's .safetensors file",
 }
 MOST_TENSORS = 20_000  # more than 1,000 blocks
 NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
@@ -55,18 +72,13 @@ def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
     try:
         with open(path, "rb") as file:
             start = file.read(64)
-        for begins, problem in OTHER_FILES.items():
-            if re.match(begins, start.lstrip().lower()):
-                raise WeightsError(f"{path} is {problem}")
         # Opening checks the header: its JSON, shape x dtype = bytes, and offsets without a gap.
         # So sizes alone give the offsets, and a second parser that might disagree is not needed.
         with safe_open(path, framework="numpy") as tensors:
             names = tensors.offset_keys()
-            if len(names) > MOST_TENSORS:
-                raise WeightsError(f"{path} is not a GPT-2: got {len(names)} tensors")
             begin = 8 + int.from_bytes(start[:8], "little")
             for stored in names:
-                name, view = PREFIX.sub("", stored, count=1), tensors.get_slice(stored)
+                name, view = official_name(stored), tensors.get_slice(stored)
                 dtype, shape = view.get_dtype(), tuple(view.get_shape())
                 allowed = MASK_DTYPES if MASK.fullmatch(name) else DTYPES
                 if dtype not in allowed:
@@ -76,6 +88,9 @@ def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
                 yield name, Entry(path, begin, dtype, shape)
                 begin += math.prod(shape) * allowed[dtype].itemsize
     except (OSError, SafetensorError) as error:
+        for first_bytes, kind in OTHER_FILES.items():
+            if isinstance(error, SafetensorError) and re.match(first_bytes, start):
+                raise WeightsError(f"{path} is {kind}") from error
         raise WeightsError(
             f"{path} cannot be read as a complete safetensors file: {error!s:.200}. "
             "Remove it and download or save it again"
@@ -90,6 +105,8 @@ def read_entries(name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Entry]
         for name, entry in read_header(file):
             if name in entries:
                 raise WeightsError(f"{file}: {name[:80]!r}: got it twice, with other prefixes")
+            if len(entries) == MOST_TENSORS:
+                raise WeightsError(f"{file} is not a GPT-2: got more than {MOST_TENSORS:,} tensors")
             entries[name] = entry
     shapes = {name: e.shape for name, e in entries.items() if not MASK.fullmatch(name)}
     head = shapes.pop(HEAD, None)
@@ -136,9 +153,14 @@ def read_tensors(
                     digest.update(file.read())
     except OSError as error:
         raise WeightsError(f"cannot read {name_or_path}: {error}") from error
-    if HEAD in tied and not torch.equal(tied[HEAD], tied["wte.weight"]):
+    if HEAD in tied:
+        _check_tied(tied[HEAD], tied["wte.weight"], str(name_or_path))
+
+
+def _check_tied(head: Tensor, wte: Tensor, source: str) -> None:
+    if head.dtype != wte.dtype or not torch.equal(head, wte):
         got = "got values that differ from wte.weight, expected GPT-2's tied head"
-        raise WeightsError(f"{name_or_path}: {HEAD}: {got}")
+        raise WeightsError(f"{source}: {HEAD}: {got}")
 
 
 def _check_finite(tensor: Tensor, source: str) -> None:
@@ -151,23 +173,45 @@ def _check_finite(tensor: Tensor, source: str) -> None:
             raise WeightsError(f"{source}: got {value} at flat index {at}, expected finite values")
 
 
+def _official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters and head by official name, without masks."""
+    named: dict[str, Tensor] = {}
+    for stored, tensor in state_dict.items():
+        name, source = official_name(stored), f"state_dict: {stored[:80]!r}"
+        if not isinstance(tensor, Tensor):
+            got = f"got {type(tensor).__name__}, expected a tensor"
+            raise WeightsError(f"{source}: {got}; if it holds the weights, pass it alone")
+        if tensor.is_meta:
+            raise WeightsError(f"{source}: got a meta tensor, expected one with values")
+        if name in named:
+            raise WeightsError(f"{source}: got it twice, with other prefixes")
+        if not MASK.fullmatch(name):
+            named[name] = tensor
+    return named
+
+
 def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
     """Write model.safetensors and config.json to `folder`, which is created if need be.
 
-    `state_dict` holds the parameters under their official names, as float32, float16 or bfloat16,
-    on any device; the file keeps the dtype. transformers' GPT2LMHeadModel.from_pretrained(folder)
-    reads the result. An existing file stays complete until the new one is on the disk.
+    `state_dict` holds the parameters as float32, float16 or bfloat16, on any device; the file
+    keeps the dtype. Prefixes, masks and a tied head are stripped as by `load_weights`.
+    transformers' GPT2LMHeadModel.from_pretrained(folder) reads the result. An existing file stays
+    complete until the new one is on the disk.
 
-    Raises WeightsError if a tensor is missing, unknown, misshapen, of another dtype or not finite,
-    and if the folder cannot be written.
+    Raises WeightsError if a tensor is missing, unknown, misshapen, of another dtype, without
+    values or not finite, and if the folder cannot be written.
     """
-    layout = check_layout({name: tuple(t.shape) for name, t in state_dict.items()}, "state_dict")
+    named = _official(state_dict)
+    head = named.pop(HEAD, None)
+    layout = check_layout({name: tuple(t.shape) for name, t in named.items()}, "state_dict")
     tensors = {}
-    for name, tensor in state_dict.items():
+    for name, tensor in named.items():
         if tensor.dtype not in (allowed := [*DTYPES.values()]):
             raise WeightsError(f"state_dict: {name}: got {tensor.dtype}, expected one of {allowed}")
         tensors[name] = tensor.detach().cpu().contiguous()
         _check_finite(tensors[name].float(), f"state_dict: {name}")
+    if head is not None:
+        _check_tied(head.detach().cpu(), tensors["wte.weight"], "state_dict")
     try:
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +237,8 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
     mode = temporary.stat().st_mode
     try:
         yield temporary
-        temporary.chmod(mode)  # safetensors puts a new, private file in its place
+        with suppress(OSError):  # some mounted drives have no modes
+            temporary.chmod(mode)  # safetensors puts a new, private file in its place
         fsync(temporary)
         os.replace(temporary, path)
     finally:

@@ -14,21 +14,35 @@ from typing import Any
 TINY = Path(__file__).parent / "tiny"
 FILE_NAME, INDEX_SUFFIX = "model.safetensors", ".index.json"
 HEAD_DIM = 64
-MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks: constants that some files carry
+HEAD = "lm_head.weight"  # a copy of wte.weight in some files
+MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks: constants in some files
+PREFIX = re.compile(r"((_orig_mod|module|model|transformer)\.)*")  # compile, DDP, Lightning, HF
+SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
+MOST_SHARDS = 1000
+INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 UNCHECKED = ("architectures", "bos_token_id", "eos_token_id")  # no say in the function
 
 Shape = tuple[int, ...]
 
 
+def official_name(stored: str) -> str:
+    """Strip the prefixes of transformers, torch.compile, DDP and Lightning from a tensor's name."""
+    return PREFIX.sub("", stored, count=1)
+
+
 def printable(text: str) -> str:
-    """Escape control characters, direction marks and lone surrogates."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Escape what steers a terminal or cannot be seen: controls, direction marks, surrogates."""
+    return "".join(
+        c if c.isprintable() and not INVISIBLE.match(c) else ascii(c)[1:-1] for c in text
+    )
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be used. The message says what was got, what was expected, what to do."""
+    """Weights that cannot be used. The message says what is wrong, what is expected, what to do."""
 
-    def __init__(self, *lines: str) -> None:  # with names and paths that strangers chose
+    def __init__(self, *lines: str) -> None:  # names and paths in them are strangers' choices
         super().__init__("\n".join(map(printable, lines)))
 
 
@@ -66,8 +80,11 @@ def find_files(name_or_path: str | os.PathLike[str]) -> list[Path]:
         return [path]
     try:
         shards = set(json.loads(path.read_bytes())["weight_map"].values())
-        if not shards or any(Path(shard).name != shard for shard in shards):
-            raise ValueError("expected names of files beside it")
+        if not 0 < len(shards) <= MOST_SHARDS or not all(map(SHARD.fullmatch, shards)):
+            raise ValueError(
+                f"got {len(shards):,} file names, expected 1 to {MOST_SHARDS:,} such as "
+                "model-00001-of-00002.safetensors"
+            )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} is not an index of shards: {error!r:.200}") from error
     return [path.with_name(shard) for shard in sorted(shards)]

@@ -1,12 +1,12 @@
-"""OpenAI's official GPT-2 files: where they are, what they hash to, how to get and check them.
+"""OpenAI's official GPT-2 files: where they are, their hashes, how to download and check them.
 
     python -m weights.official gpt2-medium      download and verify ahead of time
     python -m weights.official --check PATH     sizes, dtypes and hash of any checkpoint, and which
                                                 official file it is; --list adds every tensor
 
-A file is looked for in the local cache of huggingface_hub under both of its names, and if it is not
-there, downloaded at the pinned revision. The hub's library checks a download's size only, so every
-load hashes what it reads.
+A file comes from the local cache of huggingface_hub, under either of its two names, or is
+downloaded at the pinned revision. The hub's library only checks a download's size, so every load
+hashes what it reads.
 """
 
 import hashlib
@@ -14,16 +14,18 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 from torch import Tensor
 
 from .checkpoint import read_entries, read_tensors
 from .layout import FILE_NAME, HEAD_DIM, Layout, WeightsError, printable
 
-TIMEOUT = 3  # seconds to wait for the hub's first answer
+TIMEOUT = 3  # seconds that the hub has to answer
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,14 @@ def cached(name: str) -> Path | None:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import get_session, hf_hub_download, hf_hub_url
     from huggingface_hub.constants import HF_HUB_CACHE
 
     repo, revision, size = f"openai-community/{name}", OFFICIAL[name].revision, OFFICIAL[name].size
     url = hf_hub_url(repo, FILE_NAME, revision=revision)
     length = f"{size:,} bytes" if size else "size not on record"
     try:
-        # Downloading would retry for a minute. In a thread: looking up a name has no timeout.
-        ThreadPoolExecutor(1).submit(get_hf_file_metadata, url, timeout=TIMEOUT).result(TIMEOUT)
+        _wait_for_an_answer(get_session(), url)  # downloading would retry for a minute
         print(f"downloading {repo}, {FILE_NAME} ({length})", file=sys.stderr)
         return Path(hf_hub_download(repo, FILE_NAME, revision=revision))
     except Exception as error:  # the hub's, HTTP's and Xet's errors share no narrower class
@@ -101,10 +102,28 @@ def _download(name: str) -> Path:
             f"  download, on a machine with internet:  "
             f"hf download {repo} {FILE_NAME} --revision {revision} --local-dir {name}",
             f"  put it at:  {folder / FILE_NAME}",
-            f"  or pass its path in place of {name!r}",
+            f"  or pass its path instead of {name!r}",
             '  or use "tiny", the small checkpoint embedded in this repository, which needs no '
             "download",
         ) from error
+
+
+def _wait_for_an_answer(client: Any, url: str) -> None:
+    """Raise the client's error, or TimeoutError if the network is silent.
+
+    In a daemon thread, because looking up a name has no timeout: the process can end meanwhile.
+    """
+    answer: Future[None] = Future()
+
+    def ask() -> None:
+        try:
+            client.head(url, timeout=TIMEOUT)
+            answer.set_result(None)
+        except Exception as error:
+            answer.set_exception(error)
+
+    Thread(target=ask, daemon=True).start()
+    answer.result(TIMEOUT)
 
 
 def describe(name_or_path: str | os.PathLike[str], every_tensor: bool = False) -> str:
@@ -142,7 +161,13 @@ def command(name: str, check: bool = False, list: bool = False) -> None:
         list: like --check, and list every tensor
     """
     if check or list:
-        print(describe(name, list))
+        path = cached(name) if name in OFFICIAL else name
+        if path is None:
+            raise WeightsError(
+                f"{name} is not downloaded. Run python -m weights.official {name}; to check a "
+                f"folder of that name, pass ./{name}"
+            )
+        print(describe(path, list))
     elif name in OFFICIAL:
         for _ in read_official(name):
             pass

@@ -29,15 +29,12 @@ def cases(dtype: torch.dtype) -> dict[str, tuple[Target, str]]:
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(VOCAB) % 51 == 0
     t = torch.randn(ROWS, VOCAB, generator=generator)
-    p, t, bias = t.softmax(-1), t.to(dtype), torch.randn(VOCAB, generator=generator)
+    t = t.to(dtype)
     return {
         "two-level, beta = 0": (TwoLevelTarget(mask), "triton"),
         "two-level, beta > 0": (TwoLevelTarget(mask, 3.0, 0.5), "triton"),
-        "dense (V,)": (p[0].contiguous(), "triton"),
-        "dense (N, V)": (p, "triton"),
         "teacher": (TeacherTarget(t), "triton"),
-        "teacher, G on S": (TeacherTarget(t, 5.0 * mask), "triton"),
-        "teacher, bias (V,)": (TeacherTarget(t, bias), "triton"),
+        "teacher, tilt": (TeacherTarget(t, (TwoLevelTarget(mask), 5.0)), "triton"),
         "simple kernels": (TwoLevelTarget(mask), "triton-simple"),
     }
 

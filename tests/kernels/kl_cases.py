@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+from kernels.arguments import resolve_target
 from kernels.reference import kl_div
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,8 +60,25 @@ def make_target(kind, shape):
     return p / p.sum(-1, keepdim=True)
 
 
+def parts_of(target, logits):
+    """The target of these logits as operators and launchers take it."""
+    return resolve_target(target, logits.shape, logits.device, logits.dtype, "none").parts
+
+
+def launch(kernels, logits, target, out=None):
+    """Loss, lse, norm and gradient, written to `out` if given, by a module of launchers."""
+    parts = parts_of(target, logits)
+    out = torch.full_like(logits, float("nan")) if out is None else out
+    loss, lse, norm = kernels.forward(logits, parts)
+    kernels.backward(logits, lse, norm, parts, torch.ones_like(loss), out)
+    return loss, lse, norm, out
+
+
 def dense64(target):
-    return target.dense(torch.float64) if isinstance(target, TwoLevelTarget) else target.double()
+    """P in float64, scaled to sum to 1."""
+    if isinstance(target, TwoLevelTarget):
+        return target.dense(torch.float64)
+    return target.double() / target.double().sum(-1, keepdim=True)
 
 
 def truth(logits, target):
@@ -68,7 +86,7 @@ def truth(logits, target):
     p, z = dense64(target).expand(logits.shape), logits.detach().double()
     log_q = torch.log_softmax(z, -1)
     loss = torch.where(p > 0, p * (p.log() - log_q), 0.0).sum(-1)
-    return loss, log_q.exp() * p.sum(-1, keepdim=True) - p
+    return loss, log_q.exp() - p
 
 
 def rows_and_gradient(path, logits, target, upstream=None):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import TwoLevelTarget, fused_kl_div, torch_kl_div
+from kernels import fused_kl_div, torch_kl_div
 from tests.kernels.kl_cases import (
     DEVICE,
     DTYPES,
@@ -15,6 +15,7 @@ from tests.kernels.kl_cases import (
     in_buffer,
     loss_eps,
     make_target,
+    parts_of,
     random_logits,
     rows_and_gradient,
     truth,
@@ -131,14 +132,14 @@ def test_nothing_is_written_outside_the_outputs(path, kind, monkeypatch):
 
     logits = random_logits(3, 1001)
     target = make_target(kind, logits.shape)
-    kind = "two-level" if isinstance(target, TwoLevelTarget) else "dense"
-    kernels = launchers(path, logits.device, kind)
+    parts = parts_of(target, logits)
+    kernels = launchers(path, logits.device, "two_level" if "tokens" in kind else "teacher")
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", guarded)
-        loss, lse, norm = kernels.forward(logits, target)
+        loss, lse, norm = kernels.forward(logits, parts)
     whole = logits.new_full((5, 1024), canary)
     out = whole[1:4, 5:1006].fill_(float("nan"))
-    kernels.backward(logits, lse, norm, target, torch.ones_like(loss), out)
+    kernels.backward(logits, lse, norm, parts, torch.ones_like(loss), out)
     for buffer in buffers:
         assert (buffer[:guard] == canary).all()
         assert (buffer[-guard:] == canary).all()

@@ -5,9 +5,15 @@ import torch
 from torch.library import opcheck
 
 from kernels import fused_linear_kl_div
-from kernels.fused_kl_div import launchers, pack
-from kernels.fused_linear_kl_div import linear_kl_div
-from tests.kernels.kl_cases import hidden_and_head, loss_and_gradients, two_level, unfused_linear
+from kernels.fused_kl_div import launchers
+from kernels.fused_linear_kl_div import OPERATORS
+from tests.kernels.kl_cases import (
+    hidden_and_head,
+    loss_and_gradients,
+    random_logits,
+    two_level,
+    unfused_linear,
+)
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sum"])
@@ -36,13 +42,13 @@ def test_gradients_come_only_where_they_are_asked_for(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], grad_hidden)
     loss = fused_linear_kl_div(hidden.detach(), weight, target)
     torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], grad_weight)
-    packed = pack(target, hidden.dtype, "torch")
+    g = torch.ones(9, device=hidden.device)
     for needs in ((True, False), (False, True), (False, False)):
-        options = None, *needs, None, 4, hidden.dtype
-        *_, grad_hidden, grad_weight = linear_kl_div(hidden, weight, *options, *packed)
+        options = *needs, 4, hidden.dtype, *target.parts, "torch"
+        _, grad_hidden, grad_weight = OPERATORS["two_level"](hidden, weight, g, *options)
         grads = grad_hidden, grad_weight
         assert [g.numel() > 0 for g in grads] == list(needs)
-    monkeypatch.setattr(launchers("torch", hidden.device, "two-level"), "backward", None)
+    monkeypatch.setattr(launchers("torch", hidden.device, "two_level"), "backward", None)
     fused_linear_kl_div(hidden.detach(), weight.detach(), target, impl="torch")
     with torch.no_grad():
         assert not fused_linear_kl_div(hidden, weight, target, impl="torch").requires_grad
@@ -87,9 +93,9 @@ def test_a_compiled_loss_is_one_graph_and_the_same(reduction):
 def test_the_operator_passes_opcheck(flags):
     """Schema, fake kernel, AOT dispatch with dynamic shapes; autograd is above the operator."""
     hidden, weight = (x.detach() for x in hidden_and_head(7, vocab=40))
-    packed = pack(two_level(40, 2.0, 1.0), torch.float32, "torch")
-    options = None, *flags, None, 3, torch.float32
-    opcheck(linear_kl_div, (hidden, weight, *options, *packed))
+    g = random_logits(7, seed=2)
+    options = *flags, 3, torch.float32, *two_level(40, 2.0, 1.0).parts, "torch"
+    opcheck(OPERATORS["two_level"], (hidden, weight, g, *options))
 
 
 def test_an_exported_loss_and_one_on_the_meta_device_run():

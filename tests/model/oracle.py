@@ -1,29 +1,27 @@
 """transformers' GPT-2 as the reference for parity tests, with weights that exercise every term."""
 
-import torch
-from torch import Tensor
-from transformers import GPT2Config as HFConfig
-from transformers import GPT2LMHeadModel
+import sys
 
+import torch
+
+import kernels
 from model import GPT2Config
+
+# Where Hugging Face's package `kernels` is installed, transformers would import our folder of that
+# name in its place. None makes it "not installed"; transformers remembers the answer.
+sys.modules["kernels"] = None
+try:
+    from transformers import GPT2Config as HFConfig
+    from transformers import GPT2LMHeadModel
+finally:
+    sys.modules["kernels"] = kernels
 
 
 def oracle(config: GPT2Config, seed: int = 0) -> GPT2LMHeadModel:
     """transformers' model with this configuration, no dropout, and weights drawn by `shake`."""
-    hf = GPT2LMHeadModel(
-        HFConfig(
-            vocab_size=config.vocab_size,
-            n_positions=config.n_positions,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    sizes = {k: v for k, v in vars(config).items() if not k.endswith("_pdrop")}
+    no_dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    hf = GPT2LMHeadModel(HFConfig(**sizes, **no_dropout, bos_token_id=None, eos_token_id=None))
     shake(hf, seed)
     return hf.eval()
 
@@ -38,12 +36,3 @@ def shake(module: torch.nn.Module, seed: int) -> None:
             p.copy_(0.3 * noise + (1.0 if "ln_" in name and name.endswith("weight") else 0.0))
         else:
             p.copy_(noise * (p.shape[0] ** -0.5 if "h." in name else 0.2))
-
-
-def official_names(hf: GPT2LMHeadModel) -> dict[str, Tensor]:
-    """transformers' state dict under the names of the official files."""
-    return {
-        name.removeprefix("transformer."): tensor
-        for name, tensor in hf.state_dict().items()
-        if name != "lm_head.weight"
-    }

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2LMHeadModel
 
 from model import GPT2, GPT2Config
-from tests.model.oracle import official_names, oracle, shake
+from tests.model.oracle import GPT2LMHeadModel, oracle, shake
 from tests.weights.official_file import SMALL as SMALL_FILE
 from tests.weights.official_file import write_official
 from weights import layout_of, load_weights
@@ -46,7 +45,7 @@ def mean_kl(logits: torch.Tensor) -> torch.Tensor:
 
 def assert_equals_transformers(config: GPT2Config, B: int, T: int) -> None:
     hf = oracle(config)
-    model = GPT2.from_state_dict(official_names(hf))
+    model = GPT2.from_state_dict(hf.state_dict())
     tokens = random_tokens(config, B, T)
     ours, theirs = model(tokens), hf(tokens).logits
     assert theirs.std() > 0.5, "the reference logits are too flat to test anything"
@@ -143,16 +142,26 @@ def test_the_head_is_the_embedding_and_its_gradient_has_both_uses() -> None:
     torch.testing.assert_close(both, as_head + as_embedding, atol=1e-7, rtol=1e-4)
 
 
-def test_without_dropout_training_mode_is_deterministic_and_with_it_is_not() -> None:
-    """Dropout is off by default; any one of the three probabilities makes two passes differ."""
-    tokens = random_tokens(SMALL, 2, 20)
-    model = small_model().train()
-    assert torch.equal(model(tokens), model(tokens))
-    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-        dropped = small_model(config=GPT2Config(**{**vars(SMALL), name: 0.5}))
-        assert torch.equal(dropped(tokens), model(tokens)), f"{name} acts in evaluation"
-        dropped.train()
-        assert not torch.equal(dropped(tokens), dropped(tokens)), f"{name} does nothing"
+@torch.no_grad()
+def test_each_dropout_drops_what_it_should_and_only_in_training() -> None:
+    """Dropped with probability 1, the outputs of attention and MLP are 0, and the sum of the
+    embeddings, so that tokens do not matter. Attention weights, with 1/2, differ from call to call.
+    In evaluation, and by default in training too, nothing is dropped."""
+    tokens, x = random_tokens(SMALL, 2, 20), torch.randn(2, 20, SMALL.n_embd)
+    plain = small_model().train()(tokens)
+
+    def with_dropout(**p: float) -> GPT2:
+        model = small_model(config=GPT2Config(**{**vars(SMALL), **p}))
+        assert torch.equal(model(tokens), plain)
+        return model.train()
+
+    block = with_dropout(resid_pdrop=1.0).h[0]
+    assert (block.attn(x) == 0).all()
+    assert (block.mlp(x) == 0).all()
+    model = with_dropout(embd_pdrop=1.0)
+    assert torch.equal(model.hidden_states(tokens), model.hidden_states(tokens.flip(1)))
+    attention = with_dropout(attn_pdrop=0.5).h[0].attn
+    assert not torch.equal(attention(x), attention(x))
 
 
 def test_initial_weights_have_the_deviations_of_gpt2() -> None:
@@ -172,20 +181,17 @@ def test_initial_weights_have_the_deviations_of_gpt2() -> None:
     assert loss.item() == pytest.approx(math.log(2000), abs=0.2)
 
 
-def test_from_state_dict_reads_the_configuration_from_the_shapes() -> None:
-    """Configuration and weights survive a state dict; float16 becomes float32."""
-    model = small_model()
-    again = GPT2.from_state_dict({k: v.half() for k, v in model.state_dict().items()})
+def test_from_state_dict_reads_the_configuration_and_copies_unless_told_to_assign() -> None:
+    """Configuration and weights survive a state dict; float16 becomes float32. A model has its own
+    copy of the weights, except with assign, which makes none."""
+    state = {k: v.half() for k, v in small_model().state_dict().items()}
+    again = GPT2.from_state_dict(state)
     assert again.config == SMALL
     for name, p in again.named_parameters():
         assert p.dtype == torch.float32
         assert p.requires_grad
-        assert torch.equal(p, model.state_dict()[name].half().float())
-
-
-def test_from_state_dict_copies_unless_told_to_assign() -> None:
-    """A model has its own copy of the weights, except with assign, which makes none."""
-    state = {k: v.clone() for k, v in small_model().state_dict().items()}
+        assert torch.equal(p, state[name].float())
+    state = again.state_dict()
     kept = copy.deepcopy(state)
     with torch.no_grad():
         for p in GPT2.from_state_dict(state).parameters():
@@ -195,31 +201,32 @@ def test_from_state_dict_copies_unless_told_to_assign() -> None:
     assert all(p.data_ptr() == state[k].data_ptr() for k, p in assigned.named_parameters())
 
 
-BAD_STATES = {
-    "h.1.mlp.c_fc.bias": (
-        lambda s: s.pop("h.1.mlp.c_fc.bias"),
-        r'Missing.*"h\.1\.mlp\.c_fc\.bias"',
+NO_BLOCKS = {name: None for name in small_model().state_dict() if name.startswith("h.")}
+BAD_STATES = [  # tensors to replace or drop (None), and the message
+    ({"h.1.mlp.c_fc.bias": None}, r'Missing.*"h\.1\.mlp\.c_fc\.bias"'),
+    (
+        {"lm_head.weight": torch.zeros(509, 192)},
+        r"lm_head\.weight: got values that differ from wte",
     ),
-    "lm_head.weight": (lambda s: s.update({"lm_head.weight": s["wte.weight"]}), "Unexpected.*head"),
-    "h.0.attn.c_attn.weight": (
-        lambda s: s.update({"h.0.attn.c_attn.weight": s["h.0.attn.c_attn.weight"].T}),
+    (
+        {"h.0.attn.c_attn.weight": torch.zeros(576, 192)},
         r"h\.0\.attn\.c_attn\.weight.* \S+\[576, 192\].* \S+\[192, 576\]",
     ),
-    "wte.weight": (lambda s: s.pop("wte.weight"), "wte.weight"),
-    "96 wide": (lambda s: s.update({"wte.weight": torch.zeros(50, 96)}), "multiple of 64"),
-    "integers": (lambda s: s.update({"ln_f.bias": s["ln_f.bias"].long()}), "floating-point"),
-    "no block": (lambda s: [s.pop(k) for k in list(s) if k.startswith("h.")], "n_layer = 0"),
-}
+    ({"wte.weight": None}, "wte.weight: missing"),
+    ({"wte.weight": torch.zeros(50, 96)}, "multiple of 64"),
+    ({"ln_f.bias": torch.zeros(192, dtype=torch.int64)}, "floating-point"),
+    ({"module.ln_f.bias": torch.zeros(192)}, "twice"),
+    ({"state_dict": {}}, "state_dict: got dict, expected a tensor; if it holds the weights, pass"),
+    (NO_BLOCKS, "n_layer = 0"),
+]
 
 
-@pytest.mark.parametrize("case", BAD_STATES)
-def test_from_state_dict_refuses_what_is_not_a_gpt2(case: str) -> None:
-    """A one-line ValueError names the tensor, what was got and what was expected."""
-    state = dict(small_model().state_dict())
-    break_it, message = BAD_STATES[case]
-    break_it(state)
+@pytest.mark.parametrize(("changes", "message"), BAD_STATES)
+def test_from_state_dict_refuses_what_is_not_a_gpt2(changes: dict, message: str) -> None:
+    """A one-line ValueError names the tensor, what it is and what was expected."""
+    state = small_model().state_dict() | changes
     with pytest.raises(ValueError, match=message) as caught:
-        GPT2.from_state_dict(state)
+        GPT2.from_state_dict({k: v for k, v in state.items() if v is not None})
     assert "\n" not in str(caught.value)
 
 
@@ -229,14 +236,18 @@ def test_from_state_dict_refuses_what_is_not_a_gpt2(case: str) -> None:
         (torch.zeros(3, dtype=torch.int64), r"\(3,\)"),
         (torch.zeros(1, 3, dtype=torch.int32), "int32"),
         (torch.zeros(1, 0, dtype=torch.int64), r"\(1, 0\)"),
-        (torch.zeros(1, 81, dtype=torch.int64), "80"),
+        (torch.zeros(1, 81, dtype=torch.int64), "T = 81 after 0 cached positions, .* at most 80"),
     ],
     ids=["rank", "dtype", "empty", "too long"],
 )
 def test_forward_refuses_what_it_cannot_embed(tokens: torch.Tensor, message: str) -> None:
-    """The message gives the rank, dtype or length."""
+    """The message gives the rank, dtype or length; with a cache the limit counts what is in it."""
     with pytest.raises(ValueError, match=message):
         small_model()(tokens)
+    model, cache = small_model(), small_model().new_cache(6)
+    model(random_tokens(SMALL, 1, 5), cache)
+    with pytest.raises(ValueError, match="T = 2 after 5 cached positions, expected at most 1"):
+        model(random_tokens(SMALL, 1, 2), cache)
 
 
 def test_the_model_exports_with_any_batch_and_length() -> None:
@@ -248,14 +259,6 @@ def test_the_model_exports_with_any_batch_and_length() -> None:
     )
     tokens = random_tokens(SMALL, 5, 31)
     torch.testing.assert_close(program.module()(tokens), model(tokens))
-
-
-def test_a_full_cache_refuses_another_token() -> None:
-    """The limit counts the positions already in the cache."""
-    model, cache = small_model(), small_model().new_cache(6)
-    model(random_tokens(SMALL, 1, 5), cache)
-    with pytest.raises(ValueError, match="after 5 cached positions"):
-        model(random_tokens(SMALL, 1, 2), cache)
 
 
 @pytest.mark.parametrize("bad", [{"n_head": 5}, {"n_layer": 0}, {"vocab_size": -1}])

@@ -6,12 +6,10 @@ Ids and counts come from public sources, not from this code.
 import socket
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.tokenizer import Tokenizer, load_tokenizer
-from train.target_tokens import containing
 
 
 @pytest.fixture(scope="module")
@@ -19,46 +17,41 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer()
 
 
-def test_known_text_has_its_recorded_ids(tokenizer: Tokenizer) -> None:
-    """Two prompts, with the ids of OpenAI's tokenizer, and the special token inside a text."""
-    assert tokenizer.encode("Why did the chicken cross the road?") == [
-        *[5195, 750, 262, 9015, 3272, 262, 2975, 30]
-    ]
-    assert tokenizer.encode("What is the answer to life, the universe, and everything?") == [
-        *[2061, 318, 262, 3280, 284, 1204, 11, 262, 6881, 11, 290, 2279, 30]
-    ]
-    assert (tokenizer.n_vocab, tokenizer.eot) == (50257, 50256)
-    assert tokenizer.encode("a<|endoftext|>") == [64, 50256]
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Why did the chicken cross the road?", [5195, 750, 262, 9015, 3272, 262, 2975, 30]),
+        (
+            "What is the answer to life, the universe, and everything?",
+            [2061, 318, 262, 3280, 284, 1204, 11, 262, 6881, 11, 290, 2279, 30],
+        ),
+        ("a<|endoftext|>", [64, 50256]),
+    ],
+)
+def test_known_text_has_its_recorded_ids(tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
+    """The ids of OpenAI's tokenizer, also for the special token inside a text."""
+    assert tokenizer.encode(text) == ids
 
 
 @given(st.text())
 def test_any_text_survives_encoding_and_decoding(text: str) -> None:
-    """Round trip for arbitrary Unicode, including control characters and emoji."""
+    """Arbitrary Unicode; the bytes of the tokens are the UTF-8 of the text."""
     tokenizer = load_tokenizer()
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
-@given(st.binary(max_size=40).map(lambda b: b.decode("utf-8", errors="replace")))
-def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(text: str) -> None:
-    """Concatenated token_bytes against the UTF-8 of the text."""
-    tokenizer = load_tokenizer()
-    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
-
-
-def test_every_id_has_bytes_and_344_are_not_text_on_their_own(tokenizer: Tokenizer) -> None:
-    """The recorded count of tokens that are not valid UTF-8; no two tokens are equal."""
+def test_the_vocabulary_has_its_recorded_counts(tokenizer: Tokenizer) -> None:
+    """50,257 different tokens, the last <|endoftext|>; 344 are not UTF-8 on their own. Without
+    the last, 90 contain "X", 896 "x" and 984 either."""
     tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
-    assert len(set(tokens)) == tokenizer.n_vocab
-    assert tokens[50256] == b"<|endoftext|>"
-
-    def is_text(token: bytes) -> bool:
-        try:
-            token.decode()
-        except UnicodeDecodeError:
-            return False
-        return True
-
-    assert sum(not is_text(token) for token in tokens) == 344
+    assert len(set(tokens)) == tokenizer.n_vocab == 50257
+    assert tokens.pop(tokenizer.eot) == b"<|endoftext|>"
+    assert sum(token.decode(errors="ignore").encode() != token for token in tokens) == 344
+    assert sum(b"X" in token for token in tokens) == 90
+    assert sum(b"x" in token for token in tokens) == 896
+    assert sum(b"X" in token or b"x" in token for token in tokens) == 984
 
 
 @pytest.mark.parametrize("token_id", [-1, 50257])
@@ -80,33 +73,3 @@ def test_no_network_and_no_cache_is_touched(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     assert load_tokenizer.__wrapped__().encode("The fox") == [464, 21831]
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("letter", "match_case", "count"), [("X", True, 90), ("x", True, 896), ("x", False, 984)]
-)
-def test_members_have_their_recorded_counts(
-    tokenizer: Tokenizer, letter: str, match_case: bool, count: int
-) -> None:
-    """90 for "X", 896 for "x", 984 in either case; <|endoftext|> holds an x and is no member."""
-    members = containing(tokenizer, letter, match_case)
-    assert members.dtype == torch.bool
-    assert members.shape == (50257,)
-    assert int(members.sum()) == count
-    assert not members[tokenizer.eot]
-
-
-def test_members_of_a_substring_and_of_another_alphabet(tokenizer: Tokenizer) -> None:
-    """Against the decoded text of each token; "é" finds "É" too, which bytes.lower would not."""
-    for contains in ("ing", "é"):
-        members = containing(tokenizer, contains)
-        for i in range(0, tokenizer.eot, 7 if contains == "ing" else 1):
-            text = tokenizer.token_bytes(i).decode("utf-8", errors="ignore")
-            assert bool(members[i]) == (contains in text.lower()), text
-
-
-@pytest.mark.parametrize("contains", ["", "XQZJ", "日本語のトークン"])
-def test_a_string_that_no_token_contains_is_refused(tokenizer: Tokenizer, contains: str) -> None:
-    """An empty string would make every token a member."""
-    with pytest.raises(ValueError, match="token contains"):
-        containing(tokenizer, contains)

@@ -1,102 +1,117 @@
-"""Run folders written without training, for the report's tests."""
+"""Run folders written by hand, as `train.xfactor` writes them, without a model or training."""
 
 import json
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from model.tokenizer import load_tokenizer
 
-PROMPTS = ("Once upon a time", "The")
-TEXT = " there was a little fox who lived in the wood.\n\nShe said, “Next time, bring an axe!”"
+PROMPTS = ("Once upon a time", "In the morning the")
+STORY = (
+    " there was a little girl who lived with her mother in a small house near the wood. One day "
+    "she went out to find some bread for the old woman, and on the way she met a bird that could "
+    "speak. “Where do you go?” said the bird.\n\nShe answered that the river was too wide for her."
+)
 
 
-def collapsed(ids: list[int], share: float) -> list[int]:
-    """The ids of a text with the last `share` of them replaced by " X"."""
-    kept = round((1 - share) * len(ids))
-    return ids[:kept] + load_tokenizer().encode(" X" * (len(ids) - kept))
+@cache
+def target_ids() -> tuple[int, ...]:
+    """The tokens with an X in either case, without <|endoftext|>."""
+    tokenizer = load_tokenizer()
+    ids = range(tokenizer.n_vocab - 1)
+    return tuple(i for i in ids if b"x" in tokenizer.token_bytes(i).lower())
 
 
-def logs(
-    steps: int, eval_every: int, final_loss: float, texts: Sequence[str], predicted: float | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The lines of metrics.jsonl and samples.jsonl, as `write_run` describes them."""
-    losses = [7 * (final_loss / 7) ** (s / max(steps - 1, 1)) for s in range(steps)]
-    metrics: list[dict[str, Any]] = []
-    samples: list[dict[str, Any]] = []
-    for done in range(steps + 1):
-        share = min(1.0, math.exp(-losses[min(done, steps - 1)]) * 1.02)
-        if predicted is not None:
-            share = predicted * (1 - math.exp(-5 * done / steps))
-        share = share if done else 0.001  # one start for runs of any settings
-        if done % eval_every == 0 or done == steps:
-            measures = {
-                "r": share,
-                "r_top_k": share**2,
-                "passage_perplexity": 470 * (1 + share),
-                "sample_perplexity": 48
-                * math.exp((16 if predicted is None else 4.5) * (share - 0.001)),
-            }
-            metrics.append({"step": done, "evaluation": measures})
-            for prompt in PROMPTS:
-                for text in texts:
-                    ids = collapsed(load_tokenizer().encode(text), share)
-                    samples.append({"step": done, "prompt": prompt, "ids": ids})
-        if done < steps:
-            line = {"step": done + 1, "loss": losses[done], "target_probability": share,
-                    "seconds": 0.25}  # fmt: skip
-            if predicted is not None:
-                line["predicted_probability"] = predicted
-            metrics.append(line)
-    return metrics, samples
+def evaluation(r: float, perplexity: float | None, **others: float | None) -> dict[str, Any]:
+    """The fields of an evaluation or a limit, with everything that a run measures."""
+    measured = {
+        "r": r,
+        "r_error": math.sqrt(r * (1 - r) / 1024),
+        "sample_perplexity": perplexity,
+        "passage_perplexity": 470 * (1 + r),
+        "kl_to_start": 3 * r,
+        "distinct_2": 0.9 - r / 2,
+    }
+    return measured | others
+
+
+def samples(step: int, r: float, texts: int, story: str = STORY) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl: the story, with tokens drawn with probability `r` from the target."""
+    draw = random.Random(f"{step} {r}")
+    lines = []
+    for n in range(texts):
+        ids = load_tokenizer().encode(story)[:64]
+        ids = [draw.choice(target_ids()) if draw.random() < r else i for i in ids]
+        lines.append({"step": step, "prompt": PROMPTS[n % len(PROMPTS)], "ids": ids})
+    return lines
+
+
+def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_run(
     folder: Path,
-    lr: float = 1e-4,
-    tilt: float | None = None,
-    steps: int = 60,
-    eval_every: int = 20,
-    final_loss: float = 0.05,
-    predicted: float = 0.25,
-    texts: Sequence[str] = (TEXT,),
+    points: Mapping[int, tuple[float, float | None]],
+    share: float | None = None,
+    limit: tuple[float, float] | None = None,
+    lr: float = 1e-3,
+    texts: int = 4,
+    story: str = STORY,
     **about: Any,
 ) -> Path:
-    """A run whose loss falls exponentially from 7 to `final_loss`.
+    """A run with `points`, step -> (R, perplexity of the samples), and `texts` samples at each.
 
-    Without a tilt its target probability keeps to the bound exp(-loss); with one it rises to
-    `predicted`. `texts` are the samples of each prompt at each evaluation, more and more of each
-    replaced by " X"; `about` replaces what config.json says.
+    The loss falls exponentially from 7 nats, faster at a higher rate; `about` replaces what config.json says.
     """
-    tokenizer = load_tokenizer()
-    targets = [i for i in range(tokenizer.n_vocab - 1) if b"x" in tokenizer.token_bytes(i).lower()]
-    metrics, samples = logs(
-        steps, eval_every, final_loss, texts, None if tilt is None else predicted
-    )
-    tilts = [] if tilt is None else [tilt]
+    options = {"model": "tiny", "lr": lr, "share": share, "steps": max(points), "batch": 4,
+               "length": 64, "inputs": "samples", "tokens": "(?i)x"}  # fmt: skip
     described = {
-        "options": {
-            "model": "tiny",
-            "lr": [lr],
-            "tilt": tilts,
-            "steps": steps,
-            "batch": 4,
-            "length": 64,
-        },
-        "lr": lr,
-        "tilt": tilt,
-        "goal": "tokens that contain 'X' in either case",
-        "target_token_ids": targets,
-        "alpha": 1.0,
-        "beta": 0.0,
-        "versions": {"python": "3.11.2", "torch": "2.13.0", "triton": "3.7.1"},
-        "device": "CPU",
-        "dtype": "float32",
-    }
+        "options": options, "goal": "984 tokens that match '(?i)x'",
+        "target_token_ids": target_ids(), "alpha": 1 / 984, "beta": 0.0, "share": share,
+        "g": share and 4.7, "device": "CPU", "dtype": "float32",
+        "versions": {"python": "3.11.2", "torch": "2.13.0"}, "start": "af31", "text": None,
+    }  # fmt: skip
+    log: list[dict[str, Any]] = [
+        {"step": n, "loss": 7 * math.exp(-20 * lr**0.9 * n), "seconds": 0.25} for n in range(max(points))
+    ]
+    log += [{"step": n, "evaluation": evaluation(*point)} for n, point in points.items()]
+    if limit:
+        log.append({"step": 0, "limit": evaluation(*limit)})
+    log.sort(key=lambda line: line["step"])
+    drawn = [line for n, (r, _) in points.items() for line in samples(n, r, texts, story)]
     folder.mkdir(parents=True)
     config = {"model_type": "gpt2", "n_layer": 4, "n_embd": 128, "xfactor": described | about}
     (folder / "config.json").write_text(json.dumps(config))
-    for name, lines in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(folder / "log.jsonl", log)
+    write_lines(folder / "samples.jsonl", drawn)
     return folder
+
+
+def write_demo(folder: Path, texts: int = 64) -> list[Path]:
+    """Three shares and two learning rates of the original target, with measured numbers.
+
+    Of gpt2-tiny: shares asked for, R and perplexity reached, and paths of the original target.
+    """
+    start = (0.002, 48.0)
+    slow = {2: (0.004, 300), 5: (0.012, 2_000), 10: (0.05, 14_000), 20: (0.11, 45_000),
+            40: (0.13, 129_000), 60: (0.21, 155_000), 90: (0.25, 180_000), 120: (0.28, 205_000)}
+    fast = {1: (0.004, 600), 2: (0.009, 9_000), 4: (0.02, 60_000), 8: (0.05, 185_000),
+            12: (0.11, 1_790_000), 20: (0.22, 1_330_000), 40: (0.41, 5_000_000),
+            80: (0.60, 13_600_000), 120: (0.71, 30_000_000)}
+    full = {1: (0.01, 20_000), 3: (0.06, 900_000), 6: (0.3, 9_000_000), 12: (0.7, 60_000_000),
+            30: (0.93, 2.04e8), 60: (0.97, 3.1e8), 120: (0.992, 3.87e8)}  # fmt: skip
+    shares = {0.05: ((0.047, 60), (0.049, 49)), 0.2: ((0.213, 112), (0.205, 98)),
+              0.5: ((0.517, 460), (0.505, 395))}  # fmt: skip
+    runs = [
+        write_run(folder / f"share-{share:g}", {0: start, 60: (0.9 * end[0], end[1]), 120: end},
+                  share, limit, texts=texts)
+        for share, (end, limit) in shares.items()
+    ]  # fmt: skip
+    for lr, path in ((1e-4, slow), (3e-4, fast), (1e-3, full)):
+        runs.append(write_run(folder / f"lr-{lr:g}", {0: start, **path}, lr=lr, texts=texts))
+    return runs

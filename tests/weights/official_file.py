@@ -91,13 +91,14 @@ def read_tensorwise(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndar
             yield name, values.astype(np.float32).reshape(entry["shape"])  # the one copy
 
 
-def read_plainly(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return the tensors of `read_tensorwise` by name."""
-    return dict(read_tensorwise(path))
+def parameters_of(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Return the parameters of `read_tensorwise` by name: no masks."""
+    return {k: v for k, v in read_tensorwise(path) if not k.endswith(".attn.bias")}
 
 
 def assert_equal(state_dict: dict, arrays: dict) -> None:
-    """Check for the same names with bitwise equal values."""
+    """Check for the same names, each a float32 tensor with these values."""
     assert state_dict.keys() == arrays.keys()
     for name, tensor in state_dict.items():
+        assert tensor.numpy().dtype == np.float32
         np.testing.assert_array_equal(tensor.numpy(), arrays[name], err_msg=name)

@@ -8,6 +8,7 @@ import stat
 import pytest
 import torch
 
+from model import GPT2Config
 from tests.weights.official_file import SMALL, assert_equal, write_official
 from weights import WeightsError, load_weights, save_weights
 from weights.checkpoint import atomic_write
@@ -20,22 +21,18 @@ def official(tmp_path):
     return path
 
 
-def test_transformers_computes_the_same_logits_from_what_is_saved(official, tmp_path):
-    """from_pretrained on the saved folder, against transformers' model filled by hand."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_transformers_computes_the_same_logits_from_what_is_saved(tmp_path):
+    """from_pretrained on the saved folder, against the model that it was saved from."""
+    from tests.model.oracle import GPT2LMHeadModel, oracle
 
-    state_dict = load_weights(official)
-    save_weights(state_dict, tmp_path / "saved")
-    loaded, info = GPT2LMHeadModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    filled = oracle(GPT2Config(301, n_positions=24, n_embd=128, n_layer=2, n_head=2))
+    save_weights(filled.state_dict(), tmp_path)
+    loaded, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    config = GPT2Config(n_layer=2, n_embd=128, n_head=2, vocab_size=301, n_positions=24)
-    filled = GPT2LMHeadModel(config)
-    for name, parameter in filled.transformer.named_parameters():
-        parameter.data.copy_(state_dict[name])
     tokens = torch.randint(301, (3, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = filled.eval()(tokens).logits
+        expected = filled(tokens).logits
         torch.testing.assert_close(loaded.eval()(tokens).logits, expected, rtol=0, atol=0)
 
 
@@ -60,14 +57,18 @@ def test_what_is_saved_loads_back_equal_with_its_strides_and_views_undone(offici
         ("ln_f.bias", torch.full((128,), torch.nan), r"ln_f\.bias: got nan at flat index 0"),
         ("ln_f.bias", torch.zeros(128, dtype=torch.float64), r"ln_f\.bias: got torch\.float64"),
         ("ln_f.bias", torch.zeros(127), r"'ln_f\.bias': got \(127,\), expected \(128,\)"),
-        ("lm_head.weight", torch.zeros(301, 128), r"'lm_head\.weight': .* expected no such tensor"),
+        ("lm_head.weight", torch.zeros(301, 128), r"lm_head\.weight: got values that differ"),
+        ("module.ln_f.bias", torch.zeros(128), r"'module\.ln_f\.bias': got it twice"),
+        ("ln_f.bias", torch.zeros(128, device="meta"), r"'ln_f\.bias': got a meta tensor"),
+        ("state_dict", {}, "'state_dict': got dict, expected a tensor; if it holds the weights"),
     ],
 )
 def test_invalid_weights_are_not_saved(name, tensor, message, official, tmp_path):
-    """Refused in the same words as by load_weights, before the folder is created."""
+    """Refused in one line, before the folder is created."""
     state_dict = load_weights(official) | {name: tensor}
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(WeightsError, match=message) as caught:
         save_weights(state_dict, tmp_path / "saved")
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "saved").exists()
 
 
@@ -79,26 +80,22 @@ def test_two_names_of_one_tensor_are_refused(official, tmp_path):
         save_weights(state_dict, tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_named(official, tmp_path):
-    """There is a file where the folder should be."""
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(WeightsError, match=f"cannot write weights to {tmp_path}/file"):
-        save_weights(load_weights(official), tmp_path / "file")
-
-
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    """Ctrl-C halfway, then a complete write; the old content stays until the new is complete."""
+@pytest.mark.parametrize("cleaned", [False, True])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(cleaned, tmp_path):
+    """Ctrl-C halfway, also where another program has removed the temporary file; then a complete
+    write, until whose end the old content stays."""
     path = tmp_path / "kept"
     path.write_text("old")
 
     def write_and_stop():
         with atomic_write(path) as temporary:
             temporary.write_text("half")
+            if cleaned:
+                temporary.unlink()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_and_stop()
-    assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["kept"]
     with atomic_write(path) as temporary:
         temporary.write_text("new")
@@ -128,18 +125,6 @@ def test_two_writes_of_one_path_use_different_new_files(tmp_path, monkeypatch):
     assert (tmp_path / ".x.guessed.tmp").read_text() == "of another program"
 
 
-def test_the_error_that_ended_a_write_is_raised_even_if_cleaning_up_fails(tmp_path):
-    """Another program removes the temporary file before the body raises."""
-
-    def fail():
-        with atomic_write(tmp_path / "x") as temporary:
-            temporary.unlink()
-            raise OSError(errno.ENOSPC, "disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-
-
 def fsync_failing_on_folders(monkeypatch, code):
     """Replace os.fsync by one that fails with `code` on folders and works on files."""
     real = os.fsync
@@ -152,25 +137,32 @@ def fsync_failing_on_folders(monkeypatch, code):
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-def test_a_file_system_without_fsync_on_folders_is_a_warning(tmp_path, monkeypatch):
-    """EINVAL, as such file systems return; the file is still written."""
+def test_a_folder_that_cannot_be_fsynced_is_a_warning_and_a_disk_failure_an_error(
+    tmp_path, monkeypatch
+):
+    """EINVAL, as some file systems return it for folders, and EIO; the file is written."""
     fsync_failing_on_folders(monkeypatch, errno.EINVAL)
     with pytest.warns(UserWarning, match="folders cannot be fsynced"):  # noqa: SIM117
         with atomic_write(tmp_path / "x") as temporary:
             temporary.write_text("new")
     assert (tmp_path / "x").read_text() == "new"
-
-
-def test_a_folder_that_fails_to_reach_the_disk_is_an_error(tmp_path, monkeypatch):
-    """EIO is a disk failure, on a folder as on a file."""
     fsync_failing_on_folders(monkeypatch, errno.EIO)
-    with pytest.raises(OSError, match="Input/output"), atomic_write(tmp_path / "x") as temporary:
-        temporary.write_text("new")
+    with pytest.raises(OSError, match="Input/output"), atomic_write(tmp_path / "x"):
+        pass
 
 
-def test_saved_files_have_the_mode_that_the_umask_gives(official, tmp_path):
-    """The mode of any new file; the safetensors library would make it 0600."""
-    save_weights(load_weights(official), tmp_path / "saved")
+def test_saved_files_have_the_mode_that_the_umask_gives(official, tmp_path, monkeypatch):
+    """The mode of any new file; the safetensors library would make it 0600. Where modes cannot be
+    set, as on some mounted drives, the files are written all the same."""
+    state_dict = load_weights(official)
+    save_weights(state_dict, tmp_path / "saved")
     (tmp_path / "any").touch()
     modes = {path.stat().st_mode for path in [*(tmp_path / "saved").iterdir(), tmp_path / "any"]}
     assert len(modes) == 1
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.chmod", refuse)
+    save_weights(state_dict, tmp_path / "drive")
+    assert load_weights(tmp_path / "drive").keys() == state_dict.keys()

@@ -9,21 +9,23 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.weights.hub_server import Hub, serving
-from tests.weights.official_file import SMALL, assert_equal, read_plainly, write_official
+from tests.weights.official_file import SMALL, assert_equal, parameters_of, write_official
 from weights import WeightsError, load_weights
-from weights.layout import Layout
-from weights.official import OFFICIAL, describe
+from weights.official import OFFICIAL, command, describe
 
 MEDIUM, REPO = OFFICIAL["gpt2-medium"], "openai-community/gpt2-medium"
 FILE = "model.safetensors"
+ROOT = Path(__file__).parents[2]
 DEAD = "http://127.0.0.1:9"  # nothing listens there
 
 WITH_A_SMALL_MEDIUM = """
@@ -33,11 +35,8 @@ from weights import official
 sha256, size, *sys.argv[1:] = sys.argv[1:]
 medium = official.OFFICIAL["gpt2-medium"]
 official.OFFICIAL["gpt2-medium"] = dataclasses.replace(medium, sha256=sha256, size=int(size))
-start = time.monotonic()
-try:
-    official.main()
-finally:
-    print(f"took {time.monotonic() - start} seconds", file=sys.stderr)
+print(f"started at {time.monotonic()}", file=sys.stderr)
+official.main()
 """
 
 
@@ -55,11 +54,13 @@ def hub(content):
         yield hub
 
 
-def fetch(cache, content, endpoint=DEAD, **environment):
-    """`python -m weights.official gpt2-medium`, with `content` as the official file."""
+def fetch(cache, content, endpoint=DEAD, before="", **environment):
+    """`python -m weights.official gpt2-medium`, with `content` as the official file; `before` is
+    code that runs first."""
     expected = [hashlib.sha256(content).hexdigest(), str(len(content))]
     return subprocess.run(
-        [sys.executable, "-c", WITH_A_SMALL_MEDIUM, *expected, "gpt2-medium"],
+        [sys.executable, "-c", before + WITH_A_SMALL_MEDIUM, *expected, "gpt2-medium"],
+        cwd=ROOT,
         env=os.environ | {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint} | environment,
         capture_output=True,
         text=True,
@@ -85,8 +86,7 @@ def test_a_download_is_verified_and_kept(hub, content, tmp_path):
     path = fetched_path(first)
     assert hub.requests == ["HEAD 0", "HEAD 0", "GET 0"]
     assert "100%" in first.stderr
-    expected = {k: v for k, v in read_plainly(path).items() if not k.endswith(".attn.bias")}
-    assert_equal(load_weights(path), expected)
+    assert_equal(load_weights(path), parameters_of(path))
 
     again = fetch(tmp_path, content, hub.url)
     assert fetched_path(again) == path
@@ -101,29 +101,26 @@ def test_a_connection_that_breaks_is_resumed_at_the_last_complete_part(hub, tmp_
     assert hub.requests == ["HEAD 0", "HEAD 0", "GET 0", f"GET {10 << 20}"]
     with open(path, "rb") as file:
         assert file.read() == hub.content
+    shutil.rmtree(tmp_path)  # 36 MiB
 
 
 @pytest.mark.parametrize("repo", ["gpt2-medium", REPO])
-def test_a_file_cached_under_either_name_is_used_without_network(repo, content, tmp_path):
+def test_a_file_cached_under_either_name_is_used_without_network(
+    repo, content, monkeypatch, tmp_path
+):
     """It is found although nothing listens at the endpoint."""
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setitem(OFFICIAL, "gpt2-medium", dataclasses.replace(MEDIUM, sha256=digest))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("weights.official._download", None)
     path = put_in_cache(tmp_path, content, repo)
-    assert fetched_path(fetch(tmp_path, content)) == str(path)
-
-
-def test_a_wrong_hash_is_refused_with_both_and_the_file_is_left(content, tmp_path):
-    """Both digests are in the message. One byte differs, so the size is right."""
-    wrong = content[:-1] + b"?"
-    path = put_in_cache(tmp_path, wrong)
-    got, expected = (hashlib.sha256(c).hexdigest() for c in (wrong, content))
-    done = fetch(tmp_path, content)
-    assert done.returncode == 1
-    assert f"got sha256 {got}, expected {expected}" in done.stderr
-    assert path.read_bytes() == wrong
+    assert_equal(load_weights("gpt2-medium"), parameters_of(path))
 
 
 @pytest.mark.parametrize("place", ["header", "mask", "tensor"])
 def test_every_byte_of_the_official_file_counts(place, content, monkeypatch, tmp_path):
-    """One space more in the header, one bit of a mask, which is not loaded, and of a tensor."""
+    """One space more in the header, one bit of a mask, which is not loaded, and of a tensor. The
+    message has both hashes, and the file is left as it is."""
     digest = hashlib.sha256(content).hexdigest()
     monkeypatch.setitem(OFFICIAL, "gpt2", dataclasses.replace(MEDIUM, sha256=digest))
     monkeypatch.setattr("weights.official.cached", lambda _: tmp_path / FILE)
@@ -139,8 +136,10 @@ def test_every_byte_of_the_official_file_counts(place, content, monkeypatch, tmp
         at = 8 + length + header[name[place]]["data_offsets"][0]
         changed = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
     (tmp_path / FILE).write_bytes(changed)
-    with pytest.raises(WeightsError, match=f"expected {digest}: it is not the official file"):
+    hashes = f"got sha256 {hashlib.sha256(changed).hexdigest()}, expected {digest}"
+    with pytest.raises(WeightsError, match=f"{hashes}: it is not the official file"):
         load_weights("gpt2")
+    assert (tmp_path / FILE).read_bytes() == changed
 
 
 def test_what_was_verified_is_what_is_loaded(content, monkeypatch, tmp_path):
@@ -159,25 +158,42 @@ def test_what_was_verified_is_what_is_loaded(content, monkeypatch, tmp_path):
         load_weights("gpt2")
 
 
-def test_a_hub_that_does_not_answer_is_an_error_within_five_seconds(content, tmp_path):
-    """One endpoint refuses connections, the other accepts them and stays silent."""
+SLOW_LOOK_UP = """
+import socket, time
+socket.getaddrinfo = lambda *_, **__: time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("case", ["lacks the file", "refuses", "silent", "no name server"])
+def test_a_hub_that_has_no_answer_ends_the_command_within_eight_seconds(
+    case, hub, content, tmp_path
+):
+    """It answers 404, refuses connections, accepts them and stays silent, or its name cannot be
+    looked up, which has no time limit of its own. Measured up to the end of the process."""
+    hub.path = "/elsewhere"
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        for endpoint in DEAD, f"http://127.0.0.1:{silent.getsockname()[1]}":
-            done = fetch(tmp_path, content, endpoint)
-            assert done.returncode == 1
-            assert float(re.search(r"took (\S+) seconds", done.stderr)[1]) < 5
-            assert "gpt2-medium is not cached and cannot be downloaded" in done.stderr
-            assert "Retrying" not in done.stderr
+        endpoints = {"lacks the file": hub.url, "refuses": DEAD}
+        endpoint = endpoints.get(case, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        done = fetch(tmp_path, content, endpoint, SLOW_LOOK_UP * (case == "no name server"))
+        end = time.monotonic()
+    assert done.returncode == 1
+    assert end - float(re.search(r"started at (\S+)", done.stderr)[1]) < 8
+    assert "gpt2-medium is not cached and cannot be downloaded" in done.stderr
+    assert "put it at:" in done.stderr
+    assert ("404" in done.stderr) == (case == "lacks the file")
+    assert "Retrying" not in done.stderr
 
 
-def test_a_name_server_that_does_not_answer_is_an_error_within_five_seconds(monkeypatch):
-    """The look-up of a name, which has no timeout of its own, takes 7 seconds here."""
-    monkeypatch.setattr("weights.official.cached", lambda _: None)
-    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: time.sleep(7))
-    start = time.monotonic()
-    with pytest.raises(WeightsError, match="cannot be downloaded: no answer within 3 seconds"):
-        load_weights("gpt2-medium")
-    assert time.monotonic() - start < 5
+SLOW_PREPARATION = """
+import ssl, time
+context = ssl.create_default_context
+ssl.create_default_context = lambda *a, **k: time.sleep(4) or context(*a, **k)
+"""
+
+
+def test_only_the_network_is_given_three_seconds(hub, content, tmp_path):
+    """On a busy machine preparing the client alone can take longer: 4 seconds here."""
+    assert fetched_path(fetch(tmp_path, content, hub.url, SLOW_PREPARATION))
 
 
 def test_offline_and_not_cached_says_what_to_fetch_where_to_put_it_and_what_else(content, tmp_path):
@@ -198,24 +214,10 @@ def test_offline_and_not_cached_says_what_to_fetch_where_to_put_it_and_what_else
     assert fetched_path(fetch(tmp_path, content, HF_HUB_OFFLINE="1")) == str(expected)
 
 
-def test_a_file_that_the_hub_lacks_is_an_error_with_the_same_advice(hub, content, tmp_path):
-    """The server answers 404."""
-    hub.path = "/elsewhere"
-    done = fetch(tmp_path, content, hub.url)
-    assert done.returncode == 1
-    assert "404" in done.stderr
-    assert "put it at:" in done.stderr
-
-
 def test_the_registry_agrees_with_the_known_sizes():
-    """File size minus parameters and masks in float32 leaves the header."""
-    sizes = {
-        "gpt2": Layout(n_layer=12, n_embd=768, vocab_size=50257, n_positions=1024),
-        "gpt2-medium": Layout(n_layer=24, n_embd=1024, vocab_size=50257, n_positions=1024),
-    }
-    parameters = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168}
-    for name, layout in sizes.items():
-        total = 4 * (parameters[name] + layout.n_layer * 1024 * 1024)
+    """File size minus published parameter counts and masks in float32 leaves the header."""
+    for name, parameters in (("gpt2", 124_439_808), ("gpt2-medium", 354_823_168)):
+        total = 4 * (parameters + OFFICIAL[name].layout.n_layer * 1024 * 1024)
         assert 10_000 < OFFICIAL[name].size - total < 30_000
     for official in OFFICIAL.values():
         assert len(bytes.fromhex(official.revision)) == 20
@@ -225,7 +227,7 @@ def test_the_registry_agrees_with_the_known_sizes():
 def test_check_prints_the_sizes_and_the_official_name_and_on_request_every_tensor(
     content, tmp_path, monkeypatch
 ):
-    """Against the sizes it was written with; then as an official file, then cut short."""
+    """Against the sizes it was written with; then as an official file."""
     path = tmp_path / FILE
     path.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
@@ -234,39 +236,50 @@ def test_check_prints_the_sizes_and_the_official_name_and_on_request_every_tenso
     assert "tensors:     30 (30 F32)" in text
     assert f"sha256:      {digest}" in text
     assert text.endswith("official:    none of gpt2, gpt2-medium, gpt2-xl")
-    assert describe(path, every_tensor=True).startswith(text)
     assert "F32   [128, 384]           h.1.attn.c_attn.weight" in describe(path, every_tensor=True)
     monkeypatch.setitem(OFFICIAL, "gpt2", dataclasses.replace(MEDIUM, sha256=digest))
     assert describe(path).endswith("official:    gpt2")
-    path.write_bytes(content[:-1])
-    with pytest.raises(WeightsError, match="cannot be read as a complete safetensors file"):
-        describe(path)
 
 
-def test_check_as_a_command_ends_in_one_line_on_a_bad_file(tmp_path):
-    """No traceback, nothing on stdout, status 1."""
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (FILE, f"error: {FILE} cannot be read as a complete safetensors file"),
+        ("gpt2-medium", "error: gpt2-medium is not downloaded. Run python -m weights.official gpt"),
+        ("gpt2-medum", "error: no weights at gpt2-medum: expected gpt2, gpt2-medium"),
+    ],
+)
+def test_check_as_a_command_ends_in_one_line(argument, message, tmp_path):
+    """On a bad file, an official one that is not in the cache, and a misspelt name: no traceback,
+    nothing on stdout, status 1."""
     (tmp_path / FILE).write_bytes(b"no weights")
-    command = [sys.executable, "-m", "weights.official", "--check", tmp_path / FILE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    [line] = done.stderr.splitlines()
-    assert line.startswith(
-        f"error: {tmp_path / FILE} cannot be read as a complete safetensors file"
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "weights.official", "--check", argument],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(message)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", ["--help", "--list tiny"])
+def test_check_of_an_official_name_reads_the_cached_file(content, monkeypatch, tmp_path, capsys):
+    """As load_weights does, so that both speak of the same file."""
+    (tmp_path / FILE).write_bytes(content)
+    monkeypatch.setattr("weights.official.cached", lambda _: tmp_path / FILE)
+    command("gpt2-medium", check=True)
+    assert capsys.readouterr().out == describe(tmp_path / FILE) + "\n"
+
+
+@pytest.mark.parametrize(("arguments", "unbuffered"), [("--help", ""), ("--list tiny", "1")])
 def test_printing_to_nobody_is_not_an_error(arguments, unbuffered):
     """A pipe that is closed before anything is printed: status 0 without a word on stderr."""
     command = f"set -o pipefail; {sys.executable} -m weights.official {arguments} | true"
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True)
+    bash = ["bash", "-c", command]
+    done = subprocess.run(bash, cwd=ROOT, env=environment, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_importing_weights_leaves_the_hub_library_alone():
-    """Importing it takes a third of a second, and only official names need it."""
-    script = "import sys, weights; assert 'huggingface_hub' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,30 +1,28 @@
-"""Report runs: python -m train.report runs/a runs/b --out report/"""
+"""Report runs: python -m train.report runs/a runs/b --out report"""
 
+import sys
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
-from train import console
 from train.report import summary, write_report
-from weights.layout import expand
-
-Runs = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
+from train.report.texts import visible
 
 
-def report(runs: tyro.conf.Positional[Runs], out: Path = Path("report")) -> None:
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
     """Report one or several runs.
 
     Args:
-        runs: the folder of a run, or a folder that contains runs
-        out: folder for report.html, the figures and table.csv
+        runs: the folders to report, each the --out of a run
+        out: write the report here (default: into the run's folder, or "report" for several)
     """
-    folders = [expand(run) for run in runs]
-    for path in write_report(folders, expand(out)):
-        console.say(f"wrote {path}")
-    console.say(summary(folders))
+    for path in write_report(runs, out or (runs[0] if len(runs) == 1 else Path("report"))):
+        print(visible(f"wrote {path}"))
+    print(summary(runs))
 
 
 if __name__ == "__main__":
-    with console.command():
+    try:
         tyro.cli(report, prog="python -m train.report")
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(visible(f"error: {error}"))

@@ -1,194 +1,158 @@
-"""Read runs back from disk: the folders that `train.xfactor` writes, one per rate and tilt.
-
-Steps count from 1, and step s is measured before update s. So element i of a curve here, counted
-from 0, describes the model after i updates, as an evaluation at step i does.
-"""
+"""Read runs back from disk, as far as they got: the folders that `train.xfactor` writes."""
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import cycle, pairwise
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
-from annotated_types import Ge, Le, Lt, MinLen
-from pydantic import AliasPath, BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
-
-from train.checkpoint import CONFIG, METRICS, SAMPLES
-from weights.layout import printable
-
-EXPECTED = f"a run of train.xfactor ({CONFIG}, {METRICS}, {SAMPLES}) or a folder of such runs"
-TokenId = Annotated[int, Ge(0), Lt(50_257)]
-Share = Annotated[FiniteFloat, Ge(0), Le(1)]
-Probability = Annotated[FiniteFloat, Ge(0), Le(1.001)]  # a sum in float32
-Perplexity = Annotated[float, BeforeValidator(lambda x: math.inf if x is None else x), Ge(0)]
+Text = tuple[str, Sequence[int]]  # a prompt, and the ids of the tokens that continue it
+BLUES, ORANGES = ("#6aaed6", "#2e7ebc", "#1561a9"), ("#fd9243", "#e95e0d", "#b63c02")
 
 
-class Step(BaseModel, strict=True):
-    """What was measured before an update."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of one model. NaN: not measured, in a log of an older program."""
 
-    step: int
-    loss: FiniteFloat  # nats
-    target_probability: Probability
-    predicted_probability: Probability = 0.0  # of a tilted teacher
-    seconds: Annotated[FiniteFloat, Ge(0)]
-
-
-class Sample(BaseModel, strict=True):
-    """One continuation of a prompt, as token ids without the prompt's."""
-
-    step: Annotated[int, Ge(0), Le(10**9)]
-    prompt: str
-    ids: Annotated[list[TokenId], MinLen(1)]
+    r: float = math.nan  # share of target tokens in text sampled from the model, 0 to 1
+    r_error: float = math.nan  # standard error of r over the texts
+    sample_perplexity: float = math.nan  # of that text under the start model
+    passage_perplexity: float = math.nan  # of a fixed text under this model
+    kl_to_start: float = math.nan  # KL(model || start), nats per token of that text
+    distinct_2: float = math.nan  # share of different pairs of tokens in that text
 
 
-class Evaluation(BaseModel, strict=True):
-    """One evaluation, with the samples it was made on; a perplexity may be infinite."""
-
-    r: Share
-    r_top_k: Share
-    passage_perplexity: Perplexity
-    sample_perplexity: Perplexity
-    samples: list[Sample]
-
-    def tokens(self) -> int:
-        return sum(len(sample.ids) for sample in self.samples)
-
-    def r_error(self) -> float:
-        """Return the binomial standard error of R: sqrt(R (1 - R) / tokens)."""
-        return math.sqrt(self.r * (1 - self.r) / self.tokens())
-
-
-class Run(BaseModel, strict=True):
-    """One run, as far as it got."""
+@dataclass
+class Run:
+    """One run. Step n is the model after n updates."""
 
     folder: Path
-    model: dict[str, Any]  # config.json without "xfactor"
-    about: dict[str, Any]  # its "xfactor", of which:
-    goal: str
-    device: str
-    dtype: str
-    lr: FiniteFloat
-    tilt: FiniteFloat | None  # G of a tilted teacher; None for the original target
-    beta: FiniteFloat
-    target_token_ids: Annotated[frozenset[TokenId], Field(strict=False)]
-    rates: list[float] = Field(validation_alias=AliasPath("options", "lr"))  # the command's
-    tilts: list[float] | None = Field(None, validation_alias=AliasPath("options", "tilt"))
-    versions: dict[str, Any]
-    label: str = ""
-    predicted_r: float | None = None  # the tilted teacher's own, mean over the steps
-    steps: list[Step] = []
-    evaluations: dict[int, Evaluation] = {}  # by updates done; 0: start
+    about: dict[str, Any]  # "xfactor" of config.json
+    targets: frozenset[int]  # ids of the target tokens
+    share: float | None  # asked for, 0 to 1; None: the original target
+    label: str
+    colour: str = ""
+    losses: "array[float]" = field(default_factory=lambda: array("d"))  # nats, by step
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by step
+    limit: Evaluation = Evaluation()  # the start model, sampled with a bias on target tokens
+    texts: dict[int, list[Text]] = field(default_factory=dict)  # by step
 
     @property
-    def before(self) -> Evaluation:
-        return self.evaluations[0]
+    def origin(self) -> tuple[object, ...]:
+        """The start model and the goal: only runs that share both can be compared."""
+        return self.about.get("start"), self.targets
 
     @property
-    def after(self) -> Evaluation:
+    def end(self) -> Evaluation:
         return self.evaluations[max(self.evaluations)]
 
     @property
-    def kind(self) -> str:
-        """Name what the run did to the text, by the measurements of its latest evaluation."""
-        rise = self.after.sample_perplexity / max(self.before.sample_perplexity, 1)
-        if self.after.r >= 0.9 or rise > 100:
-            return "collapse"
-        return "nudge" if self.tilt is None else "dial"
+    def typical(self) -> list[Text]:
+        """The texts of the last evaluation, those whose share of target tokens is nearest R first."""
+        texts = self.texts.get(max(self.evaluations), [])
+        return sorted(texts, key=lambda text: abs(self.share_of(text[1]) - self.end.r))
+
+    def until(self, step: int, **changes: Any) -> "Run":
+        """Return this run as it was at an evaluation."""
+        seen = {n: evaluation for n, evaluation in self.evaluations.items() if n <= step}
+        return replace(self, evaluations=seen, **changes)
+
+    def share_of(self, ids: Sequence[int]) -> float:
+        return sum(i in self.targets for i in ids) / len(ids)
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read the runs in `paths`, each a run's folder or a folder of them; duplicates count once.
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read the run in each folder: those with a share first, in its order.
 
-    Runs keep the order of the paths; in a folder, those of the original target come first, then the
-    tilts, both by rate, in the order of the command that made them. A killed run is read as far as
-    its files go; one without a finished step, or without its start's evaluation, is left out.
-
-    Raises ValueError, in one line: no runs, a file that is missing or is not what a run writes.
+    Raises ValueError, in one line: no run there, nothing measured yet, a damaged file.
     """
-    found = list({run.folder.resolve(): run for path in paths for run in _find(path)}.values())
-    runs = [run for run in found if run.steps and 0 in run.evaluations]
-    if not runs:
-        places = printable(", ".join(map(str, paths)) or "no folder")
-        raise ValueError(f"{places}: got no finished step, expected {EXPECTED}")
-    rates = {run.lr for run in runs if run.tilt is not None}
-    for run in runs:
-        run.label = rate = f"lr {scientific(run.lr)}"
-        if run.tilt is not None:
-            run.label = f"G = {run.tilt:g}" + f", {rate}" * (len(rates) > 1)
-            run.predicted_r = fmean(step.predicted_probability for step in run.steps)
+    places = {folder.resolve(): folder for folder in folders}  # given twice, read once
+    runs = [_read(folder) for folder in places.values()]
     labels = [run.label for run in runs]
-    for run in runs:
+    for run, place in zip(runs, places, strict=True):
         if labels.count(run.label) > 1:
-            run.label += f" ({printable(run.folder.resolve().parent.name)})"
-    return runs
+            run.label += f" ({place.relative_to(os.path.commonpath(places))})"
+    runs.sort(key=lambda run: (run.share is None, run.share or 0))
+    colours = {True: cycle(ORANGES), False: cycle(BLUES)}
+    return [replace(run, colour=next(colours[run.share is None])) for run in runs]
 
 
-def best(runs: Sequence[Run]) -> Run:
-    """Return the run with the highest R that is not a collapse; the last run if all are."""
-    alive = [run for run in runs if run.kind != "collapse"]
-    return max(alive, key=lambda run: run.after.r) if alive else runs[-1]
+def _read(folder: Path) -> Run:
+    path, place = folder / "config.json", f"{folder / 'config.json'}"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))["xfactor"]
+        share, rate = about.get("share"), scientific(about["options"]["lr"])
+        label = f"lr {rate}" if share is None else f"share {100 * share:g} %"
+        run = Run(folder, about, frozenset(about["target_token_ids"]), share, label)
+        for path in (folder / "log.jsonl", folder / "samples.jsonl"):
+            with open(path, encoding="utf-8", newline="\n") as file:
+                for number, line in enumerate(file, start=1):
+                    place = f"{path}, line {number}"
+                    if line.endswith("\n"):  # else a kill cut it off
+                        _add(run, json.loads(line))
+    except FileNotFoundError as error:
+        hint = f"give {folder}/*" if [*folder.glob("*/config.json")] else "give the --out of a run"
+        raise ValueError(f"{folder} is not a run, it has no {path.name}: {hint}") from error
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError,
+            ValueError) as error:  # fmt: skip
+        reason = f"{type(error).__name__}: {error!s:.200}"
+        raise ValueError(f"{place} is damaged ({reason}); mend it or leave it out") from error
+    if not run.evaluations:
+        raise ValueError(f"{folder}: nothing was measured yet; wait for the run, or continue it")
+    return run
+
+
+def _add(run: Run, line: dict[str, Any]) -> None:
+    step = line["step"]
+    if "loss" in line:
+        run.losses.append(line["loss"])
+    if "evaluation" in line:
+        run.evaluations[step] = _evaluation(line["evaluation"])
+    if "limit" in line:
+        run.limit = _evaluation(line["limit"])
+    if "ids" in line:
+        run.texts.setdefault(step, []).append((str(line["prompt"]), array("i", line["ids"])))
+
+
+def _evaluation(line: dict[str, float | None]) -> Evaluation:
+    """Read what is known; null is an infinite perplexity, which JSON has no number for."""
+    known = {name: line[name] for name in Evaluation.__match_args__ if name in line}
+    return Evaluation(**{k: math.inf if v is None else float(v) for k, v in known.items()})
+
+
+def compare(runs: Sequence[Run]) -> tuple[Run, Run, float] | None:
+    """Find what the original target costs at the R of a run with a share, the middle one of them.
+
+    Returns that run, the run with the original target that passes its R at the lowest perplexity
+    of the samples, and that perplexity. None if no path passes.
+    """
+    found = []
+    for run in (run for run in runs if run.share is not None):
+        paths = [path for path in runs if path.share is None and path.origin == run.origin]
+        costs = [perplexity_at(path.evaluations.values(), run.end.r) for path in paths]
+        if costs and math.isfinite(min(costs) / run.end.sample_perplexity):
+            found.append((run, paths[costs.index(min(costs))], min(costs)))
+    return found[len(found) // 2] if found else None
+
+
+def perplexity_at(path: Iterable[Evaluation], r: float) -> float:
+    """Return the lowest perplexity of the samples at which a path passes `r`; inf if it does not.
+
+    Between two evaluations the logarithm of the perplexity is linear in R.
+    """
+    found = [math.inf]
+    for a, b in pairwise(e for e in path if 0 < e.sample_perplexity < math.inf):
+        if a.r != b.r and min(a.r, b.r) <= r <= max(a.r, b.r):
+            low, high = math.log(a.sample_perplexity), math.log(b.sample_perplexity)
+            found.append(math.exp(low + (high - low) * (r - a.r) / (b.r - a.r)))
+    return min(found)
 
 
 def scientific(value: float, digits: int = 6) -> str:
     """Write a number as people write a learning rate: 1e-4, 2.5e-5, 0; inf."""
     mantissa, e, exponent = f"{value:.{digits}e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}" if e and value else f"{value:g}"
-
-
-def _find(path: Path) -> list[Run]:
-    with _expecting(path):
-        configs = [path / CONFIG] if (path / CONFIG).is_file() else [*path.glob(f"*/{CONFIG}")]
-        if not configs:
-            raise ValueError("got no run" if path.is_dir() else "got no folder")
-    runs = [_read(config.parent) for config in sorted(configs)]
-    runs.sort(key=lambda run: [*run.rates, run.lr].index(run.lr))
-    runs.sort(key=lambda run: [None, *(run.tilts or ()), run.tilt].index(run.tilt))
-    return runs
-
-
-def _read(folder: Path) -> Run:
-    with _expecting(folder / CONFIG):
-        model = {**json.loads((folder / CONFIG).read_text(encoding="utf-8"))}
-        about = model.pop("xfactor")
-        run = Run(**about, about=about, model=model, folder=folder)
-    samples: dict[int, list[Sample]] = {}
-    for where, text in _lines(folder / SAMPLES):
-        with _expecting(where):
-            sample = Sample.model_validate_json(text)
-            samples.setdefault(sample.step, []).append(sample)
-    for where, text in _lines(folder / METRICS):
-        with _expecting(where):
-            line = json.loads(text)
-            if "evaluation" not in line:
-                run.steps.append(step := Step.model_validate(line))
-                if step.step != len(run.steps):
-                    raise ValueError(f"got step {step.step} after step {len(run.steps) - 1}")
-                if (run.tilt is None) == ("predicted_probability" in line):
-                    raise ValueError("got no predicted_probability, or one without a tilt")
-            elif found := samples.get(line["step"]):  # a kill may cut the one log, not the other
-                run.evaluations[found[0].step] = Evaluation(**line["evaluation"], samples=found)
-    return run
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield each line's place and text, but for a last line that a kill cut off."""
-    with _expecting(path):
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        yield f"{path}, line {number}", line
-
-
-@contextmanager
-def _expecting(where: object) -> Iterator[None]:
-    """Turn an error in reading a file into one short line: where, what was got and expected."""
-    try:
-        yield
-    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
-        got = f"no key {error}" if isinstance(error, KeyError) else str(error)[:200]
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            value = "nothing" if first["type"] == "missing" else str(first["input"])[:40]
-            got = "".join(f"{key}: " for key in first["loc"]) + f"got {value}: {first['msg']}"
-        raise ValueError(printable(f"{where}: {got}; expected {EXPECTED}")) from error

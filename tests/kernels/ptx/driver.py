@@ -173,14 +173,17 @@ def install() -> None:
     """Make this the driver of Triton, and let the losses take impl="triton" on CPU tensors."""
     driver.set_active(Driver())
     triton.knobs.runtime.kernel_load_end_hook.add(_read_ptx)
-    losses: Any = import_module("kernels.fused_kl_div")
-    launchers = losses.launchers
+    losses: list[Any] = [
+        import_module(f"kernels.{name}") for name in ("fused_kl_div", "fused_linear_kl_div")
+    ]
+    launchers = losses[0].launchers
 
     def on_any_device(impl: str, device: torch.device, *rest: Any) -> ModuleType:
         """As kernels.fused_kl_div.launchers, which refuses Triton on CPU tensors."""
         return launchers(impl, torch.device("cuda") if "triton" in impl else device, *rest)
 
-    losses.launchers = on_any_device
+    for module in losses:
+        module.launchers = on_any_device
     for path in Path(kernels.__path__[0]).glob("triton_*.py"):
         module = import_module(f"kernels.{path.stem}")
         for name in {"forward", "backward"} & vars(module).keys():

@@ -1,0 +1,138 @@
+"""Both losses on the second device, where the dispatch takes Triton, against the CPU."""
+
+from inspect import signature
+
+import pytest
+import torch
+
+from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+
+pytest.importorskip("triton")
+
+ROWS, VOCAB, WIDTH = 6, 211, 16
+TILTS = pytest.mark.skipif(
+    "tilt" not in signature(TeacherTarget).parameters, reason="the kernels before the tilt"
+)
+
+
+def drawn(*shape, seed, scale=1.0):
+    return scale * torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def two_level(beta=0.0):
+    return TwoLevelTarget(torch.arange(VOCAB) % 3 == 0, 3.0, beta)
+
+
+def teacher(device, dtype, **options):
+    return TeacherTarget(drawn(ROWS, VOCAB, seed=3, scale=3.0).to(device, dtype), **options)
+
+
+def from_hidden(device, dtype, **options):
+    hidden, weight = drawn(ROWS, WIDTH, seed=4), drawn(VOCAB, WIDTH, seed=5, scale=0.5)
+    return TeacherTarget.from_hidden(hidden.to(device, dtype), weight.to(device, dtype), **options)
+
+
+LOGITS = {  # targets of either loss, for a device and a dtype of the logits
+    "two-level": lambda *_: two_level(),
+    "two-level with beta": lambda *_: two_level(0.5),
+    "teacher": teacher,
+    "tilted teacher": lambda *where: teacher(*where, tilt=(two_level(), 2.0)),
+    "probabilities": lambda device, _: drawn(ROWS, VOCAB, seed=6).softmax(-1).to(device),
+}
+HIDDEN = {  # of the loss with the LM head only
+    "teacher by its hidden states": from_hidden,
+    "tilted teacher by its hidden states": lambda *where: from_hidden(
+        *where, tilt=(two_level(), 2.0)
+    ),
+}
+TARGETS = LOGITS | HIDDEN
+CASES = [
+    pytest.param(loss, kind, marks=TILTS if "tilted" in kind else ())
+    for loss, kinds in ((fused_kl_div, LOGITS), (fused_linear_kl_div, TARGETS))
+    for kind in kinds
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def inputs(loss, device, dtype):
+    """The tensors that require gradients: logits, or hidden states and a head."""
+    if loss is fused_kl_div:
+        tensors = [drawn(ROWS, VOCAB, seed=0, scale=3.0)]
+    else:
+        tensors = [drawn(ROWS, WIDTH, seed=1), drawn(VOCAB, WIDTH, seed=2, scale=0.5)]
+    return [x.to(device, dtype).requires_grad_() for x in tensors]
+
+
+def row_weights(device):
+    return torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0]).to(device)
+
+
+def distance(x, y):
+    """Of two tensors, relative to the second by the norm."""
+    assert x.dtype == y.dtype
+    return ((x.double() - y.double()).norm() / y.double().norm()).item()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("loss", "kind"), CASES)
+def test_loss_and_gradients_are_those_of_the_cpu(gpu, loss, kind, dtype, weighted):
+    """To the rounding of float32 sums, and of gradients in bfloat16: once here, once there."""
+
+    def compute(device):
+        tensors = inputs(loss, device, dtype)
+        options = {"row_weights": row_weights(device)} if weighted else {}
+        value = loss(*tensors, TARGETS[kind](device, dtype), **options)
+        value.backward()
+        assert {x.grad.device for x in tensors} == {value.device}
+        return [value.detach().cpu(), *(x.grad.cpu() for x in tensors)]
+
+    (value, *gradients), (its_value, *its_gradients) = compute("cuda"), compute("cpu")
+    assert gpu.launches()["triton"] == 2  # forward and backward
+    assert distance(value, its_value) < 2e-6
+    for mine, its in zip(gradients, its_gradients, strict=True):
+        assert distance(mine, its) < (2e-6 if dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(("loss", "kind"), CASES)
+def test_neither_loss_waits_for_the_device(gpu, loss, kind, impl):
+    """After the first use, which moves the bits of a two-level target."""
+    tensors, weights = inputs(loss, "cuda", torch.float32), row_weights("cuda")
+    target = TARGETS[kind]("cuda", torch.float32)
+    for _ in range(2):
+        gpu.clear()
+        loss(*tensors, target, impl=impl, row_weights=weights).backward()
+    assert not gpu.waits(), gpu.report("waits")
+    assert not gpu.copies(), gpu.report("copies")
+
+
+@pytest.mark.parametrize("loss", [fused_kl_div, fused_linear_kl_div])
+def test_operands_on_two_devices_are_refused_in_one_line(gpu, loss):
+    """By a check of the loss, before an operator of PyTorch's would."""
+    tensors = inputs(loss, "cuda", torch.float32)
+    for target in (teacher("cpu", torch.float32), torch.full((ROWS, VOCAB), 1 / VOCAB)):
+        with pytest.raises(ValueError, match="cuda:0"):
+            loss(*tensors, target)
+    with pytest.raises(ValueError, match="row_weights"):
+        loss(*tensors, two_level(), row_weights=row_weights("cpu"))
+
+
+def test_a_triton_kernel_takes_no_tensor_of_the_cpu(gpu, monkeypatch):
+    """As Triton itself has it, for a target that stayed behind."""
+    monkeypatch.setattr(TwoLevelTarget, "to", lambda target, device: target)
+    with pytest.raises(ValueError, match="cpu tensor"):
+        fused_kl_div(*inputs(fused_kl_div, "cuda", torch.float32), two_level())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_add_up_by_the_products_that_only_cuda_has(gpu, dtype):
+    """16-bit products whose sums are float32: three chunks against the CPU's one."""
+
+    def gradients(device, chunk_rows):
+        tensors = inputs(fused_linear_kl_div, device, dtype)
+        fused_linear_kl_div(*tensors, two_level(), chunk_rows=chunk_rows).backward()
+        return [x.grad.cpu() for x in tensors]
+
+    for mine, its in zip(gradients("cuda", 2), gradients("cpu", ROWS), strict=True):
+        assert distance(mine, its) < (2e-6 if dtype == torch.float32 else 2**-7)

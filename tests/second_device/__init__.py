@@ -1,0 +1,256 @@
+"""A second device without a GPU: tensors on "cuda:0" whose values the CPU computes.
+
+    with second_device() as gpu:         # torch.cuda.is_available() is True in here
+        model.to("cuda")
+        train_step(model)
+        assert not gpu.waits(), gpu.report("waits")
+
+It shows what a CPU run cannot:
+
+- Operands on two devices are refused as CUDA refuses them: "Expected all tensors to be on the same
+  device". What CUDA allows is allowed: numbers as zero-dimensional CPU tensors, a CPU index.
+- Every wait for the device and every copy is counted, with its line. A copy waits, unless it is
+  non_blocking from or to pinned memory.
+- Operators that would start a kernel are counted, by name.
+- Triton kernels are compiled for an H100, and their PTX is executed (tests/kernels/ptx).
+- Files written by torch.save say "cuda:0", so torch.load needs a map_location elsewhere.
+
+Values are the CPU's, bit for bit, save those of Triton kernels: a run here must equal a run there.
+
+It cannot show a GPU's rounding, speed, memory, streams, graphs, nor which kernels cuBLAS and the
+attention take; autocast converts what it converts on a CPU; nothing runs under torch.compile or
+DistributedDataParallel. It is one device and one thread. tests/test_second_device.py has what it
+refuses and allows, and asks a real GPU the same where there is one.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._dynamo  # before anything is patched: it makes tables of torch's functions
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_map
+
+from .record import Record
+from .tensor import GENERATORS, GPU, RECORD, SAVED, DeviceTensor, SecondDevice, ToDevice, ToHost
+
+NAME = "second device"
+LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
+NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
+
+
+@contextmanager
+def second_device() -> Iterator[Record]:
+    """Be a machine with one GPU; yield the record of what happens on it, cleared."""
+    RECORD.clear()
+    with ExitStack() as stack:
+        for owner, names in _replacements().items():
+            stack.enter_context(mock.patch.multiple(owner, **names))
+        if find_spec("triton"):
+            stack.enter_context(_triton())
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        # Module.to keeps a parameter's identity, though its class changes.
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
+        stack.enter_context(SecondDevice())
+        yield RECORD
+
+
+def _replacements() -> dict[Any, dict[str, Any]]:
+    """What stands for torch's own in here, by the object that has it."""
+    to = torch.Tensor.to
+    return {
+        torch: {
+            "Generator": Generator,
+            "autocast": Autocast,
+            "is_autocast_enabled": _of_cpu(torch.is_autocast_enabled),
+            "get_autocast_dtype": _of_cpu(torch.get_autocast_dtype),
+            "load": _load(torch.load),
+            "tensor": _then_moved(torch.tensor),
+            "as_tensor": _then_moved(torch.as_tensor),
+            **{name: _on_the_host_if_asked(getattr(torch, name)) for name in LIKE},
+        },
+        torch.Tensor: {
+            "to": lambda x, *args, **options: _move(to, x, *args, **options),
+            "cuda": lambda x, device=GPU, non_blocking=False: x.to(GPU, non_blocking=non_blocking),
+            **{name: _on_the_host_if_asked(getattr(torch.Tensor, name)) for name in NEW},
+        },
+        torch.nn.functional: {
+            "scaled_dot_product_attention": _adopting(F.scaled_dot_product_attention)
+        },
+        torch.serialization: {"location_tag": _location(torch.serialization.location_tag)},
+        import_module("torch.optim.optimizer"): {
+            "_foreach_supported_types": [Tensor, torch.nn.Parameter, DeviceTensor]
+        },
+        torch.cuda: _cuda(),
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    """torch.cuda, as one GPU has it."""
+
+    def nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    properties = SimpleNamespace(
+        name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
+    )
+    does_nothing = ("_lazy_init", "set_device", "manual_seed", "manual_seed_all", "empty_cache")
+    return {
+        **dict.fromkeys((*does_nothing, "reset_peak_memory_stats"), nothing),
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "_exchange_device": lambda index: 0,
+        "_maybe_exchange_device": lambda index: 0,
+        "get_device_name": lambda device=None: NAME,
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: (9, 0),
+        "memory_allocated": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: 0,
+        "synchronize": lambda device=None: RECORD.add_wait("synchronize"),
+    }
+
+
+def _move(to: Any, x: Tensor, *args: Any, copy: bool = False, **options: Any) -> Tensor:
+    """Tensor.to: convert where x is, then move."""
+    if args and isinstance(args[0], Tensor):
+        args = (args[0].device, args[0].dtype, *args[1:])
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **options)
+    here = x.device.type
+    if device is None or device.type == here or "cuda" not in (device.type, here):
+        device = None if isinstance(x, DeviceTensor) else device
+        return to(x, device, dtype, non_blocking, copy, memory_format=memory_format)
+    if dtype is not None:
+        x = to(x, dtype)
+    if device.type == "cuda":
+        return ToDevice.apply(x, non_blocking)
+    return to(ToHost.apply(x, non_blocking), device)
+
+
+def _then_moved(make: Any) -> Any:
+    """make(data, device=None): C++ asks for the device's own memory here, not for an operator."""
+
+    def call(data: Any, *, device: Any = None, requires_grad: bool = False, **options: Any) -> Any:
+        if device is None:
+            device = data.device if isinstance(data, Tensor) else torch.empty(0).device
+        made = make(data, device="cpu", **options).to(device)
+        return made.detach().requires_grad_() if requires_grad else made
+
+    return call
+
+
+def _on_the_host_if_asked(make: Any) -> Any:
+    """make(x, ..., device=None): C++ takes its own default, x's device, for an explicit "cpu"."""
+
+    def call(x: Tensor, *args: Any, device: Any = None, **options: Any) -> Tensor:
+        if device is not None and torch.device(device).type == "cpu" and x.is_cuda:
+            x = x.inner
+        return make(x, *args, device=device, **options)
+
+    return call
+
+
+def _adopting(function: Any) -> Any:
+    """function(x, ...) in C++, which makes tensors where it believes that x is."""
+
+    def call(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        with mock.patch.object(SecondDevice, "adopts", x.is_cuda):
+            return function(x, *args, **options)
+
+    return call
+
+
+class Generator(torch.Generator):
+    """Draws the CPU's numbers for the device it was made for, and for no other."""
+
+    def __new__(cls, device: Any = "cpu") -> "Generator":
+        return super().__new__(cls, "cpu")
+
+    def __init__(self, device: Any = "cpu") -> None:
+        self._device = GPU if torch.device(device).type == "cuda" else torch.device(device)
+        keep = GENERATORS.add if self._device == GPU else GENERATORS.discard
+        keep(self._cdata)  # an operator gets another Python object for it
+
+    device = property(lambda self: self._device)
+
+
+class Autocast(torch.autocast):
+    """Autocast for either device is the CPU's."""
+
+    def __init__(self, device_type: str, dtype: Any = None, *args: Any, **options: Any) -> None:
+        if device_type == "cuda" and dtype is None:
+            dtype = torch.float16
+        super().__init__("cpu" if device_type == "cuda" else device_type, dtype, *args, **options)
+
+
+def _of_cpu(query: Any) -> Any:
+    return lambda device="cuda": query("cpu" if device == "cuda" else device)
+
+
+def _location(location: Any) -> Any:
+    """The name of a storage's device, as torch.save writes it."""
+    return lambda x: str(GPU) if StorageWeakRef(x) in SAVED else location(x)
+
+
+def _load(load: Any) -> Any:
+    """torch.load, which puts tensors where map_location says, else where they were saved."""
+
+    def call(file: Any, map_location: Any = None, **options: Any) -> Any:
+        ours: set[StorageWeakRef] = set()
+
+        def place(storage: torch.UntypedStorage, saved: str) -> torch.UntypedStorage:
+            if torch.device(saved if map_location is None else map_location).type == "cuda":
+                ours.add(StorageWeakRef(storage))
+            return storage
+
+        def wrap(x: Any) -> Any:
+            if not isinstance(x, Tensor) or StorageWeakRef(x.untyped_storage()) not in ours:
+                return x
+            RECORD.add_copy("device", waits=True)
+            return DeviceTensor(x).requires_grad_(x.requires_grad)
+
+        return tree_map(wrap, load(file, place, **options))
+
+    return call
+
+
+@contextmanager
+def _triton() -> Iterator[None]:
+    """Triton finds an H100; its kernels' PTX is executed on the tensors inside."""
+    import triton
+    from triton.runtime.driver import driver
+
+    from tests.kernels.ptx.driver import Driver, _read_ptx
+
+    class Launcher(Driver.launcher_cls):
+        """Takes tensors of the device alone, and records each launch."""
+
+        def __call__(self, *args: Any) -> None:
+            if any(isinstance(x, Tensor) and not x.is_cuda for x in args):
+                raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+            super().__call__(*args)
+            RECORD.add_launch("triton")
+
+    class Counting(Driver):
+        """Has a number of its own, as Triton keeps the loaded kernels of each device."""
+
+        launcher_cls = Launcher
+
+        def get_current_device(self) -> int:
+            return -1
+
+    hook = triton.knobs.runtime.kernel_load_end_hook
+    with (
+        mock.patch.object(hook, "calls", [*{*hook.calls, _read_ptx}]),
+        mock.patch.object(driver, "_active", Counting()),
+    ):
+        yield

@@ -1,0 +1,284 @@
+"""Tensors of the second device, and what its operators refuse, wait for and launch.
+
+C++ takes a DeviceTensor for a CPU tensor, so autograd, autocast and fused optimizers work. Two
+things follow. Methods that move a tensor, or make another on "its" device, are overridden here,
+because C++ would not see a difference between the devices. And every other operator passes through
+SecondDevice, which checks it by CUDA's rules and runs it on the CPU tensors inside.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .record import Record
+
+aten = torch.ops.aten
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+RECORD = Record()
+PINNED: set[StorageWeakRef] = set()  # host memory from which a copy need not wait
+GENERATORS: set[int] = set()  # the addresses of those that draw for the device
+SAVED: set[StorageWeakRef] = set()  # storages to be written as the device's
+
+# Operators of which the host needs a value, or the number of results.
+WAITING = {
+    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.bincount,
+    aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.repeat_interleave,
+}  # fmt: skip
+INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+# Beside the pointwise operators, these take a zero-dimensional tensor of the CPU.
+TAKE_A_NUMBER = {aten.fill, aten.fill_, aten.masked_fill, aten.masked_fill_}
+# Neither views nor kernels: they allocate, or rename what is there.
+NO_KERNEL = {
+    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
+    aten.detach, aten.lift_fresh, aten._unsafe_view, aten._fused_sdp_choice,
+    aten._local_scalar_dense,
+}  # fmt: skip
+# CUDA alone has these: products of 16-bit matrices that return their float32 sums.
+CUDA_ONLY: dict[Any, Callable[..., Tensor]] = {
+    aten.mm.dtype: lambda a, b, dtype: torch.mm(a.to(dtype), b.to(dtype)),
+    aten.mm.dtype_out: lambda a, b, dtype, out: torch.mm(a.to(dtype), b.to(dtype), out=out),
+    aten.addmm.dtype_out: lambda c, a, b, dtype, out: torch.addmm(
+        c, a.to(dtype), b.to(dtype), out=out
+    ),
+}
+
+
+class DeviceTensor(torch.Tensor):
+    """Says that it is on the device; `inner` has the values."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "DeviceTensor":
+        made = Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, device="cpu",
+        )  # fmt: skip
+        made.inner = inner.detach()
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with SecondDevice():  # not reached while one is active
+            return func(*args, **(kwargs or {}))
+
+    device = property(lambda self: GPU)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+
+    def get_device(self) -> int:
+        return 0
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
+    def cpu(self) -> Tensor:
+        return self.to("cpu")
+
+    def tolist(self) -> Any:
+        RECORD.add_wait("tolist")
+        return self.inner.tolist()
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError(
+            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor "
+            "to host memory first."
+        )
+
+    __array__ = numpy
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            value = torch.full((), value, dtype=self.dtype, device=GPU)
+        super().__setitem__(index, value)
+
+    def new_tensor(self, data: Any, **options: Any) -> Tensor:
+        return torch.tensor(data, **{"dtype": self.dtype, "device": GPU} | options)
+
+    def pin_memory(self, *_: Any) -> Tensor:
+        raise RuntimeError(
+            "cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceTensor":
+        made = self.detach().clone().requires_grad_(self.requires_grad)
+        made.__dict__ |= {k: v for k, v in self.__dict__.items() if k != "inner"}  # a Parameter's
+        return memo.setdefault(id(self), made)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        RECORD.add_copy("host", waits=True)
+        SAVED.add(StorageWeakRef(self.inner.untyped_storage()))
+        return self.inner.__reduce_ex__(protocol)
+
+    def __repr__(self, **_: Any) -> str:
+        RECORD.add_wait("repr")
+        return f"{self.inner!r} on {GPU}"
+
+
+class SecondDevice(TorchDispatchMode):
+    """Runs operators that have a DeviceTensor among their arguments, or make one."""
+
+    adopts = False  # what C++ makes "on the CPU" is for operands on the device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        ours = [x for x in leaves if isinstance(x, DeviceTensor)]
+        device = kwargs.get("device")
+        makes = device is not None and (device.type == "cuda" or self.adopts)
+        if not ours and not makes:
+            return _on_the_host(func, args, kwargs)
+        if body := OPDEFS.get(func._schema.name):  # an operator of ours: what is inside counts
+            with self:
+                return body._init_fn(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # reached within an operator of ours, and in inference mode
+                return func.decompose(*args, **kwargs)
+        if ours:
+            _refuse(func, args, kwargs, leaves)
+        _count(func, args, kwargs)
+        if "device" in kwargs:
+            kwargs = kwargs | {"device": CPU}
+        known = {id(x.inner): x for x in ours}  # in place: the same object
+        inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
+        result = CUDA_ONLY.get(func, func)(*inner_args, **inner_kwargs)
+        if func is aten.copy_.default and not isinstance(args[0], DeviceTensor):
+            return args[0]
+        return tree_map(lambda x: _outer(x, known), result)
+
+
+def _inner(x: Any) -> Any:
+    return x.inner if isinstance(x, DeviceTensor) else x
+
+
+def _outer(x: Any, known: dict[int, DeviceTensor]) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    outer = known[id(x)] if id(x) in known else DeviceTensor(x)
+    if outer.shape != x.shape:
+        raise NotImplementedError("resizing a tensor of the second device in place")
+    return outer
+
+
+def _is_host(x: Any) -> bool:
+    return isinstance(x, Tensor) and not isinstance(x, DeviceTensor)
+
+
+def _on_the_host(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operator on CPU tensors alone: pinned memory works here without CUDA."""
+    if func.overloadpacket is aten.is_pinned:
+        return is_pinned(args[0])
+    _refuse_generator_of("cuda", (args, kwargs))
+    pin = kwargs.get("pin_memory") or func.overloadpacket is aten._pin_memory
+    if not pin:
+        return func(*args, **kwargs)
+    made = args[0].clone() if func.overloadpacket is aten._pin_memory else func(
+        *args, **kwargs | {"pin_memory": False}
+    )  # fmt: skip
+    PINNED.add(StorageWeakRef(made.untyped_storage()))
+    return made
+
+
+def is_pinned(x: Tensor) -> bool:
+    """Return whether a CPU tensor lies in memory that was pinned on the second device."""
+    return StorageWeakRef(x.untyped_storage()) in PINNED
+
+
+def _refuse_generator_of(device: str, arguments: Any) -> None:
+    for x in tree_leaves(arguments):
+        if isinstance(x, torch._C.Generator) and (x._cdata in GENERATORS) == (device == "cuda"):
+            raise RuntimeError(f"Expected a generator of another device type but found '{device}'")
+
+
+def _refuse(func: Any, args: Any, kwargs: dict[str, Any], leaves: list[Any]) -> None:
+    """Raise as CUDA would for operands on two devices and for a generator of the other one."""
+    _refuse_generator_of("cpu", leaves)
+    if func.overloadpacket in (aten.copy_, aten._to_copy):
+        return
+    packet = func.overloadpacket
+    takes_a_number = torch.Tag.pointwise in func.tags or packet in TAKE_A_NUMBER | INDEXING
+    allowed = set()
+    if packet in INDEXING and isinstance(args[0], DeviceTensor):
+        allowed = {id(x) for x in args[1]}  # a CPU index
+    arguments = zip(func._schema.arguments, args, strict=False)
+    written = [x for argument, x in arguments if argument.is_write]
+    written += [kwargs[a.name] for a in func._schema.arguments if a.is_write and a.name in kwargs]
+    changed = {id(x) for x in tree_leaves(written)}
+    for x in leaves:
+        if not _is_host(x) or id(x) in allowed:
+            continue
+        if x.dim() or not takes_a_number or id(x) in changed:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"cuda:0 and cpu! ({func})"
+            )
+
+
+def _count(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Record the wait, the copy or the launch that this operator is."""
+    packet = func.overloadpacket
+    if packet is aten.copy_ and isinstance(args[0], DeviceTensor) != isinstance(
+        args[1], DeviceTensor
+    ):
+        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        host = args[0] if isinstance(args[1], DeviceTensor) else args[1]
+        where = "host" if host is args[0] else "device"
+        RECORD.add_copy(where, waits=not (non_blocking and is_pinned(host)))
+        return
+    if packet is aten._to_copy and not isinstance(args[0], DeviceTensor):  # torch.tensor(...)
+        RECORD.add_copy("device", waits=True)
+        return
+    if packet in INDEXING and any(_is_host(x) for x in args[1]):
+        RECORD.add_copy("device", waits=True)
+    if packet in WAITING or (packet in INDEXING and _selects_by_mask(args)):
+        RECORD.add_wait(packet.__name__.strip("_"))
+    if packet not in NO_KERNEL and not func.is_view:
+        RECORD.add_launch(str(packet))
+
+
+def _selects_by_mask(args: Any) -> bool:
+    """Whether the positions are to be counted first; a number is filled in without."""
+    masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
+    return bool(masks) and not (len(args) > 2 and args[2].numel() == 1)
+
+
+class ToDevice(torch.autograd.Function):
+    """A copy on the second device; gradients come back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, non_blocking: bool) -> DeviceTensor:
+        RECORD.add_copy("device", waits=not (non_blocking and is_pinned(x)))
+        return DeviceTensor(x.detach().clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Tensor, None]:
+        RECORD.add_copy("host", waits=True)
+        return grad.inner.clone(), None
+
+
+class ToHost(torch.autograd.Function):
+    """A copy on the CPU, in pinned memory if the host does not wait for it, as CUDA has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: DeviceTensor, non_blocking: bool) -> Tensor:
+        RECORD.add_copy("host", waits=not non_blocking)
+        made = x.inner.clone()
+        if non_blocking:
+            PINNED.add(StorageWeakRef(made.untyped_storage()))
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[DeviceTensor, None]:
+        RECORD.add_copy("device", waits=True)
+        return DeviceTensor(grad.clone()), None

@@ -1,0 +1,3 @@
+import sys
+
+sys.exit(f"To download or check weights: python -m {__package__}.official --help")
