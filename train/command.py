@@ -115,7 +115,7 @@ def say(text: str, error: bool = False, end: str = "\n") -> None:
 
 def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
     """Yield the items and show how many are done: a bar on a terminal, else a line now and then."""
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         yield from tqdm(items, label, total, leave=False)
         return
     shown = time.monotonic()

@@ -180,6 +180,8 @@ class Run:
             if name == "evaluation" or (step == 0 and bias is not None):
                 say(f"evaluating after step {step}" if bias is None else "evaluating the limit")
                 found, samples = evaluate(model, self.start, self.mask, count, self.seed, bias)
+                if math.isnan(found.passage_perplexity):
+                    self._diverged(f"the logits became NaN at step {step}")
                 if bias is None:
                     lines = [{"step": step, "prompt": p, "ids": ids} for p, ids in samples]
                     folder.append(self.out, folder.SAMPLES, lines)
