@@ -23,8 +23,8 @@ def small_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_command(small_start: Path) -> list[str]:
-    """Eight steps on that model, each saved, and three evaluations."""
-    size = ["--steps", "8", "--batch", "2", "--length", "8", "--lr", "1e-2", "--eval-every", "4"]
+    """Four steps on that model, each saved, and three evaluations."""
+    size = ["--steps", "4", "--batch", "2", "--length", "8", "--lr", "1e-2", "--eval-every", "2"]
     return ["--model", str(small_start), "--tokens", "^[Xx]$", *size]
 
 

@@ -7,11 +7,11 @@ evaluations are two tokens of one sample per prompt, and there is no report.
 import json
 import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,28 +27,32 @@ import train.xfactor
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.train.quick_run", "torch._dynamo"])
 LIMIT = 120  # seconds that no command here comes near
-
-
-def short() -> ExitStack:
-    """Shorten whatever is not a step or a save."""
-    stack = ExitStack()
-    for module, values in {
-        train.evaluate: {"NEW_TOKENS": 2},
-        train.run: {"FULL": 1, "SHORT": 1, "LOG_EVERY": 1, "SAVE_EVERY": -1.0},
-        train.inputs: {"TEXTS": 4, "BATCH": 2, "TOKENS": 16},
-        train.xfactor: {"write_report": lambda *_: [], "summary": lambda *_: "reported"},
-    }.items():
-        stack.enter_context(patch.multiple(module, **values))
-    return stack
+SHORT = {"FULL": 1, "SHORT": 1, "LOG_EVERY": 1, "SAVE_EVERY": -1.0}
+Function = Callable[[list[str]], None]
 
 
 def command(arguments: list[str]) -> None:
     """Run `python -m train.xfactor` with these arguments."""
-    with short(), patch.object(sys, "argv", ["train.xfactor", *arguments]):
+    with (
+        patch.multiple(train.evaluate, NEW_TOKENS=2),
+        patch.multiple(train.run, **SHORT),
+        patch.multiple(train.inputs, TEXTS=4, BATCH=2, TOKENS=16),
+        patch.multiple(train.xfactor, write_report=lambda *_: report(), summary=lambda *_: ""),
+        patch.object(sys, "argv", ["train.xfactor", *arguments]),
+    ):
         train.xfactor.main()
 
 
-def start(arguments: list[str], log: Path, function=command) -> BaseProcess:
+def report() -> list[Path]:
+    return []
+
+
+def signalled(target: str, call: int, *numbers: int) -> Function:
+    """Return the command, which gets signals at the `call`-th call of the function `target`."""
+    return partial(_signalled, target=target, call=call, numbers=numbers)
+
+
+def start(arguments: list[str], log: Path, function: Function = command) -> BaseProcess:
     """Start the command with its output in `log`, or another function of such arguments."""
     process = CONTEXT.Process(target=_run, args=(function, arguments, log))
     process.start()
@@ -62,18 +66,16 @@ def finish(process: BaseProcess, log: Path) -> tuple[int, str]:
     return process.exitcode, log.read_text()
 
 
-def run(arguments: list[str], log: Path, function=command) -> tuple[int, str]:
+def run(arguments: list[str], log: Path, function: Function = command) -> tuple[int, str]:
     """Start it and wait for it."""
     return finish(start(arguments, log, function), log)
 
 
-def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
-    """Return once the condition holds; it must come to hold while the process lives."""
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert process.is_alive(), "the process has ended before"
-        assert time.monotonic() < deadline, f"not within {LIMIT} s"
-        time.sleep(0.01)
+def changed(arguments: list[str], **options: str) -> list[str]:
+    """Return the arguments with other values of options, or with more options."""
+    values = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    values |= {"--" + name.replace("_", "-"): value for name, value in options.items()}
+    return [word for pair in values.items() for word in pair]
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -86,8 +88,6 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 def losses(folder: Path) -> list[float]:
     """Return the logged loss of each step."""
-    if not (folder / "log.jsonl").exists():
-        return []
     return [line["loss"] for line in logged(folder) if "loss" in line]
 
 
@@ -108,7 +108,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def _run(function: Callable[[list[str]], None], arguments: list[str], log: Path) -> None:
+def _signalled(arguments: list[str], target: str, call: int, numbers: tuple[int, ...]) -> None:
+    function, calls = pkgutil.resolve_name(target), []
+
+    def with_signals(*args: Any, **options: Any) -> Any:
+        calls.append(target)
+        for number in numbers if len(calls) == call else ():
+            signal.raise_signal(number)
+        return function(*args, **options)
+
+    with patch(target, with_signals):
+        command(arguments)
+
+
+def _run(function: Function, arguments: list[str], log: Path) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,0 +1,149 @@
+"""How the embedded checkpoint is made: the shared vocabulary, stopping and continuing."""
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT2
+from model.tokenizer import load_tokenizer
+from tests.model.oracle import shake
+from train import pretrain
+from weights import load_weights
+
+STORY = "The fox said to the fox: a box of six foxes is a box of foxes. " * 12
+COMMAND = (
+    "pretrain --text story.txt --held-out story.txt --out out --n-layer 1 --n-embd 64 "
+    "--n-positions 16 --steps 6 --batch 2 --warmup 2 --eval-every 3"
+)
+FILES = Path("story.txt"), Path("story.txt"), Path("out")
+OPTIONS = pretrain.Options(*FILES, 1, 64, 16, steps=6, batch=2, warmup=2, eval_every=3)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder, with a text in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", shlex.split(COMMAND))
+    Path("story.txt").write_text(STORY)
+
+
+def test_the_shared_row_counts_as_all_unused_tokens() -> None:
+    """The held-out loss with one row for all unused tokens equals that of the expanded model; the
+    held-out text has tokens that the corpus lacks, so both sides of the softmax are tested."""
+    ids, held_out = (
+        torch.tensor(load_tokenizer().encode(text))
+        for text in (STORY, "The fox met a dragon; the box is new.")
+    )
+    new_ids, bias = pretrain.share(ids, 50257)
+    model, _ = pretrain.make_model(OPTIONS, len(bias))
+    shake(model, seed=0)
+    state = model.state_dict()
+    full = GPT2.from_state_dict(state | {"wte.weight": state["wte.weight"][new_ids]})
+    assert full.config.vocab_size == 50257
+    with torch.no_grad():
+        exact = F.cross_entropy(full(held_out[None, :-1])[0], held_out[1:])
+    got = pretrain.held_out_loss(model, bias, new_ids[held_out])
+    assert got == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_the_shared_vocabulary_numbers_the_tokens_that_occur() -> None:
+    """All others share the last id; if there is none, it has no probability."""
+    new_ids, bias = pretrain.share(torch.tensor([7, 3, 7, 9]), 12)
+    assert bias.tolist() == pytest.approx([0, 0, 0, math.log(9)])
+    assert new_ids[torch.tensor([3, 7, 9, 0, 11])].tolist() == [0, 1, 2, 3, 3]
+    _, bias = pretrain.share(torch.arange(12), 12)
+    assert bias.softmax(0).tolist() == pytest.approx([1 / 12] * 12 + [0])
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth() -> None:
+    """Linear for `warmup` steps, half a cosine after them."""
+    options = dataclasses.replace(OPTIONS, steps=102, warmup=2, lr=1.0)
+    rates = [pretrain.learning_rate(options, step) for step in range(103)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[52] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_a_stopped_command_given_again_ends_with_the_same_files(monkeypatch, capsys) -> None:
+    """SIGTERM in the fifth of six steps, after a save at the third: bit for bit the same."""
+    pretrain.pretrain(dataclasses.replace(OPTIONS, out=Path("whole")))
+    rate = pretrain.learning_rate
+
+    def stop_in_step_5(options: pretrain.Options, step: int) -> float:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(options, step)
+
+    monkeypatch.setattr(pretrain, "learning_rate", stop_in_step_5)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main()
+    monkeypatch.setattr(pretrain, "learning_rate", rate)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert len(Path("out/log.jsonl").read_text().splitlines()) == 1
+    capsys.readouterr()
+    pretrain.main()
+    assert "continuing after step 3" in capsys.readouterr().out
+    for file in ("model.safetensors", "log.jsonl", "config.json"):
+        assert Path("out", file).read_bytes() == Path("whole", file).read_bytes(), file
+    got, whole = (torch.load(f"{out}/state.pt", weights_only=True) for out in ("out", "whole"))
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(got[part], whole[part], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--n-layer 2", "Error.* in loading state_dict.*expected a save of the same command"),
+        ("--text none.txt", "none.txt: .*expected a text file in UTF-8"),
+        ("--held-out bytes", "bytes: .*expected a text file in UTF-8"),
+        ("--n-positions 1000", "story.txt: got 2.. tokens, expected more than 1000"),
+        ("--out story.txt", "story.txt"),
+        ("--n-embd 100", "--n-embd 100: .*a multiple of 64"),
+        ("--batch -1", "--batch -1: expected at least 1"),
+        ("--dropout 1", "--dropout 1.0: expected 0 or more, below 1"),
+        ("--out new --lr 1e38", "step 3: the held-out loss is nan"),
+    ],
+)
+def test_errors_are_one_line_and_change_nothing(change: str, message: str, monkeypatch) -> None:
+    """Another shape, unreadable texts, values out of range, a high rate."""
+    pretrain.main()
+    Path("bytes").write_bytes(b"\xff\xfe")
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    monkeypatch.setattr(sys, "argv", shlex.split(f"{COMMAND} {change}"))
+    if (option := change.split()[0]) in ("--text", "--out", "--held-out", "--n-positions",
+                                         "--n-layer", "--n-embd", "--batch"):  # fmt: skip
+        words = shlex.split(COMMAND)
+        words[words.index(option) + 1] = change.split()[1]
+        monkeypatch.setattr(sys, "argv", words + change.split()[2:])
+    with pytest.raises(SystemExit, match=f"^error: .*{message}.*$"):
+        pretrain.main()
+    assert before == {path: path.read_bytes() for path in Path("out").iterdir()}
+
+
+def test_the_command_learns_and_keeps_the_weights_with_the_least_loss(monkeypatch) -> None:
+    """From ln(50257) to below 5 nats on a sentence it repeats; float16 and whole on disk. The
+    second of three evaluations is said to be the best."""
+    seen, losses, measure = [], iter([0.0, -9.0, 0.0]), pretrain.held_out_loss
+
+    def measured(model: GPT2, *rest: torch.Tensor) -> float:
+        seen.append(model.ln_f.weight.detach().half().float())
+        return measure(model, *rest) + next(losses)
+
+    monkeypatch.setattr(pretrain, "held_out_loss", measured)
+    pretrain.pretrain(dataclasses.replace(OPTIONS, steps=45, lr=1e-2, eval_every=15))
+    log = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [15, 30, 45]
+    assert log[-1]["held_out"] < 5 < math.log(50257)
+    kept = load_weights("out")
+    assert kept["wte.weight"].shape == (50257, 64)
+    assert [torch.equal(kept["ln_f.weight"], weight) for weight in seen] == [False, True, False]
+    assert Path("out/model.safetensors").stat().st_size < 2.1 * 50257 * 64 + 200_000

@@ -1,0 +1,234 @@
+"""Every moment of a run's files: killed before each change, calls that fail, links, others' files.
+
+A run on a small vocabulary, in this process or forks of one; commands are in test_run.py.
+"""
+
+import copy
+import errno
+import os
+import pkgutil
+import signal
+import stat
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from kernels import TwoLevelTarget
+from model import GPT2, GPT2Config
+from tests.train import quick_run
+from tests.train.quick_run import assert_same_run
+from train import folder
+from train.evaluate import Evaluation
+from train.run import Run
+from train.xfactor import Options, train
+from weights import Layout
+
+EVALUATION = Evaluation(0.0, 0.0, 1.0, float("inf"), 0.0, 1.0)
+OPERATIONS = {f"os.{name}" for name in ("mkdir", "rmdir", "remove", "rename", "truncate", "chmod")}
+
+
+def run(out: Path, steps: int = 2) -> None:
+    """Run or continue; each step is logged, evaluated and saved."""
+    torch.manual_seed(0)
+    start = GPT2(GPT2Config(vocab_size=53, n_positions=16, n_embd=64, n_layer=1, n_head=1))
+    model, target = copy.deepcopy(start), TwoLevelTarget(torch.arange(53) % 7 == 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+    options = Options(steps=steps, batch=2, length=8, out=out)
+    with (
+        patch.multiple("train.run", **quick_run.SHORT),
+        patch("train.run.evaluate", lambda *_: (EVALUATION, [("The", [1, 2, 3])])),
+        folder.open_folder(out),
+    ):
+        a_run = Run(out, steps, 1, 0, model, optimizer, start, target.mask)
+        restored = a_run.load()
+        a_run.text = torch.arange(53)
+        folder.write_config(out, Layout(1, 64, 53, 16), {})
+        a_run.begin(restored)
+        train(options, a_run, target, None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never stopped."""
+    run(out := tmp_path_factory.mktemp("whole") / "run")
+    return out
+
+
+def kill_before_every_change(arguments: list[str]) -> None:
+    """Run in forks that die before their first change of a file, their second, and so on."""
+    out = Path(arguments[0])
+    os.fsync = lambda descriptor: None  # a killed process loses nothing that it has written
+    run(out / "whole")
+    for n in range(1, 1000):
+        if (child := os.fork()) == 0:
+            count = 0
+
+            def die(event: str, arguments: tuple, n=n) -> None:
+                nonlocal count
+                opened = event == "open" and arguments[2] & os.O_ACCMODE  # to write
+                count += (changing := bool(opened) or event in OPERATIONS)
+                if changing and count == n:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(die)
+            run(out / str(n))
+            os._exit(0)
+        killed = os.waitpid(child, 0)[1]
+        assert killed in (0, signal.SIGKILL)
+        if not killed:
+            break
+        run(out / str(n))
+        assert_same_run(out / str(n), out / "whole")
+    print(n, "changes")
+
+
+def test_a_kill_before_any_change_of_a_file_continues_to_the_whole_run(tmp_path: Path) -> None:
+    """While a folder is made, at each save and at the end."""
+    code, output = quick_run.run([str(tmp_path)], tmp_path / "log", kill_before_every_change)
+    assert code == 0, output
+    assert int(output.split()[-2]) > 30
+
+
+def failing(name: str, after: int, error: Exception) -> Any:
+    """Let a function raise an error after some calls."""
+    function, calls = pkgutil.resolve_name(name), []
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        if len(calls) > after:
+            raise error
+        return function(*arguments, **options)
+
+    return patch(name, fail)
+
+
+ALL = ["open", "mkdir", "replace", "fsync", "unlink", "rmdir", "chmod"]
+FULL = SafetensorError("No space left on device")  # of safetensors, for the model's file
+
+
+@pytest.mark.parametrize(
+    ("functions", "after", "error"),
+    [
+        (["os.open"], 1, OSError(errno.EMFILE, "Too many open files")),
+        (["os.fsync"], 9, OSError(errno.EIO, "Input/output error")),
+        (["os.replace"], 4, OSError(errno.EDQUOT, "Disk quota exceeded")),
+        (["train.run.save_file"], 0, FULL),
+        ([f"os.{name}" for name in ALL], 0, OSError(errno.ENOSPC, "No space left on device")),
+        ([f"os.{name}" for name in ALL], 3, OSError(errno.EIO, "Input/output error")),
+    ],
+    ids=str,
+)
+def test_an_error_of_the_disk_is_one_line_and_keeps_what_was_saved(
+    functions: list[str], after: int, error: Exception, whole: Path, tmp_path: Path
+) -> None:
+    """Functions fail after some calls of each, for a new run and for one that continues; once the
+    disk is well again, both are the whole."""
+    run(tmp_path / "old", steps=1)
+    for name in ("new", "old"):
+        with ExitStack() as stack:
+            for function in functions:
+                stack.enter_context(failing(function, after, error))
+            with pytest.raises(ValueError, match="cannot write to ") as raised:
+                run(tmp_path / name)
+        assert error.args[-1] in str(raised.value)
+        assert "\n" not in str(raised.value)
+    assert torch.load(tmp_path / "old" / "state.pt", weights_only=True)["step"] >= 1
+    for name in ("new", "old"):
+        run(tmp_path / name)
+        assert_same_run(tmp_path / name, whole)
+
+
+def test_a_file_system_without_locks_and_fsync_of_folders_is_a_warning(
+    whole: Path, tmp_path: Path
+) -> None:
+    """As some network file systems are; the run is the same."""
+    fsync = os.fsync
+
+    def of_files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    with (
+        patch("os.fsync", of_files_only),
+        patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "no locks")),
+        pytest.warns(UserWarning, match="cannot lock"),
+        pytest.warns(UserWarning, match="folders cannot be fsynced"),
+    ):
+        run(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["log.jsonl", "samples.jsonl", "config.json", "state.pt", "model.safetensors"]
+)
+def test_a_link_is_not_followed_on_writing(name: str, whole: Path, tmp_path: Path) -> None:
+    """In place of a file of the run: what it leads to stays as it is."""
+    run(tmp_path / "run", steps=1)
+    path, elsewhere = tmp_path / "run" / name, tmp_path / "elsewhere"
+    before = path.read_bytes()
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    run(tmp_path / "run")
+    assert elsewhere.read_bytes() == before
+    assert_same_run(tmp_path / "run", whole)
+
+
+LEFT = (".state.pt.0123456789abcdef.tmp", ".tmpY9xCTi")  # by a command that was killed
+OTHERS = (".syncthing.x.tmp", "optimizer.pt", ".tmpcache", ".a.0123456789abcdeg.tmp")
+
+
+def test_files_of_others_in_a_run_survive_and_those_of_a_kill_go(tmp_path: Path) -> None:
+    """Also names that look like temporary ones."""
+    run(tmp_path / "run", steps=1)
+    for name in LEFT + OTHERS:
+        (tmp_path / "run" / name).write_text("x")
+    run(tmp_path / "run")
+    assert all((tmp_path / "run" / name).read_text() == "x" for name in OTHERS)
+    assert not any((tmp_path / "run" / name).exists() for name in LEFT)
+
+
+@pytest.mark.parametrize("name", ["file", "run/config.json", "log.jsonl", "state.pt", ".hidden"])
+def test_a_folder_that_holds_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    """Untouched, not even a time changes; also what looks like a file that a kill has left."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x")
+    (tmp_path / LEFT[1]).write_text("x")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.rglob("*"))}
+    top = name.partition("/")[0]
+    with pytest.raises(ValueError, match=f"holds '{top}' and no run; give a new or an empty"):
+        run(tmp_path)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.rglob("*"))}
+    assert after == before
+
+
+def test_an_empty_folder_is_used_as_it_is(whole: Path, tmp_path: Path, monkeypatch) -> None:
+    """Its parent is left alone; lost+found, which a new file system holds, is nothing."""
+    out = tmp_path / "out"
+    (out / "lost+found").mkdir(parents=True)
+    out.chmod(0o700)
+    monkeypatch.chdir(out)
+    before = out.stat().st_ino, out.stat().st_mode, tmp_path.stat().st_mtime_ns
+    run(Path())
+    assert (out.stat().st_ino, out.stat().st_mode, tmp_path.stat().st_mtime_ns) == before
+    (out / "lost+found").rmdir()
+    assert_same_run(out, whole)
+
+
+def test_an_error_before_the_first_file_leaves_no_folder(tmp_path: Path) -> None:
+    """Neither the folder nor its new parents."""
+    with pytest.raises(KeyError), folder.open_folder(tmp_path / "a" / "b"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_command_in_a_folder_is_refused(tmp_path: Path) -> None:
+    """While the first is at work."""
+    with folder.open_folder(tmp_path), pytest.raises(ValueError, match="locked by another"):
+        run(tmp_path)

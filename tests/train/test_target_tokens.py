@@ -1,0 +1,71 @@
+"""The tokens that a pattern chooses, and the target's probabilities."""
+
+import re
+import time
+
+import pytest
+import torch
+
+from model.tokenizer import load_tokenizer
+from train import target_tokens
+from train.target_tokens import LETTER_X, make_target, matching
+
+TOKENIZER = load_tokenizer()
+LETTERS = [TOKENIZER.token_bytes(i) for i in range(TOKENIZER.eot)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "of_bytes", "count"),
+    [
+        (LETTER_X, rb"[Xx]", 984),
+        (r"^ \d\d$", rb"^ [0-9][0-9]$", 100),
+        ("é", "é".encode(), None),
+        ("(?i)^ [A-Z]$", rb"^ [A-Za-z]$", 52),
+        (r"\udcff", rb"^\xff$", 1),  # a byte that is no text of its own
+        ("<.endoftext", rb"^$", None),  # the control token never matches
+    ],
+)
+def test_a_pattern_is_searched_in_a_token_as_text(pattern: str, of_bytes: bytes, count) -> None:
+    """Against a search of the bytes."""
+    expected = [i for i, letters in enumerate(LETTERS) if re.search(of_bytes, letters)]
+    if not expected:
+        with pytest.raises(ValueError, match="a pattern that some token matches"):
+            matching(TOKENIZER, pattern)
+        return
+    mask = matching(TOKENIZER, pattern)
+    assert mask.shape == (50257,)
+    assert mask.nonzero().flatten().tolist() == expected
+    assert count in (None, len(expected))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a|a)*(a|a)*(a|a)*b$", "x{99999999999}", "(" * 5000 + ")" * 5000, "(", "QQQQ", ".*", ""],
+)
+def test_a_pattern_that_cannot_be_used_is_one_short_line(pattern: str, monkeypatch) -> None:
+    """It never ends, overflows, is none, or matches nothing or everything; the time limit, here
+    half a second, is that of the whole vocabulary."""
+    monkeypatch.setattr(target_tokens, "TIME_LIMIT", 0.5)
+    monkeypatch.setattr(type(TOKENIZER), "token_bytes", lambda self, i: b"a" * 25)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="--tokens '") as raised:
+        matching(TOKENIZER, pattern)
+    assert time.monotonic() - began < 10
+    assert len(str(raised.value)) < 250
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("mass", [0.5, 0.999, 1.0])
+def test_the_mass_is_the_probability_of_all_target_tokens(mass: float) -> None:
+    """Summed over the dense target, in float64."""
+    mask = torch.arange(503) % 29 == 0
+    p = make_target(mask, mass).dense(torch.float64)
+    assert p.sum().item() == pytest.approx(1, abs=1e-12)
+    assert p[mask].sum().item() == pytest.approx(mass, abs=1e-12)
+
+
+@pytest.mark.parametrize("mass", [18 / 503, 0.0, -1.0, 1.1, float("nan")])
+def test_a_mass_that_prefers_no_target_token_is_refused(mass: float) -> None:
+    """18 of 503 tokens have 18/503 already if all are alike."""
+    with pytest.raises(ValueError, match=r"--mass .* expected more than 0\.03579"):
+        make_target(torch.arange(503) % 29 == 0, mass)
