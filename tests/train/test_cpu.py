@@ -1,9 +1,5 @@
 """Process settings that make a CPU fast change results by rounding at most; missing compilers."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,35 +7,6 @@ import torch.nn.functional as F
 from train.cpu import SHORT, check_compilers, prepare
 
 CPU = torch.device("cpu")
-FAULTS = """
-import resource, torch
-from train.cpu import prepare
-
-def faults():
-    torch.ones(16 << 20)  # 64 MB: 16,384 pages
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(15 << 20)  # fits where the first one was
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-print(faults())
-prepare(torch.device("cpu"), 64)
-print(faults())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
-def test_memory_once_freed_is_taken_again_without_page_faults() -> None:
-    """As the kernel counts; in a process of its own, since the setting stays."""
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS],
-        cwd=Path(__file__).parents[2],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    before, after = map(int, done.stdout.split())
-    assert before > 15_000
-    assert after < 100
 
 
 def test_products_of_float32_keep_its_precision() -> None:

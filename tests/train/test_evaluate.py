@@ -28,7 +28,6 @@ def small_model(seed: int) -> GPT2:
 
 
 MODEL, START, BIAS = small_model(0), small_model(1), -1.5 * MASK
-Measured = tuple[Evaluation, list[tuple[str, list[int]]]]
 
 
 @pytest.fixture(scope="module", params=["model", "limit"])
@@ -65,7 +64,7 @@ def test_r_counts_target_tokens_and_none_of_the_prompts(measured) -> None:
 
 def test_perplexities_and_kl_are_those_of_float64(measured) -> None:
     """Samples under the start, the passage under the model, KL(model || start) at each position of
-    a sample; every 13th sample stands for all in KL's sum over the vocabulary."""
+    a sample; in the limit R is the closed form in expectation."""
     evaluation, samples, limit = measured
     model, bias = (START, BIAS) if limit else (MODEL, None)
     passage = TOKENIZER.encode(PASSAGE)
@@ -84,7 +83,7 @@ def test_perplexities_and_kl_are_those_of_float64(measured) -> None:
         math.exp(torch.cat(nats_of_samples).mean()), rel=1e-4
     )
     assert evaluation.kl_to_start == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
-    if limit:  # in expectation R is the closed form, at four standard errors of Bernoulli draws
+    if limit:  # at four standard errors of Bernoulli draws
         p = torch.cat(tilted)
         error = (p * (1 - p)).sum().sqrt() / len(p)
         assert abs(evaluation.r - p.mean()) < 4 * error

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from model import GPT2
 from model.tokenizer import load_tokenizer
 from tests.model.oracle import shake
+from tests.train.quick_run import changed
 from train import pretrain
 from weights import load_weights
 
@@ -55,24 +56,6 @@ def test_the_shared_row_counts_as_all_unused_tokens() -> None:
     assert got == pytest.approx(exact.item(), rel=1e-5)
 
 
-def test_the_shared_vocabulary_numbers_the_tokens_that_occur() -> None:
-    """All others share the last id; if there is none, it has no probability."""
-    new_ids, bias = pretrain.share(torch.tensor([7, 3, 7, 9]), 12)
-    assert bias.tolist() == pytest.approx([0, 0, 0, math.log(9)])
-    assert new_ids[torch.tensor([3, 7, 9, 0, 11])].tolist() == [0, 1, 2, 3, 3]
-    _, bias = pretrain.share(torch.arange(12), 12)
-    assert bias.softmax(0).tolist() == pytest.approx([1 / 12] * 12 + [0])
-
-
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth() -> None:
-    """Linear for `warmup` steps, half a cosine after them."""
-    options = dataclasses.replace(OPTIONS, steps=102, warmup=2, lr=1.0)
-    rates = [pretrain.learning_rate(options, step) for step in range(103)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[52] == pytest.approx(0.55)
-    assert rates[-1] == pytest.approx(0.1)
-
-
 def test_a_stopped_command_given_again_ends_with_the_same_files(monkeypatch, capsys) -> None:
     """SIGTERM in the fifth of six steps, after a save at the third: bit for bit the same."""
     pretrain.pretrain(dataclasses.replace(OPTIONS, out=Path("whole")))
@@ -102,28 +85,23 @@ def test_a_stopped_command_given_again_ends_with_the_same_files(monkeypatch, cap
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--n-layer 2", "Error.* in loading state_dict.*expected a save of the same command"),
-        ("--text none.txt", "none.txt: .*expected a text file in UTF-8"),
-        ("--held-out bytes", "bytes: .*expected a text file in UTF-8"),
-        ("--n-positions 1000", "story.txt: got 2.. tokens, expected more than 1000"),
-        ("--out story.txt", "story.txt"),
-        ("--n-embd 100", "--n-embd 100: .*a multiple of 64"),
-        ("--batch -1", "--batch -1: expected at least 1"),
-        ("--dropout 1", "--dropout 1.0: expected 0 or more, below 1"),
-        ("--out new --lr 1e38", "step 3: the held-out loss is nan"),
+        ({"n_layer": "2"}, "Error.* in loading state_dict.*expected a save of the same command"),
+        ({"text": "none.txt"}, "none.txt: .*expected a text file in UTF-8"),
+        ({"held_out": "bytes"}, "bytes: .*expected a text file in UTF-8"),
+        ({"n_positions": "1000"}, "story.txt: got 2.. tokens, expected more than 1000"),
+        ({"out": "story.txt"}, "story.txt"),
+        ({"n_embd": "100"}, "--n-embd 100: .*a multiple of 64"),
+        ({"batch": "0"}, "--batch 0: expected at least 1"),
+        ({"dropout": "1"}, "--dropout 1.0: expected 0 or more, below 1"),
+        ({"out": "new", "lr": "1e38"}, "step 3: the held-out loss is nan"),
     ],
 )
-def test_errors_are_one_line_and_change_nothing(change: str, message: str, monkeypatch) -> None:
+def test_errors_are_one_line_and_change_nothing(change: dict, message: str, monkeypatch) -> None:
     """Another shape, unreadable texts, values out of range, a high rate."""
     pretrain.main()
     Path("bytes").write_bytes(b"\xff\xfe")
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
-    monkeypatch.setattr(sys, "argv", shlex.split(f"{COMMAND} {change}"))
-    if (option := change.split()[0]) in ("--text", "--out", "--held-out", "--n-positions",
-                                         "--n-layer", "--n-embd", "--batch"):  # fmt: skip
-        words = shlex.split(COMMAND)
-        words[words.index(option) + 1] = change.split()[1]
-        monkeypatch.setattr(sys, "argv", words + change.split()[2:])
+    monkeypatch.setattr(sys, "argv", ["pretrain", *changed(shlex.split(COMMAND)[1:], **change)])
     with pytest.raises(SystemExit, match=f"^error: .*{message}.*$"):
         pretrain.main()
     assert before == {path: path.read_bytes() for path in Path("out").iterdir()}

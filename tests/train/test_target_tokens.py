@@ -22,25 +22,20 @@ LETTERS = [TOKENIZER.token_bytes(i) for i in range(TOKENIZER.eot)]
         ("é", "é".encode(), None),
         ("(?i)^ [A-Z]$", rb"^ [A-Za-z]$", 52),
         (r"\udcff", rb"^\xff$", 1),  # a byte that is no text of its own
-        ("<.endoftext", rb"^$", None),  # the control token never matches
     ],
 )
 def test_a_pattern_is_searched_in_a_token_as_text(pattern: str, of_bytes: bytes, count) -> None:
     """Against a search of the bytes."""
     expected = [i for i, letters in enumerate(LETTERS) if re.search(of_bytes, letters)]
-    if not expected:
-        with pytest.raises(ValueError, match="a pattern that some token matches"):
-            matching(TOKENIZER, pattern)
-        return
     mask = matching(TOKENIZER, pattern)
-    assert mask.shape == (50257,)
+    assert mask.shape == (50257,)  # with the control token, which never matches
     assert mask.nonzero().flatten().tolist() == expected
     assert count in (None, len(expected))
 
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(a|a)*(a|a)*(a|a)*b$", "x{99999999999}", "(" * 5000 + ")" * 5000, "(", "QQQQ", ".*", ""],
+    ["(a|a)*(a|a)*b$", "x{99999999999}", "(" * 5000 + ")" * 5000, "(", "endoftext", ".*", ""],
 )
 def test_a_pattern_that_cannot_be_used_is_one_short_line(pattern: str, monkeypatch) -> None:
     """It never ends, overflows, is none, or matches nothing or everything; the time limit, here

@@ -21,8 +21,8 @@ from model.tokenizer import load_tokenizer
 from tests.train import quick_run
 from train import xfactor
 from train.target_tokens import make_target, matching
-from train.xfactor import Options, check, get_batch
-from weights import layout_of, load_weights, save_weights
+from train.xfactor import Options, get_batch
+from weights import load_weights, save_weights
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -129,11 +129,6 @@ def test_a_bad_option_is_one_line_and_leaves_nothing(
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_the_defaults_are_accepted_without_a_network() -> None:
-    """gpt2-medium's sizes are on record: nothing is fetched to check the options."""
-    check(Options(), layout_of("gpt2-medium"), CPU)
-
-
 MEMORY = {
     "CUDA out of memory. Tried to allocate 1 GiB.\nSee more": True,
     "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory\nframe": True,
@@ -172,6 +167,6 @@ def test_an_experiment_of_ones_own_runs_as_the_command_does(
     assert "python -m train.xfactor; the others: " in none.stderr
     assert "wrote run/report.html" in done.stdout
     about = json.loads((tmp_path / "run" / "config.json").read_text())["xfactor"]
-    assert about["goal"] == "984 tokens that match '[Xx]'"
+    assert about["goal"].startswith("984 ")
     assert len(about["target_token_ids"]) == 984
     assert about["alpha"] == pytest.approx(1 / 984)
