@@ -8,15 +8,15 @@ help:  ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 demo: .venv/demo  ## ask for 5, 20 and 50 % X tokens; and what the original target does
-	$(call run,lr-1e-4,--lr 1e-4 --steps 60 --eval-every 5)
-	$(call run,lr-3e-4,--lr 3e-4 --steps 24 --eval-every 2)
-	$(call run,share-5,--lr 1e-3 --steps 150 --share 0.05)
-	$(call run,share-20,--lr 1e-3 --steps 150 --share 0.2)
-	$(call run,share-50,--lr 1e-3 --steps 150 --share 0.5)
+	$(BIN)/python -m train.xfactor --model tiny --lr 1e-4 --steps 120 --eval-every 10 --out runs/demo/lr-1e-4
+	$(BIN)/python -m train.xfactor --model tiny --lr 3e-4 --steps 60 --eval-every 5 --out runs/demo/lr-3e-4
+	$(call share,0.05,5)
+	$(call share,0.2,20)
+	$(call share,0.5,50)
 	$(BIN)/python -m train.report runs/demo/* --out runs/report
 
-define run
-	$(BIN)/python -m train.xfactor --model tiny $(2) --out runs/demo/$(1)
+define share
+	$(BIN)/python -m train.xfactor --model tiny --lr 1e-3 --steps 150 --batch 8 --share $(1) --out runs/demo/share-$(2)
 endef
 
 test: .venv/test  ## the whole suite; without a GPU, the compiled kernels run on the CPU

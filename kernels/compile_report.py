@@ -37,7 +37,7 @@ except ImportError:
     sys.exit("error: Triton is not installed; run: pip install triton")
 
 from . import bitmask, triton_kl_div, triton_launch, triton_simple, triton_teacher
-from .results import aligned
+from .measure import aligned
 
 # From a T4 to a B200; an MI300X and an RX 7900.
 GPU = Literal["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]

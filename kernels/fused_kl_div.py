@@ -1,21 +1,20 @@
 """fused_kl_div: the public function, its operators, autograd, and the dispatch by device.
 
-Each kind of target has three operators, all on logits of shape (N, V):
+Each kind of target has three operators, on logits of shape (N, V):
 
-    kl_div_two_level_forward     kl_div_teacher_forward     -> loss (N,), lse (N,), norm: what the
-                                                               backward needs besides lse
+    kl_div_two_level_forward     kl_div_teacher_forward     -> loss (N,), lse (N,), and norm
     kl_div_two_level_backward    kl_div_teacher_backward    -> dKL/dz times grad_loss, new, (N, V)
     kl_div_two_level_backward_   kl_div_teacher_backward_   the same, written over the logits
 
-They are registered with torch.library in a namespace of this package's name, each with a fake
-kernel (shapes only), so torch.compile sees one opaque call instead of breaking the graph, and
-losses run on the meta device. An operator takes tensors and plain values only, so a target travels
-as its parts (TwoLevel or Teacher of target.py), and the name of the path behind them.
+They are registered with torch.library, each with a fake kernel (shapes only), so torch.compile sees
+one opaque call instead of breaking the graph, and losses run on the meta device. An operator takes
+tensors and plain values, so a target travels as its parts (TwoLevel or Teacher of target.py) with
+the name of the path behind them.
 """
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
@@ -77,11 +76,13 @@ def fused_kl_div(
         )
     weights = arguments.resolve_row_weights(row_weights, shape[:-1], device, dtype)
     impl = arguments.resolve_impl(impl, device, dtype)
-    rows = _rows_to_overwrite(logits) if inplace_backward else _rows_apart(logits)
+    rows = _rows_to_overwrite(logits) if inplace_backward else as_rows(logits)
+    if rows.shape[0] > 1 and rows.stride(0) == 0:  # the gradient's rows would lie in one place
+        rows = rows.contiguous()
     if torch.is_grad_enabled() and logits.requires_grad:
         loss, *_ = _KlDiv.apply(rows, inplace_backward, target.kind, *target.parts, impl)
     else:
-        loss, *_ = OPERATORS[target.kind].forward(rows, *target.parts, impl)
+        loss, *_ = OPERATORS[target.kind][0](rows, *target.parts, impl)
     loss = weighted(loss, weights)
     if reduction == "none":
         return loss.view(shape[:-1])
@@ -99,12 +100,6 @@ def mean_of(total: Tensor, reduction: str, rows: int, weights: Tensor | None) ->
     if reduction == "sum":
         return total
     return total / (rows if weights is None else weights.sum())
-
-
-def _rows_apart(logits: Tensor) -> Tensor:
-    """(N, V) as the kernels read it; rows must not overlap, for the gradient has their stride."""
-    rows = as_rows(logits)
-    return rows.contiguous() if rows.shape[0] > 1 and rows.stride(0) == 0 else rows
 
 
 def _rows_to_overwrite(logits: Tensor) -> Tensor:
@@ -146,14 +141,6 @@ def launchers(impl: str, device: torch.device, kind: str) -> ModuleType:
     return module
 
 
-class Operators(NamedTuple):
-    """The operators of one kind of target."""
-
-    forward: Any
-    backward: Any
-    backward_: Any
-
-
 def parts_schema(kind: str) -> str:
     """The arguments of an operator that are a target's parts, as torch.library writes them."""
     names = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool"}
@@ -166,16 +153,14 @@ def unpack(kind: str, parts: Any, device: torch.device) -> tuple[ModuleType, Any
     return launchers(impl, device, kind), KINDS[kind](*target)
 
 
-def _operators(kind: str) -> Operators:
-    """Register the operators of a kind of target."""
+def _operators(kind: str) -> tuple[Any, Any, Any]:
+    """Register the operators of a kind of target: forward, backward, backward_."""
     name, parts = f"{NAMESPACE}::kl_div_{kind}", f"{parts_schema(kind)}, str impl"
     saved = f"Tensor lse, Tensor norm, Tensor grad_loss, {parts}"
+    custom_op = torch.library.custom_op
+    schema = f"(Tensor logits, {parts}) -> (Tensor loss, Tensor lse, Tensor norm)"
 
-    @torch.library.custom_op(
-        f"{name}_forward",
-        mutates_args=(),
-        schema=f"(Tensor logits, {parts}) -> (Tensor, Tensor, Tensor)",
-    )
+    @custom_op(f"{name}_forward", mutates_args=(), schema=schema)
     def forward(logits: Tensor, *parts: Any) -> tuple[Tensor, Tensor, Tensor]:
         kernels, target = unpack(kind, parts, logits.device)
         return kernels.forward(logits, target)
@@ -186,31 +171,25 @@ def _operators(kind: str) -> Operators:
         norm = (logits.shape[0], 3) if kind == "teacher" else logits.shape[0]
         return loss, torch.empty_like(loss), loss.new_empty(norm)
 
-    @torch.library.custom_op(
-        f"{name}_backward", mutates_args=(), schema=f"(Tensor logits, {saved}) -> Tensor"
-    )
-    def backward(
-        logits: Tensor, lse: Tensor, norm: Tensor, grad_loss: Tensor, *parts: Any
-    ) -> Tensor:
+    @custom_op(f"{name}_backward", mutates_args=(), schema=f"(Tensor logits, {saved}) -> Tensor")
+    def backward(logits: Tensor, lse: Tensor, norm: Tensor, g: Tensor, *parts: Any) -> Tensor:
         kernels, target = unpack(kind, parts, logits.device)
         out = torch_kl_div.empty_gradient(logits)
-        kernels.backward(logits, lse, norm, target, grad_loss, out)
+        kernels.backward(logits, lse, norm, target, g, out)
         return out
 
     @backward.register_fake
     def _(logits: Tensor, *_: Any) -> Tensor:
         return logits.new_empty_strided(logits.shape, torch_kl_div.gradient_strides(logits))
 
-    @torch.library.custom_op(
-        f"{name}_backward_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, {saved}) -> ()"
-    )
-    def backward_(
-        logits: Tensor, lse: Tensor, norm: Tensor, grad_loss: Tensor, *parts: Any
-    ) -> None:
-        kernels, target = unpack(kind, parts, logits.device)
-        kernels.backward(logits, lse, norm, target, grad_loss, logits)
+    schema = f"(Tensor(a!) logits, {saved}) -> ()"
 
-    return Operators(forward, backward, backward_)
+    @custom_op(f"{name}_backward_", mutates_args=("logits",), schema=schema)
+    def backward_(logits: Tensor, lse: Tensor, norm: Tensor, g: Tensor, *parts: Any) -> None:
+        kernels, target = unpack(kind, parts, logits.device)
+        kernels.backward(logits, lse, norm, target, g, logits)
+
+    return forward, backward, backward_
 
 
 OPERATORS = {kind: _operators(kind) for kind in KINDS}
@@ -222,10 +201,8 @@ class _KlDiv(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        logits: Tensor, inplace: bool, kind: str, *parts: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return OPERATORS[kind].forward(logits, *parts)
+    def forward(logits: Tensor, inplace: bool, kind: str, *parts: Any) -> tuple[Tensor, ...]:
+        return OPERATORS[kind][0](logits, *parts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -238,14 +215,14 @@ class _KlDiv(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, lse, norm, *tensors = ctx.saved_tensors
         others = lse, norm, grad_loss, *tensors, *ctx.options
-        operators = OPERATORS[ctx.kind]
+        _, new, over = OPERATORS[ctx.kind]
         if not ctx.inplace:
-            grad = first_derivative("fused_kl_div", operators.backward, logits, *others)
+            grad = first_derivative("fused_kl_div", new, logits, *others)
         elif torch.is_grad_enabled():  # the graph would keep logits that are overwritten here
             refuse_second_derivative("fused_kl_div")
         else:
             grad = logits.detach()
-            operators.backward_(grad, *others)
+            over(grad, *others)
         return grad, *(None,) * (2 + len(tensors) + len(ctx.options))
 
 

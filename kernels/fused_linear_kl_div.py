@@ -109,10 +109,10 @@ def fused_linear_kl_div(
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     rows = hidden.reshape(math.prod(leading), hidden.shape[-1])  # (N, C)
-    parts = target.parts
+    parts: Any = target.parts
     if isinstance(target, TeacherTarget) and target.hidden is not None:
-        wide = parts.logits.to(_product_dtype(target.hidden, target.weight))
-        parts = parts._replace(logits=wide)
+        teacher_dtype = _product_dtype(target.hidden, target.weight)
+        parts = parts._replace(logits=parts.logits.to(teacher_dtype))
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     early = grad and reduction != "none" and dtype != torch.float16
     needs = early and hidden.requires_grad, early and weight.requires_grad
@@ -140,22 +140,20 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def _operator(kind: str) -> Any:
     """Register the operator of a kind of target."""
-
-    @torch.library.custom_op(
-        f"{NAMESPACE}::linear_kl_div_{kind}",
-        mutates_args=(),
-        schema="(Tensor hidden, Tensor weight, Tensor g, bool need_hidden, bool need_weight, "
+    schema = (
+        "(Tensor hidden, Tensor weight, Tensor g, bool need_hidden, bool need_weight, "
         f"SymInt chunk_rows, ScalarType dtype, {parts_schema(kind)}, str impl) "
-        "-> (Tensor, Tensor, Tensor)",
+        "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)"
     )
+
+    @torch.library.custom_op(f"{NAMESPACE}::linear_kl_div_{kind}", mutates_args=(), schema=schema)
     def operator(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return loss_and_gradients(kind, *inputs)
 
     @operator.register_fake
-    def _(
-        hidden: Tensor, weight: Tensor, g: Tensor, need_hidden: bool, need_weight: bool, *rest: Any
-    ) -> tuple[Tensor, ...]:
-        loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(rest[1]))
+    def _(hidden: Tensor, weight: Tensor, g: Tensor, *options: Any) -> tuple[Tensor, ...]:
+        need_hidden, need_weight, _, dtype, *_ = options
+        loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(dtype))
         grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
         return loss, grad_hidden, weight.new_empty(weight.shape if need_weight else 0)
 
@@ -163,26 +161,19 @@ def _operator(kind: str) -> Any:
 
 
 def loss_and_gradients(
-    kind: str,
-    hidden: Tensor,
-    weight: Tensor,
-    g: Tensor,
-    need_hidden: bool,
-    need_weight: bool,
-    chunk_rows: int,
-    dtype: torch.dtype,
-    *parts: Any,
+    kind: str, hidden: Tensor, weight: Tensor, g: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of each row, (N,); dh and dW of (3) if needed, else (0,).
 
     hidden is (N, C); g is that of (2), (N,); a row where it is 0 reaches no gradient, whatever is
-    in it, and is left out on the CPU, where g can be looked at without waiting. dtype is that of
-    the products.
+    in it, and is left out on the CPU, where g can be looked at without waiting. options: as the
+    operator has them; dtype is that of the products.
     """
+    need_hidden, need_weight, chunk_rows, dtype, *parts = options
     kernels, target = unpack(kind, parts, hidden.device)
     (n, width), vocab = hidden.shape, weight.shape[0]
-    most, padded = min(chunk_rows, n), (vocab + 63) // 64 * 64
-    buffer = zero_padded(hidden.new_empty((most, padded), dtype=dtype), vocab)
+    size = min(chunk_rows, n), (vocab + 63) // 64 * 64
+    buffer = zero_padded(hidden.new_empty(size, dtype=dtype), vocab)
     loss = hidden.new_empty(n, dtype=compute_dtype(dtype))
     grad_hidden = hidden.new_empty((n, width) if need_hidden else 0)
     # Unwritten until the first chunk; zero if there are no rows.
@@ -193,22 +184,21 @@ def loss_and_gradients(
         chunks = g.nonzero().squeeze(1).split(chunk_rows)
         loss.zero_()
         grad_hidden.zero_()
-    teacher_buffer = None
+    teacher_weight = target.weight if kind == "teacher" else None
     with torch.autocast(hidden.device.type, enabled=False):
         w = weight.to(dtype)  # (V, C)
-        if kind == "teacher" and target.weight is not None:
+        if teacher_weight is not None:
             wide = target.logits.dtype
-            target = target._replace(weight=target.weight.to(wide))
-            teacher_buffer = zero_padded(hidden.new_empty((most, padded), dtype=wide), vocab)
+            teacher_weight = teacher_weight.to(wide)
+            teacher_buffer = zero_padded(hidden.new_empty(size, dtype=wide), vocab)
         for i, rows in enumerate(chunks):
             h = hidden[rows].to(dtype)  # (R, C)
             z = torch.mm(h, w.t(), out=buffer[: len(h)])  # (1): (R, V)
-            of_rows = target
             if kind == "teacher":
                 t = target.logits[rows]
-                if teacher_buffer is not None:  # (R, C) -> (R, V)
-                    t = torch.mm(t, target.weight.t(), out=teacher_buffer[: len(h)])
-                of_rows = target._replace(logits=t)
+                if teacher_weight is not None:  # (R, C) -> (R, V)
+                    t = torch.mm(t, teacher_weight.t(), out=teacher_buffer[: len(h)])
+            of_rows = target._replace(logits=t) if kind == "teacher" else target
             loss[rows], lse, norm = kernels.forward(z, of_rows)
             if need_hidden or need_weight:  # (2), over z
                 kernels.backward(z, lse, norm, of_rows, g[rows], z)
@@ -224,14 +214,10 @@ def loss_and_gradients(
 OPERATORS = {kind: _operator(kind) for kind in KINDS}
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::scale_",
-    mutates_args=("x",),
-    schema="(Tensor(a!) x, Tensor factor, str impl) -> ()",
-)
+@torch.library.custom_op(f"{NAMESPACE}::scale_", mutates_args=("x",))
 def scale_(x: Tensor, factor: Tensor, impl: str) -> None:
-    """x times a number, in place. Nothing of x is read or written if the number is 1, for which
-    nobody waits: on CUDA the kernel reads it."""
+    """x times a number (), in place. If it is 1, x is neither read nor written; on CUDA the kernel
+    reads the number, so that nobody waits for it."""
     if impl != "torch":
         launchers("triton", x.device, "").scale_(x, factor)
     elif x.device.type != "cpu" or factor != 1:

@@ -1,7 +1,8 @@
-"""Timing and memory measurement of the benchmark, on CUDA and on the CPU."""
+"""Timing, memory and tables of the benchmarks, on CUDA and on the CPU."""
 
 import ctypes
 import gc
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,19 @@ import torch
 
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
 SLEEP_CYCLES = 10_000_000  # 5 ms at 2 GHz, several times what a loss takes on the host
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name; or the processor's, with the threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        name = next(
+            (value.strip() for key, _, value in fields if key.strip() == "model name"), name
+        )
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -65,3 +79,10 @@ def _resident(name: str) -> int:
     """kB, from /proc/self/status."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith(name))
+
+
+def aligned(columns: dict[str, list[str]]) -> str:
+    """Lay the columns out side by side under their heads."""
+    whole = [[head, *cells] for head, cells in columns.items()]
+    padded = [[text.ljust(max(map(len, column))) for text in column] for column in whole]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))

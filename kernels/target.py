@@ -10,12 +10,12 @@
 A two-level target is a mask and two numbers, so no N x V matrix of probabilities is ever built: the
 Triton kernels read one bit per token from a table that all rows share (bitmask.py). Tables are
 built with the target, not inside an operator: under CUDA graphs, memory that is allocated during
-capture belongs to the graph. Numbers travel as tensors too, because torch.compile would compile
-anew for each value of a Python number that an operator takes.
+capture belongs to the graph. Numbers are tensors, because torch.compile compiles again for each
+value of a Python number that an operator takes.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class TwoLevel(NamedTuple):
     """A TwoLevelTarget as the operators take it."""
 
     mask: Tensor  # bool (V,)
-    index: Tensor  # int64 (|S|,)
+    ids: Tensor  # int64 (|S|,)
     bitmasks: Tensor  # int32 (12, tiles, THREADS): a table of 4 rows for vec = 4, of 8 for vec = 8
     levels: Tensor  # (6,): alpha, beta, beta / alpha, log alpha, log beta, sum P log P
     has_beta: bool  # beta > 0
@@ -42,7 +42,7 @@ class Teacher(NamedTuple):
     logits: Tensor  # t, (N, V); or the teacher's hidden states, (N, C)
     weight: Tensor | None  # (V, C) of the teacher's LM head, for hidden states
     mask: Tensor | None  # these three: of the tilt's S, as in TwoLevel
-    index: Tensor | None
+    ids: Tensor | None
     bitmasks: Tensor | None
     strength: Tensor | None  # G, ()
 
@@ -57,9 +57,7 @@ class TwoLevelTarget:
 
     Attributes:
         mask, alpha, beta: the copy, and the two probabilities.
-        index: int64 (|S|,), the ids of the target tokens, ascending.
-        bitmasks: the tables of bitmask.py for vec = 4 and vec = 8, one after the other.
-        levels: alpha, beta, beta / alpha, log alpha, log beta, sum P log P, as a tensor.
+        index, bitmasks, levels: the ids of S, and what else TwoLevel has.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -93,10 +91,10 @@ class TwoLevelTarget:
         ratio = beta / alpha  # before any sum of weights, which could overflow
         total = size + (vocab - size) * ratio
         self.alpha, self.beta = 1 / total, ratio / total
-        log_alpha = math.log(self.alpha)
-        log_beta = math.log(self.beta) if self.beta else 0.0  # 0 log 0 = 0
-        entropy = size * self.alpha * log_alpha + (vocab - size) * self.beta * log_beta
-        levels = self.alpha, self.beta, ratio, log_alpha, log_beta, entropy
+        self._has_beta = self.beta > 0  # read instead of beta: torch.compile guards what it reads
+        logs = math.log(self.alpha), math.log(self.beta) if self.beta else 0.0  # 0 log 0 = 0
+        sum_p_log_p = size * self.alpha * logs[0] + (vocab - size) * self.beta * logs[1]
+        levels = self.alpha, self.beta, ratio, *logs, sum_p_log_p
         with torch.inference_mode(False):  # an inference tensor could not be saved for backward
             self.mask = mask.clone()
             self.index = self.mask.nonzero().squeeze(1)
@@ -107,7 +105,7 @@ class TwoLevelTarget:
     @property
     def parts(self) -> TwoLevel:
         """What the operators take."""
-        return TwoLevel(self.mask, self.index, self.bitmasks, self.levels, self.beta > 0)
+        return TwoLevel(self.mask, self.index, self.bitmasks, self.levels, self._has_beta)
 
     @property
     def size(self) -> int:
@@ -133,7 +131,8 @@ class TwoLevelTarget:
             return self
         if device not in self._on_device:
             there = TwoLevelTarget.__new__(TwoLevelTarget)
-            there.alpha, there.beta, there._on_device = self.alpha, self.beta, {}
+            there.alpha, there.beta, there._has_beta = self.alpha, self.beta, self._has_beta
+            there._on_device = {}
             tokens = self.mask, self.index, self.bitmasks
             with torch.inference_mode(False):
                 there.mask, there.index, there.bitmasks = (x.to(device) for x in tokens)
@@ -159,16 +158,16 @@ class TeacherTarget:
     teacher. To add any other bias per token, add it to t.
 
     Args:
-        logits: t, of the shape (..., V) of the student's logits, on their device; any floating
-            dtype. Not copied if it could be read as logits are. No gradient flows to it.
+        logits: t, of the shape (..., V) of the student's logits, on their device, of any floating
+            dtype. No gradient flows to a teacher or its tilt.
         tilt: (target, G): a TwoLevelTarget, of which only the tokens S are used, and the nats to
             add to their logits: a number below +inf (-inf forbids the tokens) or a tensor () on
-            the device of t. A compiled function is not compiled again when G changes.
+            the device of t. A target that is built inside a compiled function is compiled again
+            for each number: pass a G that changes as a tensor.
 
     Attributes:
-        logits, tilt: as above, the TwoLevelTarget on the device of t; logits: None after
-            from_hidden.
-        hidden, weight: as given to from_hidden, else None.
+        logits, tilt: as above, the TwoLevelTarget on the device of t.
+        hidden, weight: as given to from_hidden, where logits is None; else None.
         shape, device: those of t.
 
     Raises:
@@ -176,15 +175,16 @@ class TeacherTarget:
     """
 
     kind = "teacher"
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
+    logits: Tensor | None = None
+    hidden: Any = None  # not Tensor | None: where logits is None, these are tensors
+    weight: Any = None
 
     def __init__(self, logits: Tensor, tilt: Tilt | None = None) -> None:
         check_floating("the teacher's logits", logits)
         if logits.ndim == 0 or logits.shape[-1] == 0:
             raise ValueError(f"the teacher's logits must be (..., V), got {tuple(logits.shape)}")
-        self.logits: Tensor | None = _constant(logits)
-        self._complete(self.logits, logits.shape, tilt)
+        self.logits = _constant(logits)
+        self._complete(self.logits, logits.shape[-1], tilt)
 
     @classmethod
     def from_hidden(
@@ -194,26 +194,24 @@ class TeacherTarget:
 
         Args:
             hidden: (..., C), input of the teacher's LM head, with the leading dimensions of the
-                student's; C may differ from the student's. No gradient flows to it.
+                student's; C may differ from the student's.
             weight: (V, C), of hidden's dtype, or any under autocast; a Parameter may be passed as
-                it is, and no gradient flows to it. It must be the whole head, as the weight of
-                fused_linear_kl_div.
+                it is. It must be the whole head, as that of fused_linear_kl_div.
             tilt: as above.
         """
         check_head(hidden, weight, "the teacher's ")
         target = cls.__new__(cls)
-        target.logits = None
         target.hidden, target.weight = _constant(hidden), _constant(weight)
-        shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
-        target._complete(target.hidden, shape, tilt)
+        target._complete(target.hidden, weight.shape[0], tilt)
         return target
 
-    def _complete(self, rows: Tensor, shape: torch.Size, tilt: Tilt | None) -> None:
+    def _complete(self, rows: Tensor, vocab: int, tilt: Tilt | None) -> None:
         """Set what both kinds have; rows: the logits or the hidden states."""
-        self.shape, self.device, self.tilt = shape, rows.device, tilt
+        self.shape, self.device = torch.Size((*rows.shape[:-1], vocab)), rows.device
+        self.tilt = tilt
         tokens: tuple[Tensor | None, ...] = None, None, None, None
         if tilt is not None:
-            target, strength = _check_tilt(tilt, shape[-1])
+            target, strength = _check_tilt(tilt, vocab)
             target = target.to(self.device)
             self.tilt = target, strength
             if not isinstance(strength, Tensor):
@@ -267,10 +265,7 @@ def _check_tilt(tilt: Tilt, vocab: int) -> Tilt:
     if not isinstance(target, TwoLevelTarget) or not isinstance(strength, float | int | Tensor):
         raise TypeError(f"tilt must be (TwoLevelTarget, G), G in nats, got {tilt!r}")
     if target.vocab_size != vocab:
-        raise ValueError(
-            f"the tilt's vocabulary must be that of the teacher's logits, {vocab}; "
-            f"got a mask of {target.vocab_size} tokens"
-        )
+        raise ValueError(f"a tilt of {target.vocab_size} tokens is not for logits of {vocab}")
     if isinstance(strength, Tensor):
         if strength.ndim:
             raise ValueError(f"G must be a number or a tensor (), got {tuple(strength.shape)}")

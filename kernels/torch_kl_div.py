@@ -83,11 +83,11 @@ def _divergence(
 ) -> Tensor:
     """(1) for a tile, summing P (log P + log total - (z - top)): small numbers where q is P."""
     alpha, beta, _, log_alpha, log_beta, _ = target.levels
-    wanted = torch.sub(z.index_select(-1, target.index), top).sub_(log_total + log_alpha)
+    wanted = torch.sub(z.index_select(-1, target.ids), top).sub_(log_total + log_alpha)
     loss = wanted.sum(-1).mul_(-alpha)
     if target.has_beta:
         others = torch.sub(z, top, out=scratch).sub_(log_total + log_beta)
-        loss -= others.index_fill_(-1, target.index, 0.0).sum(-1).mul_(beta)
+        loss -= others.index_fill_(-1, target.ids, 0.0).sum(-1).mul_(beta)
     return loss
 
 

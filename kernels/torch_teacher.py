@@ -10,7 +10,8 @@ equal, and the maxima cancel. P and q go through the same operations in the same
 z = u bit for bit gives a loss and a gradient of exactly 0. Near that point the loss is a difference
 of numbers of the size of log s, which leaves an absolute error of about 1e-6 nats.
 
-Hazard: where u is -inf, P is 0 and x - y is infinite or NaN: the product must be left out.
+Hazard: where u is -inf, P is 0 and x - y is infinite or NaN: the product must be left out. On the
+CPU, where it costs no wait to look, this is done only if the sum shows such a term.
 """
 
 import torch
@@ -26,15 +27,18 @@ def forward(logits: Tensor, target: Teacher) -> tuple[Tensor, Tensor, Tensor]:
     whose first column is the log-sum-exp of u."""
     loss = logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype))
     lse, norm = torch.empty_like(loss), loss.new_ones(len(loss), 3)
-    for rows, (y, x, e) in tiles(logits, 3):
-        z = logits[rows]
-        _tilted(target, rows, x)
-        top_z, top_u = z.amax(-1, keepdim=True).to(loss.dtype), x.amax(-1, keepdim=True)
-        s = torch.exp(torch.sub(z, top_z, out=y), out=e).sum(-1, keepdim=True)  # (1)
-        r = torch.exp(x.sub_(top_u), out=e).sum(-1, keepdim=True)
-        log_s, log_r = s.log(), r.log()
-        terms = torch.sub(x, y, out=y).mul_(e).masked_fill_(e == 0, 0.0)
-        loss[rows] = (terms.sum(-1, keepdim=True) / r + (log_s - log_r)).squeeze(-1)  # (2)
+    for rows, (x, y, terms) in tiles(logits, 3):
+        z, u = logits[rows], _tilted(target, rows, x)
+        top_z, top_u = (v.amax(-1, keepdim=True).to(loss.dtype) for v in (z, u))
+        torch.sub(z, top_z, out=y)  # (1)
+        torch.sub(u, top_u, out=x)
+        torch.sub(x, y, out=terms)
+        r, s = (v.exp_().sum(-1, keepdim=True) for v in (x, y))
+        total = terms.mul_(x).sum(-1, keepdim=True)
+        if z.device.type != "cpu" or not total.isfinite().all():
+            total = terms.masked_fill_(x == 0, 0.0).sum(-1, keepdim=True)
+        log_r, log_s = r.log(), s.log_()
+        loss[rows] = (total / r + (log_s - log_r)).squeeze(-1)  # (2)
         lse[rows] = (top_z + log_s).squeeze(-1)
         norm[rows, 0] = (top_u + log_r).squeeze(-1)
     return loss, lse, norm
@@ -45,22 +49,22 @@ def backward(
 ) -> None:
     """Write grad_loss (N,) times (3) to out (N, V), which may be the logits themselves. Each
     softmax is divided by its pairwise sum, for the reason that torch_kl_div.py gives."""
-    for rows, (q, p) in tiles(logits, 2):
-        _tilted(target, rows, p)
-        torch.softmax(p, -1, out=p)
-        torch.softmax(logits[rows], -1, dtype=q.dtype, out=q)
-        for x in (p, q):
-            x.div_(x.sum(-1, keepdim=True))
-        g = grad_loss[rows, None].to(q.dtype)
-        torch.mul(q.sub_(p), g, out=out[rows])  # (3)
+    dtype = compute_dtype(logits.dtype)
+    for rows, (p, scratch) in tiles(logits, 2):
+        q = out[rows] if out.dtype == dtype else scratch
+        torch.softmax(_tilted(target, rows, p), -1, dtype=dtype, out=p)
+        torch.softmax(logits[rows], -1, dtype=dtype, out=q)
+        g = grad_loss[rows, None].to(dtype)
+        for v in (p, q):
+            v.mul_(g / v.sum(-1, keepdim=True))
+        torch.sub(q, p, out=out[rows])  # (3)
         if grad_loss.stride(0) != 0:
             out[rows].masked_fill_(g == 0, 0.0)  # 0 * NaN would be NaN
 
 
-def _tilted(target: Teacher, rows: slice, out: Tensor) -> None:
-    """Write u of these rows to out."""
+def _tilted(target: Teacher, rows: slice, out: Tensor) -> Tensor:
+    """u of these rows, in `out` if tilted."""
     t = target.logits[rows]
-    if target.strength is None:
-        out.copy_(t)
-    else:
-        torch.add(t, torch.where(target.mask, target.strength, 0.0).to(out.dtype), out=out)
+    if target.mask is None or target.strength is None:
+        return t
+    return torch.add(t, torch.where(target.mask, target.strength, 0.0).to(out.dtype), out=out)

@@ -136,6 +136,6 @@ def _check(
         raise ValueError(f"top_k: got {top_k}, expected at least 1, or None for all tokens")
     if logit_bias is not None and logit_bias.shape != (V,):
         raise ValueError(f"logit_bias: got shape {tuple(logit_bias.shape)}, expected ({V},)")
-    if not tokens.is_meta and bool(((tokens < 0) | (tokens >= V)).any()):
+    if bool(((tokens < 0) | (tokens >= V)).any()):
         low, high = int(tokens.min()), int(tokens.max())
         raise ValueError(f"tokens: got ids from {low} to {high}, expected them in [0, {V})")

@@ -60,7 +60,7 @@ class KVCache:
         """Store the newest keys and values, (B, H, T, D), and return all of them, (B, H, S, D)."""
         if self.length == 0:
             B, H, _, D = k.shape
-            self._keys = k.new_empty(B, H, self.max_positions, D)
+            self._keys = k.new_empty(B, H, self.max_positions, D)  # more than S: for later tokens
             self._values = torch.empty_like(self._keys)
         past = self.length
         self.length += k.shape[2]
@@ -74,8 +74,8 @@ class Affine(nn.Module):
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_in, n_out))
-        self.bias = nn.Parameter(torch.empty(n_out))
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))  # (in, out)
+        self.bias = nn.Parameter(torch.empty(n_out))  # (out,)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -130,8 +130,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.c_fc = Affine(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Affine(4 * config.n_embd, config.n_embd)
+        self.c_fc = Affine(config.n_embd, 4 * config.n_embd)  # C -> 4C
+        self.c_proj = Affine(4 * config.n_embd, config.n_embd)  # 4C -> C
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); cache and mask are the attention's."""
         x = x + self.attn(self.ln_1(x), cache, mask)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
 class GPT2(nn.Module):
@@ -167,8 +167,8 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.wte = _embedding(config.vocab_size, config.n_embd)  # also the output projection
-        self.wpe = _embedding(config.n_positions, config.n_embd)
+        self.wte = _embedding(config.vocab_size, config.n_embd)  # (V, C), also the head
+        self.wpe = _embedding(config.n_positions, config.n_embd)  # (n_positions, C)
         self.embd_dropout = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)

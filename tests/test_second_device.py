@@ -93,6 +93,7 @@ WAITING = {
     "all": lambda t: 1 if t.g_mask.all() else 0,
     "tolist": lambda t: t.g.tolist(),
     "repr": lambda t: repr(t.g),
+    "format": lambda t: f"{t.g_number:.2f}",
     "to the CPU": lambda t: t.g.to("cpu"),
     "cpu": lambda t: t.g.cpu(),
     "copy_ to the CPU": lambda t: t.c.copy_(t.g),
@@ -155,6 +156,16 @@ def waits(record, function):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return False
+
+
+def test_a_copy_of_memory_that_is_not_pinned_waits_even_if_non_blocking(gpu):
+    """CUDA first copies it to pinned memory of its own; its debug mode does not tell."""
+    t = Tensors()
+    gpu.clear()
+    t.c.to("cuda", non_blocking=True)
+    t.g.copy_(t.c, non_blocking=True)
+    t.c.copy_(t.g, non_blocking=True)
+    assert gpu.waits().total() == 3, gpu.report("waits")
 
 
 def test_a_wait_names_its_line_and_a_copy_its_direction(gpu):

@@ -1,6 +1,7 @@
 """Programs on the second device: autograd, modules, optimizers, files, with the CPU's values."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -162,6 +163,12 @@ def test_inference_mode_changes_nothing(gpu):
         assert F.linear(x, x).to(torch.float64).tolist() == [[3, 3], [3, 3]]
         with pytest.raises(RuntimeError, match="two devices"):
             F.linear(x, torch.ones(2, 3))
+
+
+def test_a_test_that_does_not_ask_for_a_gpu_sees_none():
+    """Nor do the processes that it starts."""
+    assert not torch.cuda.is_available()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_torch_is_itself_again_afterwards():

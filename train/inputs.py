@@ -16,8 +16,8 @@ from train.command import expect, progress, say
 from weights import layout_of, load_weights
 from weights.layout import expand
 
-TEXTS, TOKENS = 200, 128  # texts to sample, and their length
-BATCH = 50  # texts sampled at a time
+TEXTS, TOKENS = 128, 256  # texts to sample, and their length
+BATCH = 64  # texts sampled at a time
 
 
 def load_start(model: str, random: bool, seed: int) -> GPT2:

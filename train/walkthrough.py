@@ -129,7 +129,7 @@ def traffic(rows: int) -> dict[str, tuple[int, int]]:
     The loss alone is counted in kernels/triton_kl_div.py. The LM head adds a write of the logits,
     two reads of their gradient, two reads of its weight and a write of the weight's gradient.
     fused_linear_kl_div reads the weight twice per chunk; the first chunk writes the weight's
-    gradient, every other reads and writes it, and the end reads and writes it once, to scale it.
+    gradient, and every other reads and writes it.
     """
     chunks = math.ceil(rows / CHUNK_ROWS)
     return {
@@ -137,7 +137,7 @@ def traffic(rows: int) -> dict[str, tuple[int, int]]:
         "fused_kl_div": (3, 0),
         "LM head, unfused": (13 + 3, 3),
         "LM head, fused_kl_div": (3 + 3, 3),
-        "fused_linear_kl_div": (3 + 3, 4 * chunks + 1),
+        "fused_linear_kl_div": (3 + 3, 4 * chunks - 1),
     }
 
 

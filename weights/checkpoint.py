@@ -2,10 +2,9 @@
 
 The format: 8 bytes (little-endian length of the header), the header (JSON: name -> dtype, shape,
 data_offsets), then the tensors without gaps. The safetensors library checks a header against its
-file. The tensors are read here, not by the library, for three reasons: its tensors are views of a
-memory map, the official files are laid out so that those views start 2 bytes off a float's
-boundary, and touching a map of a file that is being truncated kills the process. Nothing is ever
-unpickled.
+file. The tensors are read here, not by the library, for two reasons. Its tensors are views of a
+memory map, which in the official files start 2 bytes off a float's boundary; and touching the map
+of a file that is being truncated kills the process. Nothing is ever unpickled.
 """
 
 import errno
@@ -122,8 +121,8 @@ def read_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter as (official name, float32 tensor in its own 64-byte aligned memory).
 
-    A `digest` is updated with every byte of the file as it is read, so that it is that of what was
-    loaded. A head that is not equal to `wte.weight` is refused after the last tensor.
+    A `digest` is updated with every byte of the file as it is read, so it is the hash of what was
+    loaded. A head that differs from `wte.weight` is refused after the last tensor.
     """
     entries, _ = read_entries(name_or_path)
     parameters = [(name, e) for name, e in entries.items() if not MASK.fullmatch(name)]
@@ -138,7 +137,6 @@ def read_tensors(
                         file.seek(entry.begin)
                     else:  # what lies before it: the header or a mask
                         digest.update(file.read(entry.begin - file.tell()))
-                    # readinto continues where the system stops short, as Linux does after 2 GiB
                     if file.readinto(buffer) != len(buffer):
                         raise WeightsError(f"{part}: {name}: the file ended early")
                     if digest is not None:

@@ -1,7 +1,7 @@
 """A GPT-2 checkpoint: its files, the official names and shapes, and the checks against them.
 
 Shapes determine everything about a GPT-2 except its number of heads, and in every official size a
-head is 64 wide. What a function here refuses is a WeightsError.
+head is 64 wide. Functions here raise WeightsError.
 """
 
 import json
@@ -22,7 +22,7 @@ MOST_SHARDS = 1000
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-UNCHECKED = ("architectures", "bos_token_id", "eos_token_id")  # no say in the function
+UNCHECKED = ("architectures", "bos_token_id", "eos_token_id")  # they change no logit
 
 Shape = tuple[int, ...]
 

@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 
 @NEEDS_3_7
 def test_logits_are_read_once_in_each_direction_and_by_whole_sectors():
-    """Two-level targets: the rest is two bits per logit of 13 whole tiles, and a few numbers per
-    row that every thread reads; of the sectors that a request touches, 19 in 20 are used whole."""
+    """Two-level targets: the rest is two bits per logit of 13 whole tiles (0.27 bytes), and up to
+    six numbers per row that each of 256 threads reads; of the sectors that a request touches, 19
+    in 20 are used whole."""
     from tests.kernels import count
 
     logits = count.ROWS * count.VOCAB
@@ -22,7 +23,7 @@ def test_logits_are_read_once_in_each_direction_and_by_whole_sectors():
     for name, dtype, kernel, counts in rows:
         size = count.DTYPES[dtype].itemsize
         backward = counts.stores.bytes > logits
-        assert size <= counts.loads.bytes / logits <= size + 0.35, (name, dtype, kernel)
+        assert size <= counts.loads.bytes / logits <= size + 0.45, (name, dtype, kernel)
         assert counts.stores.bytes == logits * size if backward else counts.stores.bytes < 100
         for traffic in (counts.loads, counts.stores) if backward else (counts.loads,):
             assert traffic.bytes / (32 * traffic.sectors) > 0.95, (name, dtype, kernel)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import fused_linear_kl_div
+from kernels.reference import kl_div
 from tests.kernels.kl_cases import (
     DEVICE,
     DTYPES,
@@ -25,8 +26,8 @@ from tests.kernels.kl_cases import (
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 @pytest.mark.parametrize("path", FUSED)
 def test_loss_and_gradients_are_as_exact_as_the_unfused_ones(path, reduction, dtype):
-    """fused_linear_kl_div (1) (3): against float64; F.linear and the reference in the same dtype
-    set the bound. A random upstream gradient per row, and chunks that do not divide the rows."""
+    """fused_linear_kl_div (1) (2) (3): against float64; F.linear and the reference in the same
+    dtype set the bound. An upstream gradient per row, and chunks that do not divide the rows."""
     shapes = [(7,), (2, 3)] if path == "triton" else [(7,), (2, 3), (1, 2, 5), (67,)]
     for leading in shapes:
         hidden, weight = hidden_and_head(*leading, dtype=dtype)
@@ -93,6 +94,37 @@ def test_autocast_keeps_float32_weights_and_their_gradient(reduction):
         assert_as_exact(mine, its, true, 2**-9 * true.norm(dim=-1).max().item())
 
 
+def test_autocast_leaves_float64_as_it_is():
+    """As F.linear's: bit for bit the loss and gradients without autocast; a float64 and a float32
+    argument are refused, of which F.linear would make two dtypes."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in hidden_and_head(3))
+    arguments = fused_linear_kl_div, hidden, weight, two_level(211)
+    expected = loss_and_gradients(*arguments)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = loss_and_gradients(*arguments)
+        with pytest.raises(TypeError, match="convert one"):
+            fused_linear_kl_div(hidden, weight.float(), two_level(211))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert got[0].dtype == torch.float64
+
+
+def test_a_head_of_more_than_a_weight_is_one_merged_weight():
+    """LoRA and a bias, as the docstring merges them: loss and gradients of every part are those of
+    the unfused head."""
+    hidden, base = (x.detach() for x in hidden_and_head(5))
+    parts = [random_logits(*shape, seed=2, scale=0.3) for shape in ((211, 2), (2, 16), (211,))]
+    leaves = [x.requires_grad_() for x in (hidden, *parts)]
+    h, b, a, bias = leaves
+    weight = base + 0.5 * b @ a
+    expected = kl_div(F.linear(h, weight, bias), two_level(211))
+    wide = torch.cat([h, torch.ones(5, 1, device=DEVICE)], 1), torch.cat([weight, bias[:, None]], 1)
+    got = fused_linear_kl_div(*wide, two_level(211))
+    torch.testing.assert_close(got, expected)
+    for x in leaves:
+        gradients = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (got, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
 def test_accumulation_over_chunks_is_in_float32_whatever_the_dtype():
     """512 chunks of one row in bfloat16: a weight's gradient summed in bfloat16 would have several
     times the error of the unfused one, which is rounded once."""
@@ -105,17 +137,19 @@ def test_accumulation_over_chunks_is_in_float32_whatever_the_dtype():
     assert (got.double() - exact).norm() <= 1.5 * (same.double() - exact).norm()
 
 
-def test_no_rows_give_the_unfused_result():
-    """A mean of nothing is NaN, a sum 0, and the gradients are zero."""
-    hidden, weight = hidden_and_head(2, 0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_no_rows_give_the_unfused_result(dtype):
+    """A mean of nothing is NaN, a sum 0, and the gradients of both are zero: an optimiser step
+    changes nothing. float16 forms them in the backward."""
+    hidden, weight = hidden_and_head(2, 0, dtype=dtype)
     target = two_level(211)
-    assert fused_linear_kl_div(hidden, weight, target).isnan()
-    loss, grad_hidden, grad_weight = loss_and_gradients(
-        fused_linear_kl_div, hidden, weight, target, "sum"
-    )
-    assert loss == 0
-    assert grad_hidden.shape == (2, 0, HEAD_WIDTH)
-    assert (grad_weight == 0).all()
+    for reduction in ("batchmean", "sum"):
+        loss, grad_hidden, grad_weight = loss_and_gradients(
+            fused_linear_kl_div, hidden, weight, target, reduction
+        )
+        assert loss.isnan() if reduction == "batchmean" else loss == 0
+        assert grad_hidden.shape == (2, 0, HEAD_WIDTH)
+        assert (grad_weight == 0).all()
     assert fused_linear_kl_div(hidden, weight, target, "none").shape == (2, 0)
 
 

@@ -1,5 +1,8 @@
 """fused_linear_kl_div within PyTorch: upstream gradients, compile, export, opcheck."""
 
+from contextlib import nullcontext
+from importlib import import_module
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -8,6 +11,8 @@ from kernels import fused_linear_kl_div
 from kernels.fused_kl_div import launchers
 from kernels.fused_linear_kl_div import OPERATORS
 from tests.kernels.kl_cases import (
+    COMPILED_ON_CPU,
+    FUSED,
     hidden_and_head,
     loss_and_gradients,
     random_logits,
@@ -17,13 +22,16 @@ from tests.kernels.kl_cases import (
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sum"])
-def test_any_upstream_gradient_scales_both_gradients_and_a_second_backward_agrees(reduction):
-    """Times -2.5, 0 and 1; the second backward recomputes what the first one scaled in place."""
+@pytest.mark.parametrize("path", FUSED)
+def test_any_upstream_gradient_scales_both_gradients_and_a_second_backward_agrees(path, reduction):
+    """Times -2.5, 0 and 1; the second backward recomputes what the first
+    one scaled in place."""
     hidden, weight = hidden_and_head(9)
     target = two_level(211, 2.0, 1.0)
     _, *unit = loss_and_gradients(unfused_linear, hidden, weight, target, reduction)
     for factor in (-2.5, 0.0, 1.0):
-        loss = factor * fused_linear_kl_div(hidden, weight, target, reduction, chunk_rows=4)
+        loss = fused_linear_kl_div(hidden, weight, target, reduction, chunk_rows=4, impl=path)
+        loss = factor * loss
         first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
         kept = [g.clone() for g in first]
         second = torch.autograd.grad(loss, (hidden, weight))
@@ -31,6 +39,24 @@ def test_any_upstream_gradient_scales_both_gradients_and_a_second_backward_agree
             assert torch.equal(a, copy)
             assert torch.equal(a, b)
             torch.testing.assert_close(a, factor * one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", FUSED)
+def test_the_usual_upstream_gradient_moves_nothing(path, monkeypatch):
+    """loss.backward() of a mean, with weights or without, hands 1 to the gradients that the forward
+    has made: on the CPU no product is called, on CUDA the kernel stores nothing."""
+    hidden, weight = hidden_and_head(9)
+    weights = torch.arange(9.0, device=hidden.device)
+    for options in ({}, {"row_weights": weights}):
+        loss = fused_linear_kl_div(hidden, weight, two_level(211), impl=path, **options)
+        counts = nullcontext([])
+        if path == "triton" and COMPILED_ON_CPU:
+            counts = import_module("tests.kernels.ptx.driver").counted()
+        with monkeypatch.context() as patch, counts as launches:
+            patch.setattr(torch.Tensor, "mul_", None)
+            loss.backward()
+        assert all(counts.stores.bytes == 0 for _, counts in launches)
+        assert len(launches) == (2 if path == "triton" and COMPILED_ON_CPU else 0)
 
 
 def test_gradients_come_only_where_they_are_asked_for(monkeypatch):

@@ -120,6 +120,38 @@ def test_rows_of_weight_zero_are_not_computed(monkeypatch, reduction):
             assert gradient.any() == weights.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("path", FUSED)
+def test_a_batch_of_weights_zero_moves_nothing(path, dtype):
+    """The mean of nothing is NaN, as F.cross_entropy's with every label ignored; the gradients are
+    0 in both losses, also where they are formed in the backward (float16)."""
+    hidden, weight = hidden_and_head(2, 3, dtype=dtype)
+    arguments = hidden, weight, two_level(211), "batchmean"
+    zero = torch.zeros(2, 3, device=DEVICE)
+    for value, *gradients in (
+        loss_and_gradients(fused_linear_kl_div, *arguments, row_weights=zero, impl=path),
+        loss_and_gradients(fused, *arguments, zero, path),
+    ):
+        assert value.isnan()
+        assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bool, torch.int64], ids=str)
+def test_weights_of_any_dtype_are_summed_in_that_of_the_loss(dtype):
+    """300 rows of weight 300 sum to 90,000, more than float16 has; float64 weights do not make the
+    loss float64."""
+    hidden, weight = (x.detach() for x in hidden_and_head(300))
+    ones, weights = torch.ones(300, device=DEVICE), torch.full((300,), 300, device=DEVICE).to(dtype)
+    expected = kl_div(F.linear(hidden, weight), two_level(211))
+    for row_weights in (weights, ones.to(dtype)):
+        for loss in (
+            fused_kl_div(F.linear(hidden, weight), two_level(211), row_weights=row_weights),
+            fused_linear_kl_div(hidden, weight, two_level(211), row_weights=row_weights),
+        ):
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss, expected)
+
+
 def test_bad_weights_are_refused_by_name():
     """Another shape or device, not a tensor, or one that asks for a gradient."""
     logits, target = random_logits(2, 3, 8), two_level(8)

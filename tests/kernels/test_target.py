@@ -43,6 +43,19 @@ def test_a_target_on_another_device_is_made_once():
     assert target.to(target.mask.device) is target
 
 
+def test_cuda_means_the_current_device_at_each_call(monkeypatch):
+    """torch.device("cuda") has no index: a copy kept under it would be stale after set_device."""
+    target, asked = two_level(30), []
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, *_: asked.append(device) or x)
+    copies = []
+    for index in (0, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+        copies.append(target.to("cuda"))
+    assert copies[0] is copies[2]
+    assert copies[0] is not copies[1]
+    assert {str(device) for device in asked} == {"cuda:0", "cuda:1"}
+
+
 def test_the_callers_mask_may_change_afterwards():
     """The target has a copy: its loss, gradient and dense form stay."""
     mask, logits = torch.arange(30, device=DEVICE) < 5, random_logits(2, 30)

@@ -260,6 +260,35 @@ def test_a_teacher_run_in_inference_mode_trains_a_student():
     fused_kl_div(F.linear(hidden, weight), logits).backward()
 
 
+def test_no_gradient_flows_to_a_teacher():
+    """Its head is a Parameter, as under `with torch.no_grad()` in everybody's distillation, its
+    logits and G ask for gradients: the target detaches them, and the loss is that of the detached
+    ones."""
+    hidden, weight = hidden_and_head(3)
+    head = torch.nn.Parameter(random_logits(211, 16, seed=4))
+    with torch.no_grad():
+        by_chunks = TeacherTarget.from_hidden(hidden * 2, head)
+    t = random_logits(3, 211, seed=2).requires_grad_()
+    strength = torch.tensor(2.0, device=DEVICE, requires_grad=True)
+    tilted_teacher = TeacherTarget(t, (make_tilt("tilt", 211)[0], strength))
+    for target in (by_chunks, tilted_teacher):
+        fused_linear_kl_div(hidden, weight, target).backward()
+    fused_kl_div(F.linear(hidden, weight), tilted_teacher).backward()
+    assert (head.grad, t.grad, strength.grad) == (None, None, None)
+    detached = TeacherTarget.from_hidden(hidden.detach() * 2, head.detach())
+    torch.testing.assert_close(
+        *(fused_linear_kl_div(hidden, weight, p) for p in (by_chunks, detached))
+    )
+
+
+def test_a_teacher_says_what_it_is():
+    """Shape, device and tilt, in one line."""
+    tokens = make_tilt("tilt", 8)[0]
+    text = repr(TeacherTarget(random_logits(2, 8), (tokens, 5.0)))
+    assert text.startswith("TeacherTarget((2, 8), tilt=(TwoLevelTarget(3 of 8 tokens")
+    assert text.endswith(f"5.0), device={str(tokens.mask.device)!r})")
+
+
 def test_bad_teachers_are_refused_by_name():
     """Every message says what was got and what was expected."""
     logits, tokens = random_logits(2, 8), make_tilt("tilt", 8)[0]
@@ -270,7 +299,7 @@ def test_bad_teachers_are_refused_by_name():
         (TypeError, r"tilt must be \(TwoLevelTarget, G\)", lambda: TeacherTarget(logits, tokens)),
         (TypeError, "tilt must be", lambda: TeacherTarget(logits, (tokens.mask, 5.0))),
         (TypeError, "tilt must be", lambda: TeacherTarget(logits, (tokens, "5"))),
-        (ValueError, "got a mask of 8", lambda: TeacherTarget(logits[:, 1:], (tokens, 5.0))),
+        (ValueError, "a tilt of 8 tokens", lambda: TeacherTarget(logits[:, 1:], (tokens, 5.0))),
         (ValueError, "below \\+inf", lambda: TeacherTarget(logits, (tokens, INF))),
         (ValueError, "below \\+inf", lambda: TeacherTarget(logits, (tokens, float("nan")))),
         (ValueError, "got \\(8,\\)", lambda: TeacherTarget(logits, (tokens, logits[0]))),

@@ -38,14 +38,6 @@ def test_greedy_tokens_equal_those_of_transformers(prompts: torch.Tensor) -> Non
     assert len(ours[:, 7:].unique()) > 3, "the text is too repetitive to test anything"
 
 
-def test_greedy_with_the_cache_equals_greedy_without(model: GPT2, prompts: torch.Tensor) -> None:
-    """Against feeding the whole sequence again for every token."""
-    tokens = prompts
-    for _ in range(20):
-        tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(generate(model, prompts, 20, temperature=0), tokens)
-
-
 def test_the_seed_determines_the_text(model: GPT2, prompts: torch.Tensor) -> None:
     """Equal seeds give equal tokens, another seed others; the global generator is left alone."""
     state = torch.get_rng_state()
@@ -83,14 +75,12 @@ def test_a_large_logit_bias_decides(model: GPT2, prompts: torch.Tensor) -> None:
 
 
 def test_top_k_draws_from_the_k_likeliest_only(model: GPT2, prompts: torch.Tensor) -> None:
-    """400 draws contain all of the five likeliest tokens and no other; top_k = 1 is greedy."""
+    """400 draws contain all of the five likeliest tokens and no other; more than V is V."""
     prompt = prompts[:1].expand(400, 7).contiguous()
     draws = generate(model, prompt, 1, temperature=2.0, top_k=5, generator=seeded(0))[:, -1]
     with torch.no_grad():
         likeliest = model(prompts[:1])[0, -1].topk(5).indices
     assert set(draws.tolist()) == set(likeliest.tolist())
-    greedy = generate(model, prompts, 10, temperature=0)
-    assert torch.equal(generate(model, prompts, 10, top_k=1, generator=seeded(0)), greedy)
     every = generate(model, prompts, 10, top_k=CONFIG.vocab_size + 7, generator=seeded(4))
     assert torch.equal(every, generate(model, prompts, 10, generator=seeded(4)))
 
@@ -221,26 +211,16 @@ def test_a_temperature_near_zero_is_greedy(model: GPT2, prompts: torch.Tensor, t
     assert torch.equal(sampled, greedy)
 
 
-def test_a_meta_model_generates_meta_tokens() -> None:
-    """No tensor is created on the CPU by mistake: mixed with a meta tensor it would raise."""
-    with torch.device("meta"):
-        model = GPT2(CONFIG)
-    tokens = torch.zeros(2, 3, dtype=torch.int64, device="meta")
-    for options in ({}, {"temperature": 0.0}, {"top_k": 4}):
-        new = generate(model, tokens, 5, **options)
-        assert new.is_meta
-        assert new.shape == (2, 8)
-
-
 @pytest.mark.parametrize(
-    ("tokens", "options", "message"),
+    ("prompts", "options", "message"),
     [
         ([[301]], {}, r"ids from 301 to 301, expected them in \[0, 301\)"),
-        ([[0, -1]], {}, "ids from -1"),
-        ([[]], {}, r"\(1, 0\)"),
-        ([1, 2], {}, r"\(2,\)"),
-        ([[1.5]], {}, "float32"),
-        ([[1, 2]], {"max_new_tokens": 63}, "expected 0 to 62"),
+        ([[0, -1], [1]], {}, "ids from -1"),
+        ([[1, 2], []], {}, "empty prompt"),
+        ([], {}, "expected torch.int64"),
+        ([[1.5, 1.5], [2]], {}, "float32"),
+        (torch.zeros(2, dtype=torch.int64), {}, r"\(2,\)"),
+        ([[1], [2] * 61], {}, "got 4 after a prompt of 61, expected 0 to 3"),
         ([[1, 2]], {"max_new_tokens": -1}, "got -1"),
         ([[1]], {"temperature": -0.1}, "temperature"),
         ([[1]], {"temperature": float("nan")}, "temperature"),
@@ -248,24 +228,8 @@ def test_a_meta_model_generates_meta_tokens() -> None:
         ([[1]], {"logit_bias": torch.zeros(1)}, r"got shape \(1,\), expected \(301,\)"),
     ],
 )
-def test_bad_arguments_are_refused(model: GPT2, tokens: list, options: dict, message: str) -> None:
-    """A ValueError that names the argument, what was got and what was expected."""
-    dtype = None if tokens == [[1.5]] else torch.int64
+def test_bad_arguments_are_refused(model: GPT2, prompts, options: dict, message: str) -> None:
+    """A ValueError that names the argument, what it is and what was expected. Padding hides no
+    prompt that is empty, too long or out of the vocabulary."""
     with pytest.raises(ValueError, match=message):
-        generate(model, torch.tensor(tokens, dtype=dtype), **{"max_new_tokens": 4, **options})
-
-
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
-        ([[1, 2], []], "empty prompt"),
-        ([], "expected torch.int64"),
-        ([[1, 301], [2]], "ids from 0 to 301"),
-        ([[1.5, 1.5], [2]], "float32"),
-        ([[1], [2] * 61], "expected 0 to 3"),
-    ],
-)
-def test_bad_lists_of_prompts_are_refused(model: GPT2, prompts: list, message: str) -> None:
-    """Padding must not hide a prompt that is empty, too long or out of the vocabulary."""
-    with pytest.raises(ValueError, match=message):
-        generate(model, prompts, 4)
+        generate(model, prompts, **{"max_new_tokens": 4, **options})

@@ -17,10 +17,11 @@ It shows what a CPU run cannot:
 
 Values are the CPU's, bit for bit, save those of Triton kernels: a run here must equal a run there.
 
-It cannot show a GPU's rounding, speed, memory, streams, graphs, nor which kernels cuBLAS and the
-attention take; autocast converts what it converts on a CPU; nothing runs under torch.compile or
-DistributedDataParallel. It is one device and one thread. tests/test_second_device.py has what it
-refuses and allows, and asks a real GPU the same where there is one.
+It cannot show a GPU's rounding, speed, memory, streams and graphs, host memory that is read before
+a non_blocking copy has arrived, or which kernels cuBLAS and the attention take. Autocast converts
+what it converts on a CPU, and CPU tensors too. torch.compile and DistributedDataParallel do not run
+on it, nor do functions of C++ that make a tensor beside their arguments, as F.one_hot does.
+tests/test_second_device.py has its rules, and asks a real GPU the same where there is one.
 """
 
 from collections.abc import Iterator
@@ -39,7 +40,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_map
 
 from .record import Record
-from .tensor import GENERATORS, GPU, RECORD, SAVED, DeviceTensor, SecondDevice, ToDevice, ToHost
+from .tensor import (
+    GENERATORS,
+    GPU,
+    PINNED,
+    RECORD,
+    SAVED,
+    DeviceTensor,
+    SecondDevice,
+    ToDevice,
+    ToHost,
+)
 
 NAME = "second device"
 LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
@@ -50,7 +61,11 @@ NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
 def second_device() -> Iterator[Record]:
     """Be a machine with one GPU; yield the record of what happens on it, cleared."""
     RECORD.clear()
+    if torch.cuda._is_compiled() and torch._C._cuda_getDeviceCount():
+        torch.cuda.init()  # C++ asks for it once, and would take what stands for it below
     with ExitStack() as stack:
+        for known in (PINNED, GENERATORS, SAVED):
+            stack.callback(known.clear)
         for owner, names in _replacements().items():
             stack.enter_context(mock.patch.multiple(owner, **names))
         if find_spec("triton"):
@@ -102,9 +117,14 @@ def _cuda() -> dict[str, Any]:
     properties = SimpleNamespace(
         name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
     )
-    does_nothing = ("_lazy_init", "set_device", "manual_seed", "manual_seed_all", "empty_cache")
+    do_nothing = (
+        "_lazy_init", "_sleep", "empty_cache", "manual_seed", "manual_seed_all",
+        "reset_peak_memory_stats", "set_device",
+    )  # fmt: skip
+    event = SimpleNamespace(record=nothing, elapsed_time=lambda end: 1.0)
     return {
-        **dict.fromkeys((*does_nothing, "reset_peak_memory_stats"), nothing),
+        **dict.fromkeys(do_nothing, nothing),
+        "Event": lambda enable_timing=False: event,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,

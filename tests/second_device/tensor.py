@@ -121,6 +121,9 @@ class DeviceTensor(torch.Tensor):
         SAVED.add(StorageWeakRef(self.inner.untyped_storage()))
         return self.inner.__reduce_ex__(protocol)
 
+    def __format__(self, spec: str) -> str:
+        return format(repr(self) if self.dim() else self.item(), spec)
+
     def __repr__(self, **_: Any) -> str:
         RECORD.add_wait("repr")
         return f"{self.inner!r} on {GPU}"
@@ -177,17 +180,21 @@ def _is_host(x: Any) -> bool:
 
 def _on_the_host(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operator on CPU tensors alone: pinned memory works here without CUDA."""
-    if func.overloadpacket is aten.is_pinned:
+    packet = func.overloadpacket
+    if packet is aten.is_pinned:
         return is_pinned(args[0])
+    if packet is aten._pin_memory:
+        return pinned(args[0].clone())
     _refuse_generator_of("cuda", (args, kwargs))
-    pin = kwargs.get("pin_memory") or func.overloadpacket is aten._pin_memory
-    if not pin:
-        return func(*args, **kwargs)
-    made = args[0].clone() if func.overloadpacket is aten._pin_memory else func(
-        *args, **kwargs | {"pin_memory": False}
-    )  # fmt: skip
-    PINNED.add(StorageWeakRef(made.untyped_storage()))
-    return made
+    if kwargs.get("pin_memory"):
+        return pinned(func(*args, **kwargs | {"pin_memory": False}))
+    return func(*args, **kwargs)
+
+
+def pinned(x: Tensor) -> Tensor:
+    """Take the memory of a CPU tensor for pinned."""
+    PINNED.add(StorageWeakRef(x.untyped_storage()))
+    return x
 
 
 def is_pinned(x: Tensor) -> bool:
@@ -204,12 +211,12 @@ def _refuse_generator_of(device: str, arguments: Any) -> None:
 def _refuse(func: Any, args: Any, kwargs: dict[str, Any], leaves: list[Any]) -> None:
     """Raise as CUDA would for operands on two devices and for a generator of the other one."""
     _refuse_generator_of("cpu", leaves)
-    if func.overloadpacket in (aten.copy_, aten._to_copy):
-        return
     packet = func.overloadpacket
+    if packet in (aten.copy_, aten._to_copy):
+        return
     takes_a_number = torch.Tag.pointwise in func.tags or packet in TAKE_A_NUMBER | INDEXING
     allowed = set()
-    if packet in INDEXING and isinstance(args[0], DeviceTensor):
+    if packet in INDEXING and not _is_host(args[0]):
         allowed = {id(x) for x in args[1]}  # a CPU index
     arguments = zip(func._schema.arguments, args, strict=False)
     written = [x for argument, x in arguments if argument.is_write]
@@ -228,21 +235,18 @@ def _refuse(func: Any, args: Any, kwargs: dict[str, Any], leaves: list[Any]) -> 
 def _count(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Record the wait, the copy or the launch that this operator is."""
     packet = func.overloadpacket
-    if packet is aten.copy_ and isinstance(args[0], DeviceTensor) != isinstance(
-        args[1], DeviceTensor
-    ):
+    if packet is aten.copy_ and _is_host(args[0]) != _is_host(args[1]):
+        host, where = (args[0], "host") if _is_host(args[0]) else (args[1], "device")
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-        host = args[0] if isinstance(args[1], DeviceTensor) else args[1]
-        where = "host" if host is args[0] else "device"
         RECORD.add_copy(where, waits=not (non_blocking and is_pinned(host)))
         return
-    if packet is aten._to_copy and not isinstance(args[0], DeviceTensor):  # torch.tensor(...)
+    if packet is aten._to_copy and _is_host(args[0]):  # by C++, for a factory with data
         RECORD.add_copy("device", waits=True)
         return
     if packet in INDEXING and any(_is_host(x) for x in args[1]):
         RECORD.add_copy("device", waits=True)
     if packet in WAITING or (packet in INDEXING and _selects_by_mask(args)):
-        RECORD.add_wait(packet.__name__.strip("_"))
+        RECORD.add_wait({"_local_scalar_dense": "item"}.get(packet.__name__, packet.__name__))
     if packet not in NO_KERNEL and not func.is_view:
         RECORD.add_launch(str(packet))
 
@@ -273,10 +277,7 @@ class ToHost(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: DeviceTensor, non_blocking: bool) -> Tensor:
         RECORD.add_copy("host", waits=not non_blocking)
-        made = x.inner.clone()
-        if non_blocking:
-            PINNED.add(StorageWeakRef(made.untyped_storage()))
-        return made
+        return pinned(x.inner.clone()) if non_blocking else x.inner.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[DeviceTensor, None]:

@@ -3,7 +3,6 @@
 The reference is `read_tensorwise`, which shares nothing with the code under test.
 """
 
-import io
 import math
 import os
 
@@ -81,15 +80,6 @@ def test_half_precision_loads_as_the_exact_float32(dtype, parameters, tmp_path):
     assert_equal(load_weights(tmp_path), parameters_of(tmp_path / "model.safetensors"))
 
 
-def test_the_names_that_transformers_writes_load_as_the_official_ones(parameters, tmp_path):
-    """With prefix, tied head and both kinds of mask, against the file without them."""
-    masks = {"transformer.h.0.attn.bias": np.tri(24, dtype=np.uint8).reshape(1, 1, 24, 24)}
-    masks["transformer.h.1.attn.masked_bias"] = np.array(-1e4, dtype=np.float32)
-    renamed = {f"transformer.{k}": v for k, v in parameters.items()}
-    head = parameters["wte.weight"].copy()
-    assert_equal(load_arrays(renamed, tmp_path, **masks, **{HEAD: head}), parameters)
-
-
 def test_an_untied_or_misshapen_head_is_refused(parameters, tmp_path):
     """A head with one value changed, and one with a row missing."""
     head = parameters["wte.weight"].copy()
@@ -162,20 +152,3 @@ def test_a_file_that_is_cut_short_while_it_is_read_raises_and_does_not_crash(off
     os.truncate(official, 200_000)
     with pytest.raises(WeightsError, match="the file ended"):
         list(tensors)
-
-
-class ShortReads(io.FileIO):
-    """A file whose reads stop after 1,000 bytes, as those of Linux do after 2 GiB."""
-
-    def readinto(self, buffer):
-        return super().readinto(memoryview(buffer)[:1000])
-
-
-def test_a_read_that_stops_short_is_continued(official, parameters, monkeypatch):
-    """Tensors of up to 262,144 bytes, read in pieces of 1,000."""
-    monkeypatch.setattr(
-        "weights.checkpoint.open",
-        lambda path, mode: io.BufferedReader(ShortReads(path)),
-        raising=False,
-    )
-    assert_equal(load_weights(official), parameters)

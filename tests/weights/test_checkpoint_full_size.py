@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.weights.official_file import write_official
 
+ROOT = Path(__file__).parents[2]
 MEASURE = """
 import pathlib, sys
 import numpy as np
@@ -38,7 +40,7 @@ def test_the_full_medium_file_becomes_a_model_without_a_second_copy(tmp_path):
     try:
         write_official(path)
         command = [sys.executable, "-c", MEASURE, path]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     finally:
         path.unlink(missing_ok=True)
     assert done.returncode == 0, done.stderr

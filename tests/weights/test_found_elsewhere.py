@@ -108,11 +108,12 @@ def test_a_config_that_is_not_json_is_one_line(text, folder):
     ],
 )
 def test_prefixes_of_wrappers_are_stripped(prefix, parameters, tmp_path):
-    """Parameters, head and a mask with the prefix, against the parameters without it: loaded from
-    a file, made into a model, and saved."""
-    mask = np.ones(1, np.float32)
-    extra = {"lm_head.weight": parameters["wte.weight"].copy(), "h.0.attn.masked_bias": mask}
-    stored = {prefix + k: v for k, v in (parameters | extra).items()}
+    """Parameters, tied head and both kinds of mask with the prefix, against the parameters without
+    it: loaded from a file, made into a model, and saved."""
+    one = np.ones(1, np.float32)
+    masks = {"h.0.attn.bias": np.tri(24, dtype=np.uint8), "h.1.attn.masked_bias": one}
+    head = {"lm_head.weight": parameters["wte.weight"].copy()}
+    stored = {prefix + k: v for k, v in (parameters | masks | head).items()}
     save_file(stored, tmp_path / FILE)
     assert_equal(load_weights(tmp_path), parameters)
     assert_equal(GPT2.from_state_dict(tensors(stored)).state_dict(), parameters)

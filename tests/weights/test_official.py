@@ -1,7 +1,7 @@
 """Official weights are found in either cache or downloaded, verified, or refused with advice.
 
 The hub is a local server, and a small file takes the place of gpt2-medium's in the registry.
-huggingface_hub reads its environment when imported, so each case runs in its own process.
+huggingface_hub reads its environment when imported, so commands run in their own processes.
 """
 
 import dataclasses
@@ -9,19 +9,20 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
-from tests.weights.hub_server import Hub, serving
 from tests.weights.official_file import SMALL, assert_equal, parameters_of, write_official
 from weights import WeightsError, load_weights
-from weights.official import OFFICIAL, command, describe
+from weights.official import OFFICIAL, cached, command, describe
 
 MEDIUM, REPO = OFFICIAL["gpt2-medium"], "openai-community/gpt2-medium"
 FILE = "model.safetensors"
@@ -48,10 +49,45 @@ def content(tmp_path_factory):
 
 
 @pytest.fixture
+def cached_file(content, monkeypatch, tmp_path):
+    """The small file, in the registry as gpt2-medium and found in the cache."""
+    (tmp_path / FILE).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setitem(OFFICIAL, "gpt2-medium", dataclasses.replace(MEDIUM, sha256=digest))
+    monkeypatch.setattr("weights.official.cached", lambda _: tmp_path / FILE)
+    return tmp_path / FILE
+
+
+@pytest.fixture
 def hub(content):
-    path = f"/{REPO}/resolve/{MEDIUM.revision}/{FILE}"
-    with serving(Hub(path, MEDIUM.revision, content)) as hub:
+    """A stand-in for the Hugging Face hub that serves the small file."""
+    hub = SimpleNamespace(path=f"/{REPO}/resolve/{MEDIUM.revision}/{FILE}", requests=[])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            if self.path != hub.path:  # the library also asks for pages of its own
+                self.send_error(404)
+                return
+            hub.requests.append(self.command)
+            self.send_response(200)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", MEDIUM.revision)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        hub.url = f"http://127.0.0.1:{server.server_port}"
         yield hub
+        server.shutdown()
 
 
 def fetch(cache, content, endpoint=DEAD, before="", **environment):
@@ -84,78 +120,51 @@ def test_a_download_is_verified_and_kept(hub, content, tmp_path):
     """The server's file loads; the second command does not use the network."""
     first = fetch(tmp_path, content, hub.url, TQDM_POSITION="-1")  # a bar without a terminal
     path = fetched_path(first)
-    assert hub.requests == ["HEAD 0", "HEAD 0", "GET 0"]
+    assert hub.requests == ["HEAD", "HEAD", "GET"]
     assert "100%" in first.stderr
     assert_equal(load_weights(path), parameters_of(path))
-
-    again = fetch(tmp_path, content, hub.url)
-    assert fetched_path(again) == path
+    assert fetched_path(fetch(tmp_path, content, hub.url)) == path
     assert len(hub.requests) == 3
 
 
-def test_a_connection_that_breaks_is_resumed_at_the_last_complete_part(hub, tmp_path):
-    """A file of 12 MiB, of which huggingface_hub keeps the first 10."""
-    write_official(tmp_path / FILE, **SMALL | {"vocab_size": 24_000})
-    hub.content, hub.cut_at = (tmp_path / FILE).read_bytes(), 11 << 20
-    path = fetched_path(fetch(tmp_path / "cache", hub.content, hub.url))
-    assert hub.requests == ["HEAD 0", "HEAD 0", "GET 0", f"GET {10 << 20}"]
-    with open(path, "rb") as file:
-        assert file.read() == hub.content
-    shutil.rmtree(tmp_path)  # 36 MiB
-
-
 @pytest.mark.parametrize("repo", ["gpt2-medium", REPO])
-def test_a_file_cached_under_either_name_is_used_without_network(
-    repo, content, monkeypatch, tmp_path
-):
-    """It is found although nothing listens at the endpoint."""
-    digest = hashlib.sha256(content).hexdigest()
-    monkeypatch.setitem(OFFICIAL, "gpt2-medium", dataclasses.replace(MEDIUM, sha256=digest))
+def test_a_file_cached_under_either_name_is_found(repo, content, monkeypatch, tmp_path):
+    """By what load_weights asks before it would download."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("weights.official._download", None)
+    assert cached("gpt2-medium") is None
     path = put_in_cache(tmp_path, content, repo)
-    assert_equal(load_weights("gpt2-medium"), parameters_of(path))
+    assert cached("gpt2-medium") == path
 
 
-@pytest.mark.parametrize("place", ["header", "mask", "tensor"])
-def test_every_byte_of_the_official_file_counts(place, content, monkeypatch, tmp_path):
+@pytest.mark.parametrize("place", ["header", "h.1.attn.bias", "ln_f.bias"])
+def test_every_byte_of_the_official_file_counts(place, content, cached_file):
     """One space more in the header, one bit of a mask, which is not loaded, and of a tensor. The
     message has both hashes, and the file is left as it is."""
-    digest = hashlib.sha256(content).hexdigest()
-    monkeypatch.setitem(OFFICIAL, "gpt2", dataclasses.replace(MEDIUM, sha256=digest))
-    monkeypatch.setattr("weights.official.cached", lambda _: tmp_path / FILE)
-    (tmp_path / FILE).write_bytes(content)
-    assert len(load_weights("gpt2")) == 28
+    assert len(load_weights("gpt2-medium")) == 28
     length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    name = {"mask": "h.1.attn.bias", "tensor": "ln_f.bias"}
+    header, body = content[8 : 8 + length], bytearray(content[8 + length :])
     if place == "header":
-        changed = (length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" "
-        changed += content[8 + length :]
+        header += b" "
     else:
-        at = 8 + length + header[name[place]]["data_offsets"][0]
-        changed = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
-    (tmp_path / FILE).write_bytes(changed)
-    hashes = f"got sha256 {hashlib.sha256(changed).hexdigest()}, expected {digest}"
-    with pytest.raises(WeightsError, match=f"{hashes}: it is not the official file"):
-        load_weights("gpt2")
-    assert (tmp_path / FILE).read_bytes() == changed
+        body[json.loads(header)[place]["data_offsets"][0]] ^= 1
+    changed = len(header).to_bytes(8, "little") + header + body
+    cached_file.write_bytes(changed)
+    got, expected = (hashlib.sha256(c).hexdigest() for c in (changed, content))
+    message = f"got sha256 {got}, expected {expected}: it is not the official file"
+    with pytest.raises(WeightsError, match=message):
+        load_weights("gpt2-medium")
+    assert cached_file.read_bytes() == changed
 
 
-def test_what_was_verified_is_what_is_loaded(content, monkeypatch, tmp_path):
+def test_what_was_verified_is_what_is_loaded(content, monkeypatch, cached_file):
     """A file that another replaces once its header is read: the hash is that of what is loaded."""
-    digest = hashlib.sha256(content).hexdigest()
-    monkeypatch.setitem(OFFICIAL, "gpt2", dataclasses.replace(MEDIUM, sha256=digest))
-    monkeypatch.setattr("weights.official.cached", lambda _: tmp_path / FILE)
-    (tmp_path / FILE).write_bytes(content)
-    changed = content[:-1] + bytes([content[-1] ^ 1])
 
     def replaced(*_: object) -> None:
-        (tmp_path / FILE).write_bytes(changed)
+        cached_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
     monkeypatch.setattr("weights.checkpoint.check_config", replaced)
-    with pytest.raises(WeightsError, match=f"expected {digest}: it is not the official file"):
-        load_weights("gpt2")
+    with pytest.raises(WeightsError, match="it is not the official file"):
+        load_weights("gpt2-medium")
 
 
 SLOW_LOOK_UP = """
@@ -165,11 +174,10 @@ socket.getaddrinfo = lambda *_, **__: time.sleep(60)
 
 
 @pytest.mark.parametrize("case", ["lacks the file", "refuses", "silent", "no name server"])
-def test_a_hub_that_has_no_answer_ends_the_command_within_eight_seconds(
-    case, hub, content, tmp_path
-):
+def test_a_hub_that_has_no_answer_ends_the_command_soon(case, hub, content, tmp_path):
     """It answers 404, refuses connections, accepts them and stays silent, or its name cannot be
-    looked up, which has no time limit of its own. Measured up to the end of the process."""
+    looked up, which has no time limit of its own. Measured up to the end of the process, which a
+    retry or the thread that waits would delay by a minute."""
     hub.path = "/elsewhere"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoints = {"lacks the file": hub.url, "refuses": DEAD}
@@ -177,9 +185,8 @@ def test_a_hub_that_has_no_answer_ends_the_command_within_eight_seconds(
         done = fetch(tmp_path, content, endpoint, SLOW_LOOK_UP * (case == "no name server"))
         end = time.monotonic()
     assert done.returncode == 1
-    assert end - float(re.search(r"started at (\S+)", done.stderr)[1]) < 8
+    assert end - float(re.search(r"started at (\S+)", done.stderr)[1]) < 15
     assert "gpt2-medium is not cached and cannot be downloaded" in done.stderr
-    assert "put it at:" in done.stderr
     assert ("404" in done.stderr) == (case == "lacks the file")
     assert "Retrying" not in done.stderr
 
@@ -225,20 +232,19 @@ def test_the_registry_agrees_with_the_known_sizes():
 
 
 def test_check_prints_the_sizes_and_the_official_name_and_on_request_every_tensor(
-    content, tmp_path, monkeypatch
+    cached_file, monkeypatch, capsys
 ):
-    """Against the sizes it was written with; then as an official file."""
-    path = tmp_path / FILE
-    path.write_bytes(content)
-    digest = hashlib.sha256(content).hexdigest()
-    text = describe(path)
+    """Against the sizes it was written with. An official name stands for the cached file, as for
+    load_weights."""
+    command("gpt2-medium", list=True)
+    text = capsys.readouterr().out
     assert text.startswith("model:       GPT-2, 2 blocks, 128 wide, 2 heads, 24 positions, 301 tok")
     assert "tensors:     30 (30 F32)" in text
-    assert f"sha256:      {digest}" in text
-    assert text.endswith("official:    none of gpt2, gpt2-medium, gpt2-xl")
-    assert "F32   [128, 384]           h.1.attn.c_attn.weight" in describe(path, every_tensor=True)
-    monkeypatch.setitem(OFFICIAL, "gpt2", dataclasses.replace(MEDIUM, sha256=digest))
-    assert describe(path).endswith("official:    gpt2")
+    assert f"sha256:      {hashlib.sha256(cached_file.read_bytes()).hexdigest()}" in text
+    assert "official:    gpt2-medium" in text
+    assert "F32   [128, 384]           h.1.attn.c_attn.weight" in text
+    monkeypatch.setitem(OFFICIAL, "gpt2-medium", MEDIUM)
+    assert describe(cached_file).endswith("official:    none of gpt2, gpt2-medium, gpt2-xl")
 
 
 @pytest.mark.parametrize(
@@ -246,18 +252,16 @@ def test_check_prints_the_sizes_and_the_official_name_and_on_request_every_tenso
     [
         (FILE, f"error: {FILE} cannot be read as a complete safetensors file"),
         ("gpt2-medium", "error: gpt2-medium is not downloaded. Run python -m weights.official gpt"),
-        ("gpt2-medum", "error: no weights at gpt2-medum: expected gpt2, gpt2-medium"),
     ],
 )
 def test_check_as_a_command_ends_in_one_line(argument, message, tmp_path):
-    """On a bad file, an official one that is not in the cache, and a misspelt name: no traceback,
-    nothing on stdout, status 1."""
+    """On a bad file and on an official one that is not in the cache: no traceback, nothing on
+    stdout, status 1."""
     (tmp_path / FILE).write_bytes(b"no weights")
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-m", "weights.official", "--check", argument],
         cwd=tmp_path,
-        env=os.environ | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
         check=False,
@@ -265,14 +269,6 @@ def test_check_as_a_command_ends_in_one_line(argument, message, tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     [line] = done.stderr.splitlines()
     assert line.startswith(message)
-
-
-def test_check_of_an_official_name_reads_the_cached_file(content, monkeypatch, tmp_path, capsys):
-    """As load_weights does, so that both speak of the same file."""
-    (tmp_path / FILE).write_bytes(content)
-    monkeypatch.setattr("weights.official.cached", lambda _: tmp_path / FILE)
-    command("gpt2-medium", check=True)
-    assert capsys.readouterr().out == describe(tmp_path / FILE) + "\n"
 
 
 @pytest.mark.parametrize(("arguments", "unbuffered"), [("--help", ""), ("--list tiny", "1")])
