@@ -41,8 +41,7 @@ def command() -> Iterator[None]:
     except BrokenPipeError:  # nobody reads the output any more
         sys.exit(1)
     except (OSError, ValueError) as error:
-        message = printable("; ".join([str(error), *getattr(error, "__notes__", [])]))
-        sys.exit(f"error: {message}" if ranks.is_main() else 1)
+        sys.exit(f"error: {printable(str(error))}" if ranks.is_main() else 1)
     except RuntimeError as error:
         reason, *_ = str(error).splitlines() or [""]  # the rest is about the allocator
         if not any(lack in reason for lack in ("out of memory", "allocate memory", "ALLOC_FAILED")):
@@ -50,7 +49,7 @@ def command() -> Iterator[None]:
         sys.exit(f"error: {reason}. Give a smaller --batch, --dtype bfloat16 or --model gpt2")
     except Stopped as stopped:
         if ranks.is_main():
-            say("; ".join([str(stopped), *getattr(stopped, "__notes__", [])]), error=True)
+            say(str(stopped), error=True)
         sys.exit(128 + stopped.number)
     finally:
         say("", end="")  # flush while an error can still be caught
@@ -71,7 +70,7 @@ def signals(hold: int = 1) -> Iterator[list[int]]:
     before = {number: signal.signal(number, receive) for number in obeyed}
     try:
         yield received
-        if len(received) > hold:  # raised where Python ignores exceptions, as in a destructor
+        if received:  # held, or raised where Python ignores exceptions, as in a destructor
             raise Stopped(received[-1])
     finally:
         for number, old in before.items():
@@ -82,6 +81,7 @@ def parse(options: type[T], description: str | None, prog: str) -> T:
     """Return the options of the command line, a dataclass; it ends the command if they are bad."""
     arguments = sys.argv[1:]
     given = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    given = [word.replace("_", "-") for word in given]
     for name in given:
         if given.count(name) > 1:
             raise ValueError(f"{name} is given {given.count(name)} times; give it once")
@@ -115,7 +115,7 @@ def say(text: str, error: bool = False, end: str = "\n") -> None:
 
 def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
     """Yield the items and show how many are done: a bar on a terminal, else a line now and then."""
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         yield from tqdm(items, label, total, leave=False)
         return
     shown = time.monotonic()

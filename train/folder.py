@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ CONFIG, STATE, MODEL = "config.json", "state.pt", "model.safetensors"
 LOG, SAMPLES = LOGS = ("log.jsonl", "samples.jsonl")
 MAY_CHANGE = ("steps", "eval_every", "out")  # options of a run that continues
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # the file system has none
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.tmp\w{6}")  # atomic_write's, safetensors'
 Line = dict[str, Any]
 
 
@@ -36,24 +38,23 @@ def open_folder(out: Path) -> Iterator[None]:
         descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
         try:
             _lock(descriptor, out)
-            for name in (CONFIG, *LOGS, STATE, MODEL):
-                for left in out.glob(f".{name}.*.tmp"):  # by a command that was killed
-                    left.unlink()
-            others = {path.name for path in out.iterdir()} - {"lost+found"}  # of a new disk
-            if others and read_config(out) is None:
-                found = f"--out {out} holds {min(others)!r} and no run"
+            names = {path.name for path in out.iterdir()} - {"lost+found"}  # of a new disk
+            left = set(filter(TEMPORARY.fullmatch, names))  # by a command that was killed
+            if names > left and read_config(out) is None:
+                found = f"--out {out} holds {min(names - left)!r} and no run"
                 raise ValueError(f"{found}; give a new or an empty folder")
+            for name in left:
+                (out / name).unlink()
             yield
         finally:
             os.close(descriptor)
     except BaseException as error:
-        if any("loss" in line for line in read_log(out)):
-            error.add_note("the same command continues the run")
         for path in created:
             with suppress(OSError):  # it is not empty
                 path.rmdir()
         if isinstance(error, OSError):
-            raise ValueError(f"cannot write to {out}: {error}") from error
+            advice = "repair that and give the same command again"
+            raise ValueError(f"cannot write to {out}: {error}; {advice}") from error
         raise
 
 
@@ -72,7 +73,8 @@ def _lock(descriptor: int, out: Path) -> None:
 def read_config(out: Path) -> dict[str, Any] | None:
     """Return what a run's config.json holds under "xfactor"; None if there is no run."""
     try:
-        return {**json.loads((out / CONFIG).read_bytes())["xfactor"]}
+        about = {**json.loads((out / CONFIG).read_bytes())["xfactor"]}
+        return about | {"options": {**about.get("options", {})}}
     except (FileNotFoundError, KeyError):
         return None
     except (ValueError, TypeError, RecursionError) as error:
@@ -89,33 +91,40 @@ def write_config(out: Path, layout: Layout, about: Mapping[str, Any]) -> None:
 
 
 def check_options(out: Path, options: Mapping[str, Any]) -> None:
-    """Raise ValueError if the run in a folder has another value of an option that matters."""
-    saved = (read_config(out) or {}).get("options", {})
+    """Raise ValueError if a run that has begun has another value of an option that matters."""
+    saved = (read_config(out) or {"options": {}})["options"]
     for name, value in options.items():
-        if name not in MAY_CHANGE and saved.get(name, value) != value:
+        changed = name not in MAY_CHANGE and saved.get(name, value) != value
+        if changed and has_begun(out):
             expected = f"{saved[name]}, which the run in {out} has; or give another --out"
             expect(False, name.replace("_", "-"), value, expected)
 
 
 def check_origin(out: Path, about: Mapping[str, Any]) -> None:
-    """Raise ValueError if a run that has logged a step began with another start model or text."""
+    """Raise ValueError if a run that has begun has another start model or text."""
     saved = read_config(out) or {}
-    if any("loss" in line for line in read_log(out)):
-        for name in ("start", "text"):
-            if saved.get(name) != about[name]:
-                changed = f"the {name} of the run in {out} has changed since its first step"
-                raise ValueError(f"{changed}; restore it, or give another --out")
+    for name in ("start", "text"):
+        if saved.get(name) != about[name] and has_begun(out):
+            changed = f"the {name} of the run in {out} has changed since its first step"
+            raise ValueError(f"{changed}; restore it, or give another --out")
+
+
+def has_begun(out: Path) -> bool:
+    """Return whether the run in a folder has logged a step."""
+    return any("loss" in line for line in read_log(out))
 
 
 def read_log(out: Path, name: str = LOG) -> list[Line]:
     """Return the lines of a log, but for a last one that a kill cut off."""
     path = out / name
-    text = path.read_text() if path.exists() else ""
     try:
+        text = path.read_text() if path.exists() else ""
         lines = [json.loads(line) for line in text.split("\n")[:-1]]
-        return [{"step": line["step"], **line} for line in lines]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: {error}; restore it, or give another --out") from error
+        if not all(type(line["step"]) is int for line in lines):
+            raise ValueError("a step is not a whole number")
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{path}: {error!s:.200}; restore it, or give another --out") from error
+    return lines
 
 
 def append(out: Path, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -125,21 +134,28 @@ def append(out: Path, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
+def lines_until(out: Path, step: int) -> dict[str, list[Line]]:
+    """Return the lines of each log up to `step` updates; 0: none, as nothing was saved.
+
+    Raises ValueError unless there is a loss for each of these updates.
+    """
+    logs = {name: read_log(out, name) if step else [] for name in LOGS}
+    kept = [x for x in logs[LOG] if x["step"] + ("loss" in x) <= step]  # loss n: update n + 1
+    if [line["step"] for line in kept if "loss" in line] != [*range(step)]:
+        raise ValueError(f"{out / LOG}: not the log of {step} steps; restore it")
+    evaluated = {line["step"] for line in kept if "evaluation" in line}
+    # Samples are logged before their evaluation, and a kill may come between.
+    return {LOG: kept, SAMPLES: [x for x in logs[SAMPLES] if x["step"] in evaluated]}
+
+
 def cut_logs(out: Path, step: int) -> tuple[set[int], int]:
-    """Drop what was logged after `step` updates; -1: everything.
+    """Drop what was logged after `step` updates; 0: everything.
 
     Returns the steps that were evaluated, and how many losses were dropped.
     """
-    evaluated: set[int] = set()
-    dropped = 0
-    for name in LOGS:
-        lines = read_log(out, name)
-        kept = [x for x in lines if x["step"] + ("loss" in x) <= step]  # loss n: update n + 1
-        if name == LOG:
-            evaluated = {line["step"] for line in kept if "evaluation" in line}
-            dropped = sum("loss" in line for line in lines) - sum("loss" in line for line in kept)
-        else:  # samples are logged first, and a kill may come between
-            kept = [line for line in kept if line["step"] in evaluated]
+    dropped = sum("loss" in line for line in read_log(out)) - step
+    logs = lines_until(out, step)
+    for name, lines in logs.items():
         with atomic_write(out / name) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    return evaluated, dropped
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {line["step"] for line in logs[LOG] if "evaluation" in line}, dropped

@@ -136,8 +136,10 @@ def pretrain(options: Options) -> None:
     """
     B, T, out = options.batch, options.n_positions, expand(options.out)
     expect(options.n_embd % HEAD_DIM == 0, "n-embd", options.n_embd, "a multiple of 64")
-    expect(options.steps > 0, "steps", options.steps, "at least 1")
-    expect(options.eval_every > 0, "eval-every", options.eval_every, "at least 1")
+    for name in ("steps", "batch", "eval_every"):
+        value = getattr(options, name)
+        expect(value > 0, name.replace("_", "-"), value, "at least 1")
+    expect(0 <= options.dropout < 1, "dropout", options.dropout, "0 or more, below 1")
     text, held_out = read_ids(options.text, T), read_ids(options.held_out, 1)
     new_ids, bias = share(text, load_tokenizer().n_vocab)
     corpus, held_out = new_ids[text], new_ids[held_out]

@@ -50,13 +50,11 @@ def join() -> Iterator[torch.device]:
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= gpus:
-            raise ValueError(
-                f"{local + 1} or more processes on a machine with {gpus} GPUs: expected one "
-                f"process per GPU; start torchrun with --nproc-per-node {gpus}"
-            )
-        device = torch.device("cuda", local)
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            expected = f"one per GPU; start torchrun with --nproc-per-node {gpus}"
+            raise ValueError(f"{here} processes on a machine with {gpus} GPUs: expected {expected}")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world_size() == 1:
         yield device

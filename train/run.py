@@ -21,9 +21,9 @@ import time
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,22 +70,31 @@ class Run:
             return False
         try:
             state = torch.load(path, "cpu", weights_only=True)
+            self.step, self.text = int(state["step"]), state["text"]
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.text = state["step"], state["text"]
-            for adam in self.optimizer.state.values():
-                if adam["step"] != self.step or not (adam["exp_avg_sq"] >= 0).all():
-                    raise ValueError(f"not Adam's state after step {self.step}")
-        except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
-                EOFError, UnpicklingError) as error:  # fmt: skip
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise ValueError(f"{path}: {reason}; restore it, or give another --out") from error
+            adam = self.optimizer.state_dict() | {"state": state["adam"]}  # its options are given
+            self.optimizer.load_state_dict(adam)
+            whole = all(map(self._is_whole, self.model.parameters()))
+            if not whole or not (self.text is None or self.text.ndim == 1):
+                raise ValueError(f"damaged, or not of step {self.step}")
+        except Exception as error:  # whatever the file holds
+            expected = f"expected a whole state of this run ({error!r:.80})"
+            raise ValueError(f"{path}: {expected}; restore it, or give another --out") from error
         expect(self.step <= self.steps, "steps", self.steps, f"at least the {self.step} done")
+        folder.lines_until(self.out, self.step)
         return True
+
+    def _is_whole(self, p: Tensor) -> bool:
+        """Return whether a parameter and its Adam state fit each other and the step."""
+        adam = self.optimizer.state[p]
+        mean, square = adam["exp_avg"], adam["exp_avg_sq"]
+        fits = mean.shape == square.shape == p.shape and adam["step"].item() == self.step > 0
+        finite = all(bool(x.isfinite().all()) for x in (p, mean, square))
+        return fits and finite and bool((square >= 0).all())
 
     def begin(self, restored: bool) -> None:
         """Drop what was logged after the last save, and say where the run continues."""
-        self.evaluated, again = folder.cut_logs(self.out, self.step if restored else -1)
+        self.evaluated, again = folder.cut_logs(self.out, self.step)
         if restored and self.step == self.steps:
             say(f"the run in {self.out} is complete")
         elif restored or again:
@@ -105,18 +114,23 @@ class Run:
         if not (evaluates or step % LOG_EVERY == 0 or (waited and ranks.world_size() == 1)):
             return False
         self._log(step)
+        if ranks.is_main() and (last or time.perf_counter() - self.saved > SAVE_EVERY):
+            self._save(step)
         stop = ranks.largest(received[0] if received else 0)
         if ranks.is_main():
-            due = last or stop or time.perf_counter() - self.saved > SAVE_EVERY
-            if due and step > self.step:
-                self._save(step)
             if evaluates and not stop and step not in self.evaluated:
-                with signals(hold=0):  # a stop loses what is measured again
-                    self._evaluate(step)
-            if last or stop:
+                try:
+                    with signals(hold=0):
+                        self._evaluate(step)
+                except Stopped as stopped:  # what is measured will be measured again
+                    stop = stopped.number
+            if stop:
+                self._save(step)
+            if step and (last or stop):
                 self._save_model()
         if stop:
-            raise Stopped(stop, f" after step {step}, which is saved in {self.out}")
+            done = f" after step {step}, which is saved in {self.out}" if step else ""
+            raise Stopped(stop, f"{done}; the same command continues the run")
         self.logged = time.perf_counter()
         return last
 
@@ -140,22 +154,23 @@ class Run:
         raise ValueError(f"{reason}; {kept}. Try a smaller --lr, with another --out")
 
     def _save(self, step: int) -> None:
+        if step == self.step:  # it is saved
+            return
         if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
             self._diverged(f"the weights became NaN or infinite at step {step}")
         state = {
             "step": step,
             "text": self.text,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "adam": self.optimizer.state_dict()["state"],
         }
+        for log in folder.LOGS:
+            fsync(self.out / log)
         try:
-            for log in folder.LOGS:
-                fsync(self.out / log)
             with atomic_write(self.out / folder.STATE) as path, open(path, "wb") as file:
                 torch.save(state, file)
-        except (OSError, RuntimeError) as error:  # PyTorch's for a full disk
-            reason = f"cannot save step {step} in {self.out}: {str(error).splitlines()[0]}"
-            raise ValueError(f"{reason}; the save of step {self.step} is kept") from error
+        except RuntimeError as error:  # of PyTorch, if a write raised: a full disk, a signal
+            raise (error.__context__ or error) from None
         self.step, self.saved = step, time.perf_counter()
 
     def _evaluate(self, step: int) -> None:
@@ -165,6 +180,8 @@ class Run:
             if name == "evaluation" or (step == 0 and bias is not None):
                 say(f"evaluating after step {step}" if bias is None else "evaluating the limit")
                 found, samples = evaluate(model, self.start, self.mask, count, self.seed, bias)
+                if math.isnan(found.passage_perplexity):
+                    self._diverged(f"the logits became NaN at step {step}")
                 if bias is None:
                     lines = [{"step": step, "prompt": p, "ids": ids} for p, ids in samples]
                     folder.append(self.out, folder.SAMPLES, lines)
@@ -174,6 +191,9 @@ class Run:
 
     def _save_model(self) -> None:
         weights = {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters()}
-        with atomic_write(self.out / folder.MODEL) as temporary:
-            save_file(weights, temporary, metadata={"format": "pt"})
+        try:
+            with atomic_write(self.out / folder.MODEL) as temporary:
+                save_file(weights, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         save_tokenizer(self.out)

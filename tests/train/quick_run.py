@@ -1,16 +1,17 @@
 """The experiment's command in processes of their own, for tests that start, stop and kill it.
 
-A fork server imports everything once; each command is a fork of it. Evaluations are short: two
-tokens of one sample per prompt, so that a run is all steps and saves.
+A fork server imports everything once; each command is a fork of it. Every step is logged and saved,
+evaluations are two tokens of one sample per prompt, and there is no report.
 """
 
 import json
 import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,41 @@ from unittest.mock import patch
 import torch
 
 import train.evaluate
-import train.report.figures
-from train.xfactor import main
-from weights import load_weights
+import train.inputs
+import train.run
+import train.xfactor
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train.xfactor", "torch._dynamo", "train.report.figures"])
+CONTEXT.set_forkserver_preload(["tests.train.quick_run", "torch._dynamo"])
 LIMIT = 120  # seconds that no command here comes near
+SHORT = {"FULL": 1, "SHORT": 1, "LOG_EVERY": 1, "SAVE_EVERY": -1.0}
+Function = Callable[[list[str]], None]
 
 
-def start(arguments: list[str], log: Path, function=None) -> BaseProcess:
+def command(arguments: list[str]) -> None:
+    """Run `python -m train.xfactor` with these arguments."""
+    with (
+        patch.multiple(train.evaluate, NEW_TOKENS=2),
+        patch.multiple(train.run, **SHORT),
+        patch.multiple(train.inputs, TEXTS=4, BATCH=2, TOKENS=16),
+        patch.multiple(train.xfactor, write_report=lambda *_: report(), summary=lambda *_: ""),
+        patch.object(sys, "argv", ["train.xfactor", *arguments]),
+    ):
+        train.xfactor.main()
+
+
+def report() -> list[Path]:
+    return []
+
+
+def signalled(target: str, call: int, *numbers: int) -> Function:
+    """Return the command, which gets signals at the `call`-th call of the function `target`."""
+    return partial(_signalled, target=target, call=call, numbers=numbers)
+
+
+def start(arguments: list[str], log: Path, function: Function = command) -> BaseProcess:
     """Start the command with its output in `log`, or another function of such arguments."""
-    process = CONTEXT.Process(target=_run, args=(function or command, arguments, log))
+    process = CONTEXT.Process(target=_run, args=(function, arguments, log))
     process.start()
     return process
 
@@ -42,52 +66,23 @@ def finish(process: BaseProcess, log: Path) -> tuple[int, str]:
     return process.exitcode, log.read_text()
 
 
-def run(arguments: list[str], log: Path, function=None) -> tuple[int, str]:
+def run(arguments: list[str], log: Path, function: Function = command) -> tuple[int, str]:
     """Start it and wait for it."""
     return finish(start(arguments, log, function), log)
 
 
-def command(arguments: list[str]) -> None:
-    """Run `python -m train.xfactor` with these arguments; short evaluations, empty pictures."""
-    with (
-        patch.object(train.report.figures, "draw", lambda *_: b""),
-        patch.multiple(train.evaluate, NEW_TOKENS=2, SAMPLES=1),
-        patch.object(sys, "argv", ["train.xfactor", *arguments]),
-    ):
-        main()
-
-
-def wait_until(condition: Callable[[], bool], is_alive: Callable[[], bool]) -> None:
-    """Return once the condition holds; it must come to hold while the process lives."""
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert is_alive(), "the process has ended before"
-        assert time.monotonic() < deadline, f"not within {LIMIT} s"
-        time.sleep(0.01)
-
-
-def has_step(folder: Path) -> bool:
-    """Return whether a run has logged a step."""
-    metrics = folder / "metrics.jsonl"
-    return metrics.exists() and b'"loss"' in metrics.read_bytes()
-
-
-def assert_same_run(folder: Path, whole: Path) -> None:
-    """Compare everything but times: logs, samples and weights bit for bit, and the files' names."""
-    assert logged(folder) == logged(whole)
-    assert (folder / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    expected = load_weights(whole)
-    for name, p in load_weights(folder).items():
-        assert torch.equal(p, expected[name]), name
-    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
-    assert {p.name for p in folder.parent.iterdir()} == {p.name for p in whole.parent.iterdir()}
+def changed(arguments: list[str], **options: str) -> list[str]:
+    """Return the arguments with other values of options, or with more options."""
+    values = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    values |= {"--" + name.replace("_", "-"): value for name, value in options.items()}
+    return [word for pair in values.items() for word in pair]
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without times; no step may occur twice or out of order."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Return the lines of log.jsonl without times; no step may occur twice or out of order."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
-    assert steps == list(range(1, len(steps) + 1))
+    assert steps == list(range(len(steps)))
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
@@ -96,12 +91,37 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in logged(folder) if "loss" in line]
 
 
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Compare all but times, bit for bit: log, samples, weights, Adam's state, names of files."""
+    assert logged(folder) == logged(whole)
+    for name in ("samples.jsonl", "model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    got, expected = (torch.load(f / "state.pt", weights_only=True) for f in (folder, whole))
+    assert got["step"] == expected["step"]
+    for part in ("model", "adam"):
+        torch.testing.assert_close(got[part], expected[part], rtol=0, atol=0)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Return every file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def _run(function, arguments: list[str], log: Path) -> None:
+def _signalled(arguments: list[str], target: str, call: int, numbers: tuple[int, ...]) -> None:
+    function, calls = pkgutil.resolve_name(target), []
+
+    def with_signals(*args: Any, **options: Any) -> Any:
+        calls.append(target)
+        for number in numbers if len(calls) == call else ():
+            signal.raise_signal(number)
+        return function(*args, **options)
+
+    with patch(target, with_signals):
+        command(arguments)
+
+
+def _run(function: Function, arguments: list[str], log: Path) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

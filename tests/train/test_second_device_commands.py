@@ -106,10 +106,9 @@ def read(out: Path) -> dict[str, Any]:
         "log": [{k: v for k, v in line.items() if k != "seconds"} for line in log],
         "samples": (out / "samples.jsonl").read_text(),
         "weights": (out / "model.safetensors").read_bytes(),
-        "adam": [p.numpy().tobytes() for adam in state["optimizer"]["state"].values()
-                 for p in adam.values()],
+        "adam": [p.numpy().tobytes() for adam in state["adam"].values() for p in adam.values()],
         "files": sorted(path.name for path in out.iterdir()),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
