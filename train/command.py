@@ -92,7 +92,7 @@ def parse(options: type[T], description: str | None, prog: str) -> T:
     try:
         return tyro.cli(options, args=arguments, prog=prog, description=description, config=flags)
     except SystemExit as end:
-        values = [word for word in arguments if word.startswith("-") and word not in given]
+        values = [word for word in arguments if word.startswith("-") and word[:2] != "--"]
         if end.code and values:
             say(f"write a value that begins with - after an =, as in --out={values[0]}", error=True)
         raise
