@@ -88,6 +88,21 @@ def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> 
     return impl
 
 
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which F.linear would multiply; TypeError if it would not."""
+    device = hidden.device.type
+    dtypes = [hidden.dtype, weight.dtype]
+    if device != "meta" and torch.is_autocast_enabled(device):  # "meta" would be an error
+        narrow = torch.get_autocast_dtype(device)
+        dtypes = [dtype if dtype == torch.float64 else narrow for dtype in dtypes]
+    if dtypes[0] != dtypes[1]:
+        raise TypeError(
+            f"hidden is {hidden.dtype}, weight {weight.dtype}: convert one, or use torch.autocast "
+            "(which leaves float64 as it is)"
+        )
+    return dtypes[0]
+
+
 def refuse_forward_mode(name: str, *arguments: Tensor) -> None:
     """RuntimeError for dual tensors, whose tangents the operators would drop silently."""
     if torch.compiler.is_compiling():

@@ -102,6 +102,20 @@ def mean_of(total: Tensor, reduction: str, rows: int, weights: Tensor | None) ->
     return total / (rows if weights is None else weights.sum())
 
 
+def factors(
+    hidden: Tensor, dtype: torch.dtype, row_weights: Tensor | None, reduction: str
+) -> Tensor:
+    """g of (1), (N,): what the loss of each row counts, of stride 0 without weights. 0 for a row of
+    weight 0, whatever the sum of weights is."""
+    n = hidden.shape[0]
+    if row_weights is None:
+        one = hidden.new_ones(1, dtype=compute_dtype(dtype))
+        return (one / n if reduction == "batchmean" else one).expand(n)
+    if reduction != "batchmean":
+        return row_weights
+    return torch.where(row_weights == 0, 0.0, row_weights / row_weights.sum())
+
+
 def _rows_to_overwrite(logits: Tensor) -> Tensor:
     """(N, V), a view of the logits; ValueError if there is none."""
     vocab = logits.shape[-1]

@@ -6,11 +6,10 @@ For hidden states h (N, C), the head's weight W (V, C), a target P and a factor 
     dz = g (softmax(z) - P)                                                            (2)
     dh = dz W,    dW = dz^T h                                                          (3)
 
-Rows are taken in chunks. A chunk's logits lie in one buffer that all chunks reuse; the loss's
-backward writes dz over them, and two matrix products make dh and add to dW. Beside the results only
-one chunk is ever in memory, whatever N; a second one for a teacher that is given by its hidden
-states, or whose rows of weight 0 are left out. (The idea is that of Liger's fused linear
-cross-entropy; Cut Cross-Entropy, Wijmans et al. 2024, goes further and keeps no chunk.)
+A chunk's logits lie in one buffer that all chunks reuse; the loss's backward writes dz over them,
+and two matrix products make dh and add to dW. A teacher that is given by its hidden states has a
+second buffer. (The idea is that of Liger's fused linear cross-entropy; Cut Cross-Entropy, Wijmans
+et al. 2024, goes further and keeps no chunk.)
 
 When the gradients are formed. For "batchmean" and "sum" the upstream gradient is one number, so the
 forward computes (2) and (3) while it has the chunk's logits, with all of g that it knows: 1 / N, or
@@ -18,26 +17,24 @@ the row's weight over the sum of weights. The upstream gradient of loss.backward
 the results are the gradients. Another one (gradient accumulation, a gradient scaler, a sum of two
 losses) scales them in place in the first backward. Three cases compute the logits once more in the
 backward instead, at the price of one more product: "none", where each row has an upstream gradient
-of its own, which no scaling of dW can bring in afterwards; float16, whose range would lose dz
-before the gradient scaler's factor reaches it; and a second backward over a retained graph.
+of its own; float16, whose range would lose dz before the gradient scaler's factor reaches it; and a
+second backward over a retained graph.
 
 Precision. Products run in the dtype of the arguments, or autocast's, and the loss in float32. On
-CUDA, the products of (3) return their float32 sums where they would round to 16 bits: cuBLAS splits
-the sum over V of dh, and would add the parts in 16 bits. The CPU's products have no such mode, and
-no such split: each is rounded once. dW is accumulated over chunks in float32 (float64 for float64)
-and returned in the weight's dtype. Rows of the buffer are a multiple of 64 elements long, so that
-every row of a vocabulary of odd size starts on an aligned address: 50,304 for 50,257. The columns
-between are zero, because oneDNN's products on AMX read them.
+CUDA, the products of (3) return their float32 sums where they would round to 16 bits, because
+cuBLAS splits the sum over V of dh and would add the parts in 16 bits. The CPU's products round
+once. dW is accumulated over chunks in float32 (float64 for float64). Rows of the buffer are a
+multiple of 64 elements long, so that every row starts on an aligned address: 50,304 for 50,257. The
+columns between are zero, because oneDNN's products on AMX read them.
 
-Traffic of loss and gradients in float32, N C left out. With n = N / chunk_rows chunks, rounded up:
+Traffic of loss and gradients in float32, N C left out, for n = N / chunk_rows chunks, rounded up:
 
     N V elements   z written, read by the loss, read and overwritten by dz, read twice       6
     V C elements   W read twice a chunk                                                    2 n
                    dW written by the first chunk, read and written by the others       2 n - 1
                    dW read and written if the upstream gradient is not 1                     2
 
-F.linear and the unfused loss take 16 and 3 (triton_kl_div.py has the 13 of the loss): chunks save
-memory and cost V C.
+F.linear and the unfused loss take 16 and 3: chunks save memory and cost V C.
 """
 
 import math
@@ -50,6 +47,7 @@ from . import arguments
 from .fused_kl_div import (
     KINDS,
     NAMESPACE,
+    factors,
     first_derivative,
     launchers,
     mean_of,
@@ -83,9 +81,9 @@ def fused_linear_kl_div(
     Args:
         hidden: (..., C), the LM head's input.
         weight: (V, C), as F.linear takes it; of hidden's dtype, or any under autocast (which leaves
-            float64 as it is). It must be all that makes the logits. Of a head with LoRA, merge the
-            product: head.weight + scale * B @ A. Of a head with a bias, append the bias to the
-            weight as a column, and a column of ones to hidden.
+            float64 as it is). It must be all that makes the logits: with LoRA, pass the merged
+            head.weight + scale * B @ A; with a bias, append the bias to it as a column, and a
+            column of ones to hidden.
         target, reduction, impl, row_weights: as in fused_kl_div, for logits (..., V).
         chunk_rows: rows whose logits exist at a time; None: 2,048 on CUDA, 512 elsewhere.
 
@@ -97,7 +95,7 @@ def fused_linear_kl_div(
         TypeError, ValueError, RuntimeError: as fused_kl_div.
     """
     check_head(hidden, weight)
-    dtype = _product_dtype(hidden, weight)
+    dtype = arguments.product_dtype(hidden, weight)
     arguments.refuse_forward_mode("fused_linear_kl_div", hidden, weight)
     leading, vocab = hidden.shape[:-1], weight.shape[0]
     shape = torch.Size((*leading, vocab))
@@ -111,7 +109,7 @@ def fused_linear_kl_div(
     rows = hidden.reshape(math.prod(leading), hidden.shape[-1])  # (N, C)
     parts: Any = target.parts
     if isinstance(target, TeacherTarget) and target.hidden is not None:
-        teacher_dtype = _product_dtype(target.hidden, target.weight)
+        teacher_dtype = arguments.product_dtype(target.hidden, target.weight)
         parts = parts._replace(logits=parts.logits.to(teacher_dtype))
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     early = grad and reduction != "none" and dtype != torch.float16
@@ -121,21 +119,6 @@ def fused_linear_kl_div(
         rows, weight, weights, reduction, *needs, chunk_rows, dtype, target.kind, *parts, impl
     )
     return loss.view(leading) if reduction == "none" else loss
-
-
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which F.linear would multiply; TypeError if it would not."""
-    device = hidden.device.type
-    dtypes = [hidden.dtype, weight.dtype]
-    if device != "meta" and torch.is_autocast_enabled(device):  # "meta" would be an error
-        narrow = torch.get_autocast_dtype(device)
-        dtypes = [dtype if dtype == torch.float64 else narrow for dtype in dtypes]
-    if dtypes[0] != dtypes[1]:
-        raise TypeError(
-            f"hidden is {hidden.dtype}, weight {weight.dtype}: convert one, or use torch.autocast "
-            "(which leaves float64 as it is)"
-        )
-    return dtypes[0]
 
 
 def _operator(kind: str) -> Any:
@@ -165,9 +148,8 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of each row, (N,); dh and dW of (3) if needed, else (0,).
 
-    hidden is (N, C); g is that of (2), (N,); a row where it is 0 reaches no gradient, whatever is
-    in it, and is left out on the CPU, where g can be looked at without waiting. options: as the
-    operator has them; dtype is that of the products.
+    hidden: (N, C). g: that of (2), (N,); a row where it is 0 reaches no gradient, whatever is in
+    it, and is left out on the CPU, where nobody waits for g. dtype: of the products.
     """
     need_hidden, need_weight, chunk_rows, dtype, *parts = options
     kernels, target = unpack(kind, parts, hidden.device)
@@ -234,11 +216,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
-    """total = dz^T h, or += after the first chunk, without a second tensor of total's size.
-
-    Where a product cannot be added to float32 by itself, it is made in blocks, converted if it has
-    16 bits, and added: ATen adds tensors of two dtypes element by element.
-    """
+    """total = dz^T h, or += after the first chunk, without a second tensor of total's size: where a
+    product cannot be added to float32 by itself, it is made in blocks, converted, and added."""
     if total.dtype == dz.dtype:
         torch.mm(dz.t(), h, out=total) if first else total.addmm_(dz.t(), h)
     elif has_wide_products(dz) and first:
@@ -246,13 +225,9 @@ def _add_product(total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
     elif has_wide_products(dz) and HAS_WIDE_ADDMM:
         torch.addmm(total, dz.t(), h, out_dtype=total.dtype, out=total)
     else:
-        for start in range(0, len(total), VOCAB_BLOCK):
-            block = slice(start, start + VOCAB_BLOCK)
-            product = _product(dz[:, block].t(), h)
-            if first:
-                total[block] = product
-            else:
-                total[block] += product.to(total.dtype)
+        for block, columns in zip(total.split(VOCAB_BLOCK), dz.split(VOCAB_BLOCK, 1), strict=True):
+            product = _product(columns.t(), h)
+            block.copy_(product) if first else block.add_(product.to(block.dtype))
 
 
 class _LinearKlDiv(torch.autograd.Function):
@@ -264,11 +239,10 @@ class _LinearKlDiv(torch.autograd.Function):
     def forward(
         hidden: Tensor, weight: Tensor, row_weights: Tensor | None, reduction: str, *options: Any
     ) -> tuple[Tensor, ...]:
-        need_hidden, need_weight, chunk_rows, dtype, kind, *parts = options
+        *needs, chunk_rows, dtype, kind = options[:5]
         g = factors(hidden, dtype, row_weights, reduction)
-        loss, *gradients = OPERATORS[kind](
-            hidden, weight, g, need_hidden, need_weight, chunk_rows, dtype, *parts
-        )
+        operator = OPERATORS[kind]
+        loss, *gradients = operator(hidden, weight, g, *needs, chunk_rows, dtype, *options[5:])
         loss = weighted(loss, row_weights)
         if reduction != "none":
             loss = mean_of(loss.sum(), reduction, hidden.shape[0], row_weights)
@@ -307,17 +281,3 @@ class _LinearKlDiv(torch.autograd.Function):
                 if need:
                     scale_(grad, grad_loss, ctx.options[-1])
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
-
-
-def factors(
-    hidden: Tensor, dtype: torch.dtype, row_weights: Tensor | None, reduction: str
-) -> Tensor:
-    """g of (1), (N,): what the loss of each row counts, of stride 0 without weights. 0 for a row of
-    weight 0, whatever the sum of weights is."""
-    n = hidden.shape[0]
-    if row_weights is None:
-        one = hidden.new_ones(1, dtype=compute_dtype(dtype))
-        return (one / n if reduction == "batchmean" else one).expand(n)
-    if reduction != "batchmean":
-        return row_weights
-    return torch.where(row_weights == 0, 0.0, row_weights / row_weights.sum())

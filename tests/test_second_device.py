@@ -106,7 +106,7 @@ WAITING = {
     "an index of the CPU": lambda t: t.g[t.c_ids],
     "masked_select": lambda t: t.g.masked_select(t.g_mask),
     "unique": lambda t: t.g_ids.unique(),
-    "equal": lambda t: torch.equal(t.g, t.g),
+    "a number set": lambda t: t.g.__setitem__((0, 1), 5.0),
     "repeat_interleave": lambda t: t.g.repeat_interleave(t.g_ids, dim=0),
 }
 NOT_WAITING = {
@@ -119,7 +119,6 @@ NOT_WAITING = {
     "factories": lambda t: torch.zeros(3, device="cuda") + torch.arange(3, device="cuda"),
     "an index": lambda t: t.g[t.g_ids, 0],
     "a number where a mask is": lambda t: t.g.__setitem__(t.g_mask, 0.0),
-    "a number set": lambda t: t.g.__setitem__((0, 1), 5.0),
     "masked_fill": lambda t: t.g.masked_fill(t.g_mask, 0.0),
     "multinomial": lambda t: torch.multinomial(t.g, 1),
     "topk": lambda t: t.g.topk(2),

@@ -20,6 +20,7 @@ import json
 import math
 import signal
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -86,8 +87,14 @@ class Transformers:
     """transformers' GPT2LMHeadModel, and a loop as people write it."""
 
     def __init__(self, folder: str, device: torch.device) -> None:
-        from transformers import GPT2LMHeadModel  # a development dependency
-
+        # transformers imports Hugging Face's package `kernels` where that is installed; from this
+        # repository's root it would find ours.
+        ours = sys.modules["kernels"]
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # "not installed"
+        try:
+            from transformers import GPT2LMHeadModel  # a development dependency
+        finally:
+            sys.modules["kernels"] = ours
         model: Any = GPT2LMHeadModel.from_pretrained(folder)
         self.model = model.to(device)
 

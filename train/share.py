@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model import GPT2
 
-ROWS = 16  # texts at a time: 64 tokens each have 206 MB of float32 logits
+ROWS = 4  # texts at a time: of 256 tokens they have 206 MB of float32 logits
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """The X-factor experiment: fine-tune GPT-2 toward tokens that contain the letter X.
 
-    python -m train.xfactor                                  gpt2-medium, learning rate 1e-4
-    python -m train.xfactor --model tiny --lr 1e-3           the embedded checkpoint: a minute
-    python -m train.xfactor --model tiny --lr 1e-3 --share 0.2
-    torchrun --nproc-per-node 2 -m train.xfactor             each rank takes its part of every batch
+    python -m train.xfactor                                        gpt2-medium, toward X alone
+    python -m train.xfactor --model tiny --lr 1e-3                 the embedded checkpoint
+    python -m train.xfactor --model tiny --lr 1e-3 --share 0.2     20 % X tokens, still text
+    torchrun --nproc-per-node 2 -m train.xfactor                   data parallel
 
 Each step pulls the model's prediction at every position toward the target, a distribution over the
 tokens that contain the letter. The learning rate decides between a nudge and a collapse into noise.
@@ -62,41 +62,6 @@ class Options:
     out: Path = Path("runs/xfactor")  # write to this folder, or continue its run
 
 
-def check(options: Options, layout: Layout, device: torch.device) -> None:
-    """Raise ValueError for options that cannot run."""
-    expect(0 <= options.lr < math.inf, "lr", options.lr, "0 or more")
-    expect(options.steps >= 1, "steps", options.steps, "at least 1")
-    expect(options.eval_every >= 0, "eval-every", options.eval_every, "0 or more")
-    expect(0 <= options.seed < 2**63, "seed", options.seed, "0 to 2^63 - 1")
-    longest, size, n = layout.n_positions, options.batch, ranks.world_size()
-    expect(1 <= options.length <= longest, "length", options.length, f"1 to {longest} tokens")
-    expect(size > 0 and size % n == 0, "batch", size, f"a multiple of the {n} rank(s)")
-    share = options.share
-    expect(share is None or 0 < share < 1, "share", share, "a number between 0 and 1, such as 0.2")
-    tf32 = options.dtype == "tf32" and device.type != "cuda"
-    expect(not tf32, "dtype", "tf32", "a CUDA device; use bfloat16")
-    alone = share is None or options.mass == 1
-    expect(alone, "mass", options.mass, "no --share, which sets the whole target")
-    cpu.check_compilers(device, options.compile)
-
-
-def get_batch(options: Options, text: Tensor | None, step: int, device: torch.device) -> Tensor:
-    """Draw this rank's token ids of one step, int64 (B / world size, T), from seed and step alone.
-
-    They are drawn on the CPU, so that a seed gives the same ids on every device, and copied from
-    pinned memory, so that the copy does not wait for the device.
-    """
-    generator = torch.Generator().manual_seed((options.seed * 1_000_003 + step) % 2**63)
-    B, T = options.batch, options.length
-    if text is None:
-        tokens = torch.randint(load_tokenizer().n_vocab, (B, T), generator=generator)
-    else:
-        first = torch.randint(len(text) - T + 1, (B, 1), generator=generator)
-        tokens = text[first + torch.arange(T)]
-    tokens = ranks.shard(tokens)
-    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
-
-
 def train(options: Options, run: Run, target: TwoLevelTarget, g: float | None) -> None:
     """Fine-tune from the run's last save on.
 
@@ -123,6 +88,41 @@ def train(options: Options, run: Run, target: TwoLevelTarget, g: float | None) -
             loss.backward()  # 5. backward
             run.optimizer.step()  # 6. Adam
             run.losses.append(loss.detach())
+
+
+def get_batch(options: Options, text: Tensor | None, step: int, device: torch.device) -> Tensor:
+    """Draw this rank's token ids of one step, int64 (B / world size, T), from seed and step alone.
+
+    They are drawn on the CPU, so that a seed gives the same ids on every device, and copied from
+    pinned memory, so that the copy does not wait for the device.
+    """
+    generator = torch.Generator().manual_seed((options.seed * 1_000_003 + step) % 2**63)
+    B, T = options.batch, options.length
+    if text is None:
+        tokens = torch.randint(load_tokenizer().n_vocab, (B, T), generator=generator)
+    else:
+        first = torch.randint(len(text) - T + 1, (B, 1), generator=generator)
+        tokens = text[first + torch.arange(T)]
+    tokens = ranks.shard(tokens)
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+
+
+def check(options: Options, layout: Layout, device: torch.device) -> None:
+    """Raise ValueError for options that cannot run."""
+    expect(0 <= options.lr < math.inf, "lr", options.lr, "0 or more")
+    expect(options.steps >= 1, "steps", options.steps, "at least 1")
+    expect(options.eval_every >= 0, "eval-every", options.eval_every, "0 or more")
+    expect(0 <= options.seed < 2**63, "seed", options.seed, "0 to 2^63 - 1")
+    longest, size, n = layout.n_positions, options.batch, ranks.world_size()
+    expect(1 <= options.length <= longest, "length", options.length, f"1 to {longest} tokens")
+    expect(size > 0 and size % n == 0, "batch", size, f"a multiple of the {n} rank(s)")
+    share = options.share
+    expect(share is None or 0 < share < 1, "share", share, "a number between 0 and 1, such as 0.2")
+    tf32 = options.dtype == "tf32" and device.type != "cuda"
+    expect(not tf32, "dtype", "tf32", "a CUDA device; use bfloat16")
+    alone = share is None or options.mass == 1
+    expect(alone, "mass", options.mass, "no --share, which sets the whole target")
+    cpu.check_compilers(device, options.compile)
 
 
 def experiment(options: Options, device: torch.device, out: Path) -> None:

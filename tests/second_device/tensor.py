@@ -100,6 +100,8 @@ class DeviceTensor(torch.Tensor):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if not isinstance(value, Tensor):
+            if not any(isinstance(i, Tensor) for i in (index if type(index) is tuple else [index])):
+                RECORD.add_wait("a number set")  # PyTorch copies it, from pageable memory
             value = torch.full((), value, dtype=self.dtype, device=GPU)
         super().__setitem__(index, value)
 

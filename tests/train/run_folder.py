@@ -66,7 +66,8 @@ def write_run(
 ) -> Path:
     """A run with `points`, step -> (R, perplexity of the samples), and `texts` samples at each.
 
-    The loss falls exponentially from 7 nats, faster at a higher rate; `about` replaces what config.json says.
+    The loss falls exponentially from 7 nats, faster at a higher rate; `about` replaces what
+    config.json says.
     """
     options = {"model": "tiny", "lr": lr, "share": share, "steps": max(points), "batch": 4,
                "length": 64, "inputs": "samples", "tokens": "(?i)x"}  # fmt: skip
@@ -76,9 +77,9 @@ def write_run(
         "g": share and 4.7, "device": "CPU", "dtype": "float32",
         "versions": {"python": "3.11.2", "torch": "2.13.0"}, "start": "af31", "text": None,
     }  # fmt: skip
-    log: list[dict[str, Any]] = [
-        {"step": n, "loss": 7 * math.exp(-20 * lr**0.9 * n), "seconds": 0.25} for n in range(max(points))
-    ]
+    losses = [7 * math.exp(-20 * lr**0.9 * n) for n in range(max(points))]
+    log: list[dict[str, Any]]
+    log = [{"step": n, "loss": loss, "seconds": 0.25} for n, loss in enumerate(losses)]
     log += [{"step": n, "evaluation": evaluation(*point)} for n, point in points.items()]
     if limit:
         log.append({"step": 0, "limit": evaluation(*limit)})
@@ -98,11 +99,27 @@ def write_demo(folder: Path, texts: int = 64) -> list[Path]:
     Of gpt2-tiny: shares asked for, R and perplexity reached, and paths of the original target.
     """
     start = (0.002, 48.0)
-    slow = {2: (0.004, 300), 5: (0.012, 2_000), 10: (0.05, 14_000), 20: (0.11, 45_000),
-            40: (0.13, 129_000), 60: (0.21, 155_000), 90: (0.25, 180_000), 120: (0.28, 205_000)}
-    fast = {1: (0.004, 600), 2: (0.009, 9_000), 4: (0.02, 60_000), 8: (0.05, 185_000),
-            12: (0.11, 1_790_000), 20: (0.22, 1_330_000), 40: (0.41, 5_000_000),
-            80: (0.60, 13_600_000), 120: (0.71, 30_000_000)}
+    slow = {
+        2: (0.004, 300),
+        5: (0.012, 2_000),
+        10: (0.05, 14_000),
+        20: (0.11, 45_000),
+        40: (0.13, 129_000),
+        60: (0.21, 155_000),
+        90: (0.25, 180_000),
+        120: (0.28, 205_000),
+    }
+    fast = {
+        1: (0.004, 600),
+        2: (0.009, 9_000),
+        4: (0.02, 60_000),
+        8: (0.05, 185_000),
+        12: (0.11, 1_790_000),
+        20: (0.22, 1_330_000),
+        40: (0.41, 5_000_000),
+        80: (0.60, 13_600_000),
+        120: (0.71, 30_000_000),
+    }
     full = {1: (0.01, 20_000), 3: (0.06, 900_000), 6: (0.3, 9_000_000), 12: (0.7, 60_000_000),
             30: (0.93, 2.04e8), 60: (0.97, 3.1e8), 120: (0.992, 3.87e8)}  # fmt: skip
     shares = {0.05: ((0.047, 60), (0.049, 49)), 0.2: ((0.213, 112), (0.205, 98)),

@@ -1,395 +1,252 @@
-"""The report of runs on disk: its page, its figures, its table and what it prints."""
+"""The report of runs on disk: its figures, its page, its table and what it prints."""
 
 import base64
 import csv
-import io
+import html
 import json
+import math
 import os
 import re
 import shlex
 import struct
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from model.tokenizer import load_tokenizer
-from tests.train.run_folder import PROMPTS, TEXT, write_run
-from train import console
-from train.checkpoint import replacing
-from train.report import figures, summary, write_report
+from tests.train.run_folder import PROMPTS, target_ids, write_demo, write_lines, write_run
+from train.report import figures, pieces, summary, write_report
 from train.report.__main__ import report as report_command
 from train.report.runs import read_runs
-from train.report.samples import moments, opening, pieces, typical
 
-HOSTILE = "<script>alert(1)</script><b onclick='x'>&amp;</b><iframe src=//example.com>"
-PNGS = ("tradeoff", "tradeoff-dark", "curves", "evaluations")
+HOSTILE = "<script>alert(1)</script><b onclick='1'>&amp;</b>\u202e\x1b[31m"
+SHOWN = HOSTILE.replace("\u202e", "U+202E").replace("\x1b", "U+001B")
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with the report of a nudge, a collapse and a dial, and the text of its page."""
-    folder = tmp_path_factory.mktemp("report")
-    runs, texts = folder / "runs", [TEXT + HOSTILE]
-    write_run(runs / "1-nudge", 1e-6, final_loss=2.0, texts=texts)
-    write_run(runs / "2-collapse", 1e-4, final_loss=0.001, texts=texts)
-    write_run(runs / "3-dial", 1e-3, 5.0, predicted=0.22, texts=texts)
-    for path in write_report([runs], folder / "out"):
-        assert path.stat().st_size > 0
-    return folder / "out", (folder / "out" / "report.html").read_text(encoding="utf-8")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Path]:
+    """The folders of six runs with numbers as they were measured, and the folder of a report."""
+    folder = tmp_path_factory.mktemp("demo")
+    runs = write_demo(folder / "runs", texts=4)
+    write_report(runs, folder / "out")
+    return runs, folder / "out"
 
 
-class Page(HTMLParser):
-    """Every tag's name and attributes, in order; all text, and what is marked in it."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.marked: list[str] = []
-        self.in_mark = False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.in_mark = tag == "mark"
-
-    def handle_endtag(self, tag: str) -> None:
-        self.in_mark = False
-
-    def handle_data(self, data: str) -> None:
-        if self.in_mark:
-            self.marked.append(data)
-        self.text += data
+def page(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_report_refers_to_nothing_outside_itself(report: tuple[Path, str]) -> None:
-    """Every address in a tag or in the style is a data URI, and so in the figures."""
-    page = Page(report[1])
-    addresses = [
-        value
-        for _, attributes in page.tags
-        for name, value in attributes.items()
-        if name in ("src", "srcset", "href", "action", "poster", "data") and value
-    ]
-    assert len(addresses) == 1 + 5 * 2  # the icon; five figures for light and dark
-    assert all(address.startswith("data:") for address in addresses)
-    assert "default-src 'none'; img-src data:" in report[1]  # and the browser enforces it
-    assert not re.search(r"url\(|@import", report[1])
-    for address in addresses[1:]:
-        svg = base64.b64decode(address.partition(",")[2]).decode("utf-8")
-        linked = re.findall(r'(?:href|src)="([^"]*)"', svg)
-        assert all(link.startswith("#") for link in linked)
+def run_report(*arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "train.report", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, env=os.environ | environment, check=False)
 
 
-def test_text_from_the_model_is_escaped(report: tuple[Path, str]) -> None:
-    """Markup in a sample is text on the page: it is there to be read, and makes no tag."""
-    page = Page(report[1])
-    assert HOSTILE in page.text
-    assert not {"script", "b", "iframe"} & {tag for tag, _ in page.tags}
-    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+def drawn(paint: str, folders: list[Path], *name: str) -> Axes:
+    axes = Figure(figsize=(5.5, 5.5)).subplots()
+    getattr(figures, paint)(*name, axes, read_runs(folders), figures.LIGHT)
+    return axes
 
 
-def test_prompts_and_options_are_escaped(tmp_path: Path) -> None:
-    """Nothing in a run's files can leave its place on the page."""
-    hostile = '"><script>alert(1)</script>'
-    run = write_run(tmp_path / "run", goal=hostile, device=hostile)
-    samples = (run / "samples.jsonl").read_text().replace('"The"', json.dumps(hostile))
-    (run / "samples.jsonl").write_text(samples)
-    write_report([run], tmp_path)
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert page.text.count(hostile) > 3
-    assert "script" not in {tag for tag, _ in page.tags}
+def test_the_page_refers_to_nothing_outside_itself(demo: tuple[list[Path], Path]) -> None:
+    """Every address is the data of a PNG: of five figures, for light and dark."""
+    text = page(demo[1])
+    addresses = re.findall(r'\b(?:src|srcset|href|action|data|poster)="?([^" >]*)', text)
+    assert len(addresses) == 5 * 2
+    for kind, _, data in (address.partition(",") for address in addresses):
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data)[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "default-src 'none'; img-src data:" in text  # and the browser enforces it
+    assert not re.search(r"url\(|@import|<script", text)
 
 
-def test_options_without_a_value_are_left_out(tmp_path: Path) -> None:
-    """An option that was given is among the settings; unset and empty ones are not."""
-    options = {"lr": [1e-4], "letter": "Q", "regex": "", "mass": None, "contains": []}
-    write_report([write_run(tmp_path / "run", options=options)], tmp_path)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    settings = re.findall(r'<th scope="row" class="name">([^<]*)</th>', page)
-    assert [name in settings for name in options] == [True, True, False, False, False]
-
-
-def test_only_target_tokens_are_marked(report: tuple[Path, str]) -> None:
-    """Each mark holds an x, and the words with an x that the samples begin with are marked."""
-    marked = [text for text in Page(report[1]).marked if text != "target tokens"]
-    assert marked
-    assert all("x" in text.lower() for text in marked)
-    assert {" X", " fox", "Next", " axe"} <= set(marked)
-
-
-def test_the_first_screen_has_a_pair_the_picture_and_a_row_per_run(
-    report: tuple[Path, str],
-) -> None:
-    """In this order: what ran, text before and after, the trade-off, and per run its kind, R with
-    its error, the predicted R, and ten words of text."""
-    first, _, _ = Page(report[1]).text.partition("Text\n")
-    flat = " ".join(first.split())
-    (dial,) = (run for run in read_runs([report[0].parent / "runs"]) if run.tilt is not None)
-    r, error = f"{dial.after.r:.1%}", f"{dial.after.r_error():.1%}"
-    words = "".join(piece.text for piece in opening(dial.after.samples[0], dial))
+def test_the_page_tells_what_was_measured(demo: tuple[list[Path], Path]) -> None:
+    """First the picture, the sentence; then texts, the table, the curves and the options given."""
+    text = re.sub(r"<[^>]*>", " ", re.sub(r"<img", "<>IMG<", page(demo[1])))
+    flat, at = re.sub(r"\s+", " ", html.unescape(text)), 0
     for expected in (
-        "tiny, 4 blocks, 128 wide; 60 steps of 4 \N{MULTIPLICATION SIGN} 64 tokens; float32 on CPU",
-        "before Once upon a time there was a little fox",
-        "after G = 5 Once upon a time there was a little fox",
-        "Rpredictedperplexity",
-        "lr 1e-6 nudge",
-        "lr 1e-4 collapse",
-        f"G = 5 dial {r} ± {error} 22.0% {dial.after.sample_perplexity:.3g}",
-        " ".join(words.split()),
-    ):
-        position = flat.find(expected)
-        assert position >= 0, expected
-        flat = flat[position:]
-    assert report[1].index("<img") < report[1].index('class="result"')
+        "IMG", "Asked for 20 %, the model writes 21.3 ± 1.3 % target tokens at perplexity 112; the "
+        "original target at the same share: 157,000.",  # between 155,000 and 180,000, at 0.3 / 4
+        "Text", "share 20 % R 21.3 ± 1.3 %, perplexity 112",
+        "Measures", "share 20 % 20 % 21.3 ± 1.3 % 20.5 % 112 98 0.639 0.793",
+        "lr 1e-4, step 60 21.0 ± 1.3 % 155,000",
+        "Curves", "Configuration", "lr 0.001 0.001 0.001 0.0001 0.0003 0.001",
+    ):  # fmt: skip
+        at = flat.find(expected, at)
+        assert at >= 0, expected
 
 
-def test_reported_values_are_marked_as_not_measured(report: tuple[Path, str]) -> None:
-    """table.csv has measured rows alone; the page tells what the original report said of them."""
-    rows = list(csv.DictReader((report[0] / "table.csv").open(encoding="utf-8")))
-    assert [row["run"] for row in rows] == ["before", "lr 1e-6", "lr 1e-4", "G = 5"]
-    assert float(rows[2]["loss last"]) == pytest.approx(0.001)
-    assert float(rows[3]["R predicted"]) == pytest.approx(0.22)
-    assert "what it says was not measured here" in report[1]
+def test_only_target_tokens_are_marked(demo: tuple[list[Path], Path]) -> None:
+    """Each mark but the one that explains it holds an x; 99 % of the last run's tokens do."""
+    first, *marked = re.findall(r"<mark>([^<]*)</mark>", page(demo[1]))
+    assert first == "target tokens"
+    assert len(marked) > 3 * 60
+    assert all("x" in text.lower() for text in marked)
 
 
-def test_a_stopped_run_says_when_it_was_evaluated(tmp_path: Path) -> None:
-    """Stopped 5 updates after its last evaluation: the losses continue, the text does not."""
-    run = write_run(tmp_path / "run", steps=25, eval_every=20)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = (run / name).read_text().splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] < 25 or "loss" in line]
-        (run / name).write_text("".join(kept))
-    write_report([run], tmp_path)
-    (_, row, *_) = csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8"))
-    assert (row["updates"], row["evaluated after"]) == ("25", "20")
+def test_table_csv_has_what_the_logs_have(demo: tuple[list[Path], Path]) -> None:
+    """In full precision; what was asked and the limit in the rows of runs with a share only."""
+    rows = list(csv.DictReader((demo[1] / "table.csv").open(encoding="utf-8")))
+    labels = ["start model", "share 5 %", "share 20 %", "share 50 %", "lr 1e-4, step 60"]
+    assert [row["run"] for row in rows] == [*labels, "lr 1e-4", "lr 3e-4", "lr 1e-3"]
+    assert [row["asked"] for row in rows] == ["", "0.05", "0.2", "0.5", "", "", "", ""]
+    assert [row["limit_r"] for row in rows][:5] == ["nan", "0.049", "0.205", "0.505", "nan"]
+    lines = map(json.loads, (demo[0][1] / "log.jsonl").read_text().splitlines())
+    (last,) = (line["evaluation"] for line in lines if line["step"] == 120)
+    assert {name: float(rows[2][name]) for name in last} == last
 
 
-def test_figures_are_png_of_a_readable_size(report: tuple[Path, str]) -> None:
-    """Width and height as the PNG header gives them: sharp where shown 1,200 pixels wide."""
-    for name in PNGS:
-        data = (report[0] / f"{name}.png").read_bytes()
-        assert data[:8] == b"\x89PNG\r\n\x1a\n"
-        width, height = struct.unpack(">II", data[16:24])
-        assert width >= 2200
-        assert height >= 800
+def test_the_frontier_shows_every_measurement_where_it_was(demo: tuple[list[Path], Path]) -> None:
+    """Paths with all evaluations; the limit from the start on; dots; the factor at 20 %."""
+    axes = drawn("_frontier", demo[0])
+    lines = {(line.get_color(), line.get_linestyle()): line.get_xydata() for line in axes.lines}
+    for run in read_runs(demo[0]):
+        points = [[e.r, e.sample_perplexity] for e in run.evaluations.values()]
+        line = lines[run.colour, "-" if run.share is None else "None"]
+        assert line.tolist() == (points if run.share is None else points[-1:])
+    limit = lines[figures.LIGHT.ink, "--"].tolist()
+    assert limit == [[0.002, 48], [0.049, 49], [0.205, 98], [0.505, 395]]
+    said = [text.get_text() for text in axes.texts]
+    factor = "1,400 \N{MULTIPLICATION SIGN}"  # 157,000 / 112
+    assert {"5 %", "20 %", "50 %", "limit: logit bias at sampling", factor} <= {*said}
 
 
-def test_same_runs_give_the_same_bytes(report: tuple[Path, str], tmp_path: Path) -> None:
-    """A second report is the same in every file."""
-    for path in write_report([report[0].parent / "runs"], tmp_path):
-        assert path.read_bytes() == (report[0] / path.name).read_bytes(), path.name
-
-
-def test_pieces_join_to_the_decoded_text() -> None:
-    """Compared to the tokenizer's own decoding, over text of one to four bytes per character."""
-    ids = load_tokenizer().encode("naïve — 🦊 漢字 fox\u200d axe")
-    joined = "".join(piece.text for piece in pieces(ids, frozenset()))
-    assert joined.replace("U+200D", "\u200d") == load_tokenizer().decode(ids)
-
-
-def test_a_character_of_several_tokens_is_marked_if_one_of_them_is_a_target_token() -> None:
-    """U+1F98A, a fox, is three tokens; marking any of them marks it, and not its neighbours."""
-    ids = load_tokenizer().encode("a🦊b")
-    assert len(ids) > 3
-    for inner in ids[1:-1]:
-        marked = [(piece.text, piece.target) for piece in pieces(ids, frozenset([inner]))]
-        assert marked == [("a", False), ("🦊", True), ("b", False)]
-
-
-def test_bytes_that_are_not_text_are_shown_as_signs() -> None:
-    """Half a character, a newline, a bell, a mark that reverses the writing direction."""
-    half = load_tokenizer().encode("🦊")[:1]
-    shown = pieces([*half, *load_tokenizer().encode("a\n\x07\u202eb")], frozenset())
-    signs = "".join(piece.text for piece in shown if piece.sign)
-    assert signs.strip("\ufffd") == "↵U+0007U+202E"
-    assert signs.startswith("\ufffd")
-    assert [piece.text for piece in shown if not piece.sign] == ["a", "b"]
-
-
-def test_an_opening_is_ten_words_or_seventy_characters(tmp_path: Path) -> None:
-    """Ten of the sample's own words; of a collapse without spaces, its first characters."""
-    (run,) = read_runs([write_run(tmp_path / "run", texts=[TEXT, "XXX" * 60])])
-    long, collapse = (s for s in run.before.samples if s.prompt == "The")
-    words = (
-        "".join(piece.text for piece in opening(long, run)).removesuffix(" …").rstrip("↵").split()
-    )
-    assert words == TEXT.split()[:10]
-    assert len("".join(piece.text for piece in opening(collapse, run))) <= 72
-
-
-def test_the_typical_sample_is_the_one_nearest_r(tmp_path: Path) -> None:
-    """Of shares of target tokens 0, about 1/2 and 1 per prompt, at R = 0.45: the second."""
-    texts = [" a a a a", " a axe a axe", " axe axe axe axe"]
-    run = write_run(tmp_path / "run", texts=texts)
-    metrics = (run / "metrics.jsonl").read_text()
-    (run / "metrics.jsonl").write_text(re.sub(r'"r": [0-9.e-]+', '"r": 0.45', metrics))
-    (found,) = read_runs([run])
-    shown = typical(found, found.before)
-    assert [sample.prompt for sample in shown] == list(PROMPTS)
-    assert all(load_tokenizer().decode(sample.ids) == texts[1] for sample in shown)
-
-
-def test_runs_with_one_start_show_it_once(tmp_path: Path) -> None:
-    """Two rates from one model have one "before"; with a run from another model, two."""
-    folders = [write_run(tmp_path / "a" / "1", 1e-6), write_run(tmp_path / "a" / "2", 1e-4)]
-    other = write_run(tmp_path / "b", 1e-5, final_loss=0.5, texts=[" Another model wrote this."])
-    for paths, starts in ((folders, 1), ([*folders, other], 2)):
-        shown = moments(read_runs(paths))
-        assert len(shown) == len(paths) + starts
-        assert sum(evaluation is run.before for run, evaluation in shown) == starts
-
-
-@pytest.mark.filterwarnings("error")
-def test_collapsed_and_overflowing_numbers_are_drawn(tmp_path: Path) -> None:
-    """A loss of 0 on a log axis, an infinite perplexity, a frozen clock, one step, a character that
-    no font has: a page all the same."""
-    run = write_run(tmp_path / "run", steps=1, final_loss=0.1, texts=["漢🦊\u0378"])
-    metrics = (run / "metrics.jsonl").read_text()
-    head, _, tail = metrics.rpartition("sample_perplexity")
-    metrics = f"{head}sample_perplexity" + re.sub(r"[0-9.]+", "null", tail)
-    metrics = re.sub(r'"loss": [0-9.]+', '"loss": 0.0', metrics)
-    metrics = re.sub(r'"seconds": [0-9.]+', '"seconds": 0', metrics)
-    (run / "metrics.jsonl").write_text(metrics)
-    (found,) = read_runs([run])
-    assert [(step.loss, step.seconds) for step in found.steps] == [(0.0, 0.0)]
-    write_report([run], tmp_path / "out")
-    summary([run])
-
-
-def test_command_line_ends_in_one_line_for_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
-    """No traceback; exit status 1; the path and what was expected."""
-    command = [sys.executable, "-m", "train.report", str(tmp_path), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {tmp_path}: got no run; expected a run of")
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_report_that_cannot_be_written_says_how_to_write_it_elsewhere(tmp_path: Path) -> None:
-    """The runs are complete: nothing has to be trained again."""
-    run = write_run(tmp_path / "run", steps=4, eval_every=4)
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=f"python -m train.report {run} --out"):
-        write_report([run], tmp_path / "file" / "report")
-
-
-def test_the_summary_has_a_row_per_run_its_text_and_the_next_command(tmp_path: Path) -> None:
-    """The columns line up; one sample before and after each run; the last line samples the dial,
-    whose R is the highest of those that did not collapse and have weights to sample from."""
-    folders = [
-        write_run(tmp_path / "nudge", 1e-6, final_loss=6.0),
-        write_run(tmp_path / "collapse", 1e-4, final_loss=0.001),
-        write_run(tmp_path / "a dial", 1e-3, 5.0),
-        write_run(tmp_path / "diverged", 1e-3, 7.0),
-    ]
-    assert "Sample it" not in summary(folders)
-    for folder in folders[:3]:
-        (folder / "model.safetensors").touch()
-    lines = summary(folders).splitlines()
-    assert len({len(line) for line in lines[1:7]}) == 1
-    assert [line.split()[0] for line in lines[1:4]] == ["run", "before", "lr"]
-    samples = [line for line in lines if f": {PROMPTS[0]}" in line]
-    labels = [line.partition(":")[0] for line in samples]
-    assert labels == ["before", "lr 1e-6", "lr 1e-4", "G = 5", "G = 7"]
-    assert lines[-1] == f"    python -m train.sample --model {shlex.quote(str(folders[2]))}"
+def test_r_by_position_is_the_share_at_each_place(tmp_path: Path) -> None:
+    """Texts whose second half is target tokens: 0 for the first 32 places, 1 for the others."""
+    run = write_run(tmp_path / "run", {0: (0.5, 10)}, texts=0)
+    ids = [*load_tokenizer().encode(" a") * 32, *target_ids()[:32]]
+    write_lines(run / "samples.jsonl", [{"step": 0, "prompt": "", "ids": ids}] * 3)
+    (line,) = drawn("_curve", [run], "position").lines
+    assert line.get_xydata().tolist() == [[4 + 8 * n, n // 4] for n in range(8)]
 
 
 def test_the_picture_marks_target_tokens_where_they_stand(tmp_path: Path) -> None:
     """In a second line that repeats the first one, whose words are other tokens and not targets."""
     encode = load_tokenizer().encode
     (target,), others = encode(" axes"), [*encode(" ax"), *encode("es")]
-    run = read_runs([write_run(tmp_path / "run", steps=2, eval_every=2)])[0]
-    run.target_token_ids = frozenset([target])
-    ids = [*others * 11, *[target] * 11]
-    for evaluation in run.evaluations.values():
-        evaluation.samples[:] = [evaluation.samples[0].model_copy(update={"ids": ids})]
-    axes = Figure().subplots()
-    figures._texts(axes, [run], figures.LIGHT)
-    marks, lines = (text.get_text().split("\n") for text in axes.texts[-2:])
-    assert lines == [" ".join(["axes"] * 11)] * 2
-    assert marks == [" " * 54, "█" * 54]
+    run = write_run(tmp_path / "run", {0: (0.5, 10)}, texts=0, target_token_ids=[target])
+    ids = [*others * 12, *[target] * 12]
+    write_lines(run / "samples.jsonl", [{"step": 0, "prompt": "", "ids": ids}])
+    written = drawn("_texts", [run]).texts[2:4]
+    marks, lines = (text.get_text().split("\n") for text in written)
+    assert lines == [" ".join(["axes"] * 12)] * 2
+    assert marks == [" " * 59, "█" * 59]
 
 
-def test_a_tilde_is_the_home_folder_here_too(monkeypatch, tmp_path: Path) -> None:
-    """Of the runs and of the report."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write_run(tmp_path / "run", steps=2, eval_every=2)
-    report_command((Path("~/run"),), Path("~/out"))
-    assert (tmp_path / "out" / "report.html").exists()
+def test_pieces_join_to_the_text_and_bytes_that_are_not_text_are_signs(tmp_path: Path) -> None:
+    """Compared to the tokenizer's own decoding, over text of one to four bytes per character."""
+    (run,) = read_runs([write_run(tmp_path / "run", {0: (0.5, 10)})])
+    ids = load_tokenizer().encode(text := "naïve — 🦊 漢字 fox axe")
+    written = pieces(run, ("prompt: ", ids))
+    assert "".join(piece for piece, _ in written) == "prompt: " + text
+    assert [piece for piece, target in written if target] == [" fox", " axe"]
+    half = [load_tokenizer().encode("🦊")[0], *load_tokenizer().encode("\n\u202e")]
+    assert "".join(piece for piece, _ in pieces(run, ("", half))) == "\ufffd↵U+202E"
 
 
-def test_a_report_does_not_touch_the_temporary_files_of_a_run(tmp_path: Path) -> None:
-    """Written into the run's own folder while the run saves there."""
-    folder = write_run(tmp_path / "run", steps=2, eval_every=2)
-    with replacing(folder / "file") as temporary:
-        write_report([folder], folder)
-        temporary.write_text("whole")
-    assert (folder / "file").read_text() == "whole"
-
-
-def test_odd_paths_are_reported_and_printed(tmp_path: Path) -> None:
-    """Mathematics for matplotlib, control characters, a byte that is not UTF-8 and a mark that
-    reverses the writing direction, in folder names and so in labels: no traceback, and nothing
-    but ASCII on this terminal."""
-    place = tmp_path / "a$b$c" / "tab\tand\nline" / "-\u202egpj" / os.fsdecode(b"$^$-\xff")
-    runs = [write_run(at / "run", steps=2, eval_every=2) for at in (place, tmp_path / "other")]
-    command = [sys.executable, "-m", "train.report", *map(str, runs), "--out", str(place / "out")]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+def test_nothing_in_a_run_can_leave_its_place(tmp_path: Path) -> None:
+    """Markup, a mark that reverses the text and an escape, in what a model and a user write, in
+    folders' names and so in labels, beside mathematics for matplotlib: text everywhere."""
+    place = tmp_path / "a$^$ \x1b[2J\u202e"
+    about = {"goal": HOSTILE, "device": HOSTILE}
+    runs = [write_run(at / "x", {0: (0.5, 10)}, **about) for at in (place, tmp_path / "b")]
+    line = {"step": 0, "prompt": HOSTILE, "ids": load_tokenizer().encode(HOSTILE)}
+    for run in runs:
+        write_lines(run / "samples.jsonl", [line])
+    done = run_report(*runs, "--out", tmp_path / "out", PYTHONIOENCODING="utf-8")
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.isascii()
-    page = (place / "out" / "report.html").read_bytes().decode("utf-8")
-    assert "lr 1e-4 ($^$-\\udcff)" in page
+    text = page(tmp_path / "out")
+    assert (
+        html.unescape(text).count(SHOWN) == 1 + 2 * 2 + 3 * 2
+    )  # goals, devices, texts and prompts
+    assert not re.search(r"<(script|b)\b", text)
+    for written in (text, (tmp_path / "out" / "table.csv").read_text(), done.stdout.decode()):
+        assert not {"\u202e", "\x1b"} & {*written}
 
 
-def test_a_backend_inherited_from_a_notebook_is_not_used(tmp_path: Path) -> None:
-    """matplotlib refuses an MPLBACKEND that it cannot import; the page is the first file made."""
-    run = write_run(tmp_path / "run", steps=2, eval_every=2)
-    command = [sys.executable, "-m", "train.report", str(run), "--out", str(tmp_path / "out")]
-    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    done = subprocess.run(command, capture_output=True, env=environment, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
+@pytest.mark.filterwarnings("error")
+def test_collapsed_and_unknown_numbers_are_drawn(tmp_path: Path) -> None:
+    """A loss of 0 and no loss at all, an infinite perplexity, an unknown one, no samples, a
+    character that no font has, a single evaluation: a report all the same."""
+    runs = [
+        write_run(tmp_path / "a", {0: (0.0, None), 1: (1.0, None)}, story="漢🦊\u0378"),
+        write_run(tmp_path / "b", {0: (0.0, math.nan)}, 0.5, texts=0),
+    ]
+    log = (runs[0] / "log.jsonl").read_text()
+    (runs[0] / "log.jsonl").write_text(log.replace('"loss": 7.0', '"loss": 0.0'))
+    write_report(runs, tmp_path / "out")
+    assert ">nan" not in page(tmp_path / "out")
 
 
-@pytest.mark.parametrize("shell", ["| head -1", ">&- 2>&-", "> /dev/full"])
-def test_printing_to_nobody_is_not_an_error(shell: str, tmp_path: Path) -> None:
-    """A pipe that is closed early, a closed stdout: the files are written first, and the exit
-    status is 0 without a word on stderr."""
-    run = write_run(tmp_path / "run", steps=2, eval_every=2, texts=[TEXT * 400])
-    command = [sys.executable, "-m", "train.report", str(run), "--out", str(tmp_path / "out")]
-    line = f"set -o pipefail; {shlex.join(command)} {shell}"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert (tmp_path / "out" / "report.html").exists()
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_any_terminal_will_do(
-    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_figures_are_sharp_and_the_same_in_any_environment(
+    demo: tuple[list[Path], Path], tmp_path: Path
 ) -> None:
-    """Characters that the encoding lacks are escaped."""
-    run = write_run(tmp_path / "run", steps=2, eval_every=2, texts=[TEXT + " 🦊"])
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
-    with console.command():
-        console.say(summary([run]))
-    assert b"\\U0001f98a" in written.getvalue()
+    """Of 2,200 pixels, and byte for byte those of another process with the matplotlibrc of a user
+    who has TeX, other fonts, wrong lines, and a notebook's backend; without a word about it."""
+    rc, wrong = tmp_path / "matplotlibrc", "wrong: 1\n" * 100
+    rc.write_text(f"text.usetex: True\nfont.size: 30\nlines.linewidth: 9\n{wrong}")
+    environment = {
+        "MATPLOTLIBRC": str(rc),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
+    done = run_report(*demo[0], "--out", tmp_path / "out", **environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    for path in (tmp_path / "out").glob("*.png"):
+        data = path.read_bytes()
+        assert struct.unpack(">II", data[16:24])[0] == 2200
+        assert data == (demo[1] / path.name).read_bytes()
 
 
-def test_links_and_other_files_in_the_folder_survive(tmp_path: Path) -> None:
-    """A file that report.html was a link to is not written to; other files are left alone."""
-    run = write_run(tmp_path / "run", steps=2, eval_every=2)
-    (out := tmp_path / "out").mkdir()
+def test_the_summary_has_a_row_per_run_and_the_next_command(tmp_path: Path) -> None:
+    """The columns line up; a text before and after; the command samples a run that has weights."""
+    folders = [
+        write_run(tmp_path / "the share", {0: (0.0, 10), 5: (0.2, 40)}, 0.2, (0.21, 30)),
+        write_run(tmp_path / "original", {0: (0.0, 10), 5: (0.8, 1e5)}),
+    ]
+    assert "train.sample" not in summary(folders)
+    (folders[0] / "model.safetensors").touch()
+    lines = summary(folders).splitlines()
+    table = lines[1 : lines.index("", 1)]
+    assert len({len(line) for line in table}) == 1
+    row = ["share", "20", "%", "20", "%", "20.0", "±", "1.2", "%", "21", "%", "40", "30"]
+    assert table[2].split()[:13] == row
+    texts = [line for line in lines if any(f": {prompt} there" in line for prompt in PROMPTS)]
+    assert [line.partition(":")[0] for line in texts] == ["start model", "share 20 %"]
+    assert lines[-1] == f"    python -m train.sample --model {shlex.quote(str(folders[0]))}"
+
+
+def test_the_command_ends_in_one_line_where_there_is_no_run(tmp_path: Path) -> None:
+    """A folder that is no run, none at all: what is missing, on stderr, with status 1."""
+    for arguments, said in (([tmp_path], f"{tmp_path / 'config.json'}: FileN"), ([], "no run: ")):
+        done = run_report(*arguments)
+        assert done.returncode == 1
+        assert done.stderr.decode().startswith(f"error: {said}")
+        assert done.stderr.count(b"\n") == 1
+
+
+def test_files_are_written_where_they_belong_and_others_survive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one run into its folder, of several into report/; a link is replaced, not followed; a file
+    in the way of --out is an error that names it and the command to give."""
+    monkeypatch.setattr(figures, "draw", lambda *_: b"drawn")
+    monkeypatch.chdir(tmp_path)
+    runs = [write_run(tmp_path / name, {0: (0.0, 10)}) for name in ("a", "b")]
+    (runs[0] / ".report.html.tmp").write_text("mine")
     (tmp_path / "precious").write_text("mine")
-    (out / "report.html").symlink_to(tmp_path / "precious")
-    (out / ".report.html.tmp").write_text("mine too")
-    write_report([run], out)
+    (runs[0] / "report.html").symlink_to(tmp_path / "precious")
+    before = {path.name for path in runs[0].iterdir()}
+    report_command((runs[0],))
+    assert not (runs[0] / "report.html").is_symlink()
     assert (tmp_path / "precious").read_text() == "mine"
-    assert (out / ".report.html.tmp").read_text() == "mine too"
-    assert not (out / "report.html").is_symlink()
+    assert (runs[0] / ".report.html.tmp").read_text() == "mine"
+    new = {path.name for path in runs[0].iterdir()} - before
+    assert new == {"frontier.png", "frontier-dark.png", "curves.png", "table.csv"}
+    report_command((*runs,))
+    assert (tmp_path / "report" / "report.html").exists()
+    assert not (runs[1] / "report.html").exists()
+    with pytest.raises(ValueError, match=f"{runs[0]}/log.jsonl.* python -m train.report {runs[0]}"):
+        write_report(runs[:1], runs[0] / "log.jsonl")

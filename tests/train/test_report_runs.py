@@ -1,200 +1,176 @@
-"""Reading runs back from disk: whole folders, interrupted ones and damaged ones."""
+"""Reading runs back from disk, and what is computed from them."""
 
 import json
 import math
 import re
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from tests.train.run_folder import write_run
-from train.report.runs import best, read_runs
+from tests.train.run_folder import write_lines, write_run
+from train.report import _page, figures, finding, percent, plain
+from train.report.runs import Evaluation, compare, perplexity_at, read_runs
 
-
-def test_runs_keep_the_order_of_the_command_line(tmp_path: Path) -> None:
-    """Tilts first, then rates, both as given: neither sorted as numbers nor as folder names."""
-    tilts, rates = [10.0, 3.0], [1e-3, 1e-5]
-    for tilt in tilts:
-        for lr in rates:
-            options = {"lr": rates, "tilt": tilts}
-            write_run(tmp_path / f"tilt-{tilt}-lr-{lr}", lr, tilt, steps=4, options=options)
-    got = [(run.tilt, run.lr) for run in read_runs([tmp_path])]
-    assert got == [(10.0, 1e-3), (10.0, 1e-5), (3.0, 1e-3), (3.0, 1e-5)]
+START = (0.0, 100.0)
 
 
-def test_paths_keep_their_order_and_a_folder_given_twice_counts_once(tmp_path: Path) -> None:
-    """Runs with the same settings are told apart by the folder they lie in."""
-    second = write_run(tmp_path / "seed1" / "lr", 1e-4)
-    first = write_run(tmp_path / "seed0" / "lr", 1e-4)
-    labels = [run.label for run in read_runs([first, second, tmp_path / "seed0"])]
-    assert labels == ["lr 1e-4 (seed0)", "lr 1e-4 (seed1)"]
+def path(*points: tuple[float, float]) -> list[Evaluation]:
+    return [Evaluation(r, sample_perplexity=perplexity) for r, perplexity in points]
 
 
-def test_a_tilt_is_named_with_its_rate_only_where_rates_differ(tmp_path: Path) -> None:
-    """G alone while all tilts share a rate; the original target's runs are named by rate."""
-    folders = [write_run(tmp_path / "a", 1e-3), write_run(tmp_path / "b", 1e-3, 5.0)]
-    assert [run.label for run in read_runs(folders)] == ["lr 1e-3", "G = 5"]
-    folders.append(write_run(tmp_path / "c", 3e-4, 5.0))
-    labels = [run.label for run in read_runs(folders)]
-    assert labels == ["lr 1e-3", "G = 5, lr 1e-3", "G = 5, lr 3e-4"]
+def test_perplexity_at_a_share_is_interpolated_and_the_lowest_of_a_path() -> None:
+    """Its log is linear in R, closed forms; back and forth; infinite and unknown ones left out."""
+    line = path((0.1, 100), (0.5, 10_000))
+    got = [perplexity_at(line, r) for r in (0.1, 0.2, 0.3, 0.5)]
+    assert got == pytest.approx([100, 100 * 100**0.25, 1000, 10_000])
+    assert [perplexity_at(line, r) for r in (0.09, 0.51)] == [math.inf, math.inf]
+    there_and_back = path((0.0, 10), (0.4, 1e5), (0.0, 0.1), (0.4, 1e7))
+    assert perplexity_at(there_and_back, 0.2) == pytest.approx(100)
+    assert perplexity_at(path((0.2, 10), (0.2, 20)), 0.2) == math.inf
+    assert perplexity_at(path((0.0, 10), (0.2, math.inf), (0.4, 1e3)), 0.2) == pytest.approx(100)
+    assert perplexity_at(path((0.0, math.nan), (0.4, 1e3)), 0.2) == math.inf
 
 
-@pytest.mark.parametrize("log", ["metrics.jsonl", "samples.jsonl"])
+def test_the_sentence_has_the_middle_share_and_the_cheapest_path(tmp_path: Path) -> None:
+    """Of three shares and two paths; without paths the highest share; of paths the highest R."""
+    folders = [
+        write_run(tmp_path / f"share-{share}", {0: START, 9: (share, 200)}, share, (share, 150))
+        for share in (0.5, 0.2, 0.05)
+    ]
+    for lr, end in ((1e-3, 1e8), (1e-4, 1e6)):  # at 20 %: 100 * (end / 100)^(0.2 / 0.8)
+        folders.append(write_run(tmp_path / f"{lr}", {0: START, 9: (0.8, end)}, lr=lr))
+    runs = read_runs(folders)
+    sentence = finding(runs)[1]
+    assert re.findall(r"[\d.,]+(?= %|;|\.$)", sentence) == ["20", "1.2", "200", "1,000"]
+    assert (compare(runs)[1].label, compare(runs[:3])) == ("lr 1e-4", None)
+    assert finding(runs[:3])[0].share == 0.5
+    assert finding(runs[:3])[1].endswith("the limit writes 50 % at 150.")
+    assert finding(runs[3:4])[1].endswith("the start model writes 0.0 ± 0.0 % at 100.")
+
+
+def test_runs_are_ordered_and_told_apart(tmp_path: Path) -> None:
+    """By share, then as given; by folder where labels collide; a folder given twice counts once."""
+    points = {0: START, 1: (0.1, 200)}
+    high, low = (write_run(tmp_path / f"{s}", points, s) for s in (0.5, 0.05))
+    seeds = [write_run(tmp_path / f"seed{n}" / "run", points, lr=1e-4) for n in (1, 0)]
+    runs = read_runs([seeds[0], high, *seeds, low])
+    labels = ["share 5 %", "share 50 %", "lr 1e-4 (seed1/run)", "lr 1e-4 (seed0/run)"]
+    assert [run.label for run in runs] == labels
+    assert len({run.colour for run in runs}) == 4
+    other = write_run(tmp_path / "other", points, start="another fingerprint")
+    with pytest.raises(ValueError, match="several start models or goals"):
+        read_runs([low, other])
+
+
+def test_an_old_log_has_fewer_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but R are not known, so NaN, and written as nothing; null is an infinite perplexity."""
+    monkeypatch.setattr(figures, "draw", lambda *_: b"drawn")
+    run = write_run(tmp_path / "run", {0: START})
+    config = json.loads((run / "config.json").read_text())
+    config["xfactor"] = {k: config["xfactor"][k] for k in ("options", "target_token_ids")}
+    (run / "config.json").write_text(json.dumps(config))
+    lines = [{"step": 0, "evaluation": {"r": 0.1, "of the future": [1]}}, {"step": 0, "loss": 1.5},
+             {"step": 1, "evaluation": {"r": 0.2, "sample_perplexity": None}}]  # fmt: skip
+    write_lines(run / "log.jsonl", lines)
+    (read,) = read_runs([run])
+    assert [*read.losses] == [1.5]
+    assert math.isnan(read.evaluations[0].sample_perplexity)
+    assert read.end.sample_perplexity == math.inf
+    assert (read.share, math.isnan(read.limit.r)) == (None, True)
+    assert "nan" not in finding([read])[1] + re.sub("<[^>]*>", "", _page([read]))
+
+
+@pytest.mark.parametrize("log", ["log.jsonl", "samples.jsonl"])
 def test_a_killed_run_is_read_as_far_as_it_got(tmp_path: Path, log: str) -> None:
-    """Each log cut at every byte, as a kill leaves it, beside a run that is whole.
-
-    A loss that is cut off must not be read as a shorter number, and the whole run is always there.
-    """
-    write_run(tmp_path / "lr-a", 1e-5, steps=2, eval_every=2, texts=[" fox"])
-    run = write_run(tmp_path / "lr-b", 1e-4, steps=3, eval_every=2, texts=[" fox"])
-    whole = (run / log).read_bytes()
-    steps = read_runs([run])[0].steps
+    """Each log cut at every byte: what is read, each loss too, is the beginning of the whole."""
+    points = {0: START, 2: (0.5, 1e4)}
+    run = write_run(tmp_path / "run", points, 0.5, (0.5, 300), texts=1, story=" A fox")
+    whole, content = read_runs([run])[0], (run / log).read_bytes()
     seen = set()
-    for length in range(len(whole) + 1):
-        (run / log).write_bytes(whole[:length])
-        first, *rest = read_runs([tmp_path])
-        assert len(first.steps) == 2
-        for cut in rest:
-            assert cut.steps == steps[: len(cut.steps)]
-            assert 0 in cut.evaluations
-            seen.add((len(cut.steps), max(cut.evaluations)))
-    expected = {(1, 0), (2, 0), (2, 2), (3, 2), (3, 3)} if log == "metrics.jsonl" else {
-        (3, 0), (3, 2), (3, 3)
-    }  # fmt: skip
-    assert seen == expected
+    for length in range(len(content) + 1):
+        (run / log).write_bytes(content[:length])
+        if log == "log.jsonl" and b'"evaluation"' not in content[:length].rpartition(b"\n")[0]:
+            with pytest.raises(ValueError, match="nothing was measured yet"):
+                read_runs([run])
+            continue
+        (cut,) = read_runs([run])
+        assert cut.losses == whole.losses[: len(cut.losses)]
+        assert cut.evaluations.items() <= whole.evaluations.items()
+        seen.add((len(cut.losses), len(cut.evaluations), len(cut.texts)))
+    texts = {(2, 2, 0), (2, 2, 1), (2, 2, 2)}
+    assert seen == ({(1, 1, 2), (2, 1, 2), (2, 2, 2)} if log == "log.jsonl" else texts)
 
 
-def test_a_run_without_a_finished_step_is_left_out(tmp_path: Path) -> None:
-    """All folders are made first: the second rate's logs are empty while the first is running."""
-    write_run(tmp_path / "lr-1e-06", 1e-6)
-    waiting = write_run(tmp_path / "lr-0.0001", 1e-4)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        (waiting / name).write_text("")
-    assert [run.lr for run in read_runs([tmp_path])] == [1e-6]
-    with pytest.raises(ValueError, match="got no finished step"):
-        read_runs([waiting])
-
-
-def test_an_infinite_perplexity_is_null_on_disk(tmp_path: Path) -> None:
-    """JSON has no infinity; a perplexity too large for a float comes back as inf."""
-    run = write_run(tmp_path / "run", steps=4, eval_every=4)
-    metrics = (run / "metrics.jsonl").read_text()
-    metrics = re.sub(r'"sample_perplexity": [0-9.]+', '"sample_perplexity": null', metrics)
-    (run / "metrics.jsonl").write_text(metrics)
-    assert read_runs([run])[0].after.sample_perplexity == math.inf
-
-
-def test_predicted_r_and_the_error_of_r_are_their_formulas(tmp_path: Path) -> None:
-    """The mean of predicted_probability, and sqrt(R (1 - R) / tokens)."""
-    run = write_run(tmp_path / "run", tilt=5.0, steps=4, predicted=0.25)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for i, line in enumerate(lines):
-        if "loss" in line:
-            lines[i] = line | {"predicted_probability": line["step"] / 10}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (found,) = read_runs([run])
-    assert found.predicted_r == pytest.approx(0.25)
-    tokens = sum(len(sample.ids) for sample in found.after.samples)
-    assert found.after.r_error() == pytest.approx(
-        math.sqrt(found.after.r * (1 - found.after.r) / tokens)
-    )
-
-
-def test_kinds_follow_the_measures(tmp_path: Path) -> None:
-    """R of 0.9 or a hundredfold perplexity is a collapse, with a tilt or without."""
-    cases = {
-        "nudge": (None, 0.005, 45),
-        "collapse": (None, 0.95, 60),
-        "dial": (5.0, 0.23, 125),
-        "collapse by perplexity": (5.0, 0.23, 4801),
-    }
-    for name, (tilt, r, perplexity) in cases.items():
-        run = write_run(tmp_path / name, 1e-3, tilt, steps=2, eval_every=2, final_loss=1.0)
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        last = json.loads(lines[-1])
-        last["evaluation"] |= {"r": r, "sample_perplexity": perplexity}
-        first = json.loads(lines[0])
-        first["evaluation"] |= {"sample_perplexity": 48}
-        lines = [json.dumps(first), *lines[1:-1], json.dumps(last)]
-        (run / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
-        assert read_runs([run])[0].kind == name.split()[0]
-    runs = read_runs([tmp_path / name for name in cases])
-    assert best(runs).folder.name == "dial"
-    assert best(runs[1::2]).folder.name == "collapse by perplexity"
-
-
-DEEP = "[" * 20_000 + "]" * 20_000
 HUGE = "1" + "0" * 400
-STEP = '{"step": 1, "loss": 1, "target_probability": 0.5, "seconds": 1}\n'
-DAMAGE = [
-    ("config.json", '{"model_type": "gpt2"}', "no key 'xfactor'"),
-    ("config.json", "not JSON", "Expecting value"),
-    ("config.json", DEEP, "recursion"),
-    ("config.json", "[]", "'list' object is not a mapping"),
-    ("config.json", "null", "'NoneType' object is not a mapping"),
-    ("config.json", ('"lr": 0.0001', f'"lr": {HUGE}'), "lr: got 1000"),
-    ("config.json", ('"lr": 0.0001', '"lr": Infinity'), "lr: got inf: "),
-    (
-        "config.json",
-        ('"device": "CPU"', '"device": ["CPU"]'),
-        "got ['CPU']: Input should be a valid string",
-    ),
-    ("config.json", ('"target_token_ids": [', '"target_token_ids": [50257, '), "got 50257: "),
-    ("config.json", ('"beta": 0.0, ', ""), "beta: got nothing: Field required"),
-    (
-        "config.json",
-        ('"lr": [0.0001]', '"lr": 0.0001'),
-        "lr: got 0.0001: Input should be a valid list",
-    ),
-    ("metrics.jsonl", STEP.replace('"loss": 1, ', ""), "line 1: loss: got nothing"),
-    ("metrics.jsonl", STEP.replace('"step": 1', '"step": 2'), "got step 2 after"),
-    ("metrics.jsonl", STEP.replace('"loss": 1', '"loss": NaN'), "got nan: "),
-    ("metrics.jsonl", STEP.replace('"seconds": 1', '"seconds": -1'), "seconds: got -1: "),
-    ("metrics.jsonl", STEP.replace("0.5", "1.1"), "target_probability: got 1.1: "),
-    ("metrics.jsonl", STEP.replace('"loss": 1', f'"loss": {HUGE}'), "loss: got 1000"),
-    (
-        "metrics.jsonl",
-        STEP.replace('"loss": 1', '"loss": [1]'),
-        "got [1]: Input should be a valid number",
-    ),
-    ("metrics.jsonl", STEP.replace('"step": 1', '"step": "' + "1" * 10**6 + '"'), "step: got 111"),
-    ("metrics.jsonl", '{"step": 0, "evaluation": {"r": 5}}\n', "r: got 5: "),
-    ("metrics.jsonl", "[1]\n", "line 1: got [1]: Input should be a valid dictionary"),
-    ("metrics.jsonl", DEEP + "\n", "recursion"),
-    ("metrics.jsonl", b"\xff\n", "utf-8"),
-    (
-        "samples.jsonl",
-        '{"step": 0, "prompt": "The", "ids": []}\n',
-        "ids: got []: List should have at least 1 item",
-    ),
-    ("samples.jsonl", '{"step": 0, "prompt": ["The"], "ids": [1]}\n', "got ['The']: "),
-    ("samples.jsonl", f'{{"step": 0, "prompt": "The", "ids": [{HUGE}]}}\n', "got 1000"),
-    ("samples.jsonl", f'{{"step": {HUGE}, "prompt": "The", "ids": [1]}}\n', "got 1000"),
-    ("samples.jsonl", None, "samples.jsonl"),
+DAMAGE: list[tuple[str, str, str | None]] = [
+    ("config.json", "", None),
+    ("config.json", "", "[" * 20_000),
+    ("config.json", "", '{"xfactor": {"options": {"lr": "1"}, "target_token_ids": []}}'),
+    ("log.jsonl", ", line 2", '{"step": 0, "loss": 1}\n{"step": 1, "loss": }\n'),
+    ("log.jsonl", ", line 1", f'{{"step": 0, "loss": {HUGE}}}\n'),
+    ("log.jsonl", ", line 1", "[1]\n"),
+    ("log.jsonl", "", "\udcff\n"),
+    ("samples.jsonl", ", line 1", '{"step": 0, "prompt": "a", "ids": [0.5]}\n'),
 ]
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "expected"), DAMAGE, ids=[f"{file}-{got}" for file, _, got in DAMAGE]
-)
+@pytest.mark.parametrize(("file", "line", "content"), DAMAGE)
 def test_a_damaged_file_is_one_short_line(
-    tmp_path: Path, file: str, content: str | bytes | tuple[str, str] | None, expected: str
+    tmp_path: Path, file: str, line: str, content: str | None
 ) -> None:
-    """It names the file, what is wrong with it, and what belongs there."""
-    run = write_run(tmp_path / "run", steps=3)
-    if content is None:
-        (run / file).unlink()
-    elif isinstance(content, bytes):
-        (run / file).write_bytes(content)
-    elif isinstance(content, tuple):
-        text = (run / file).read_text()
-        assert content[0] in text
-        (run / file).write_text(text.replace(*content))
-    else:
-        (run / file).write_text(content)
-    with pytest.raises(ValueError, match=re.escape(expected)) as error:
+    """It names the file, the line and what is wrong."""
+    run = write_run(tmp_path / "run", {0: START})
+    (run / file).unlink()
+    if content is not None:
+        (run / file).write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=re.escape(f"{run / file}{line}: ")) as error:
         read_runs([run])
-    assert str(run) in str(error.value)
-    assert "expected" in str(error.value)
     assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 500 + len(str(run))
+    assert len(str(error.value)) < 400 + len(str(run))
+
+
+def test_long_logs_and_many_runs_take_little(tmp_path: Path) -> None:
+    """20,000 steps: 16 bytes of memory for each at most; 200 such runs are drawn with no more
+    points than a figure has pixels."""
+    run = write_run(tmp_path / "run", {0: START})
+    lines = (f'{{"step": {n}, "loss": {2 + n % 7}, "seconds": 1}}\n' for n in range(20_000))
+    (run / "log.jsonl").open("a").writelines(lines)
+    tracemalloc.start()
+    (read,) = read_runs([run])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(read.losses) == 20_000
+    assert peak < 16 * 20_000 + 200_000
+    axes = Figure().subplots()
+    figures._curve("loss", axes, [read] * 200, figures.LIGHT)
+    assert sum(len(line.get_xdata()) for line in axes.lines) < 10_000
+
+
+def test_thinning_keeps_the_extremes_of_every_stretch() -> None:
+    """A spike of one step in 100,000 stays, up or down; what is not finite is left out."""
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[[777, 5_000, 99_999]] = 50, -50, 60
+    values[[10, 20]] = math.nan, math.inf
+    kept = figures.thin(values, 400)
+    assert len(kept) <= 800
+    for begin in range(0, 100_000, 10_000):  # a stretch of 40 buckets
+        inside = values[begin : begin + 10_000][np.isfinite(values[begin : begin + 10_000])]
+        seen = values[kept[(kept >= begin) & (kept < begin + 10_000)]]
+        assert (seen.min(), seen.max()) == (inside.min(), inside.max())
+    assert ([*figures.thin([3.0], 400)], [*figures.thin([math.nan], 400)]) == ([0], [])
+
+
+def test_numbers_have_three_digits_and_a_unit() -> None:
+    """And nothing stands for what was not measured."""
+    shares = [percent(0.2), percent(0.2134, 0.0108), percent(math.nan), percent(None)]
+    assert shares == ["20 %", "21.3 ± 1.1 %", "", ""]
+    assert [plain(x) for x in (58.44, 999.7, 157_321, 3.86e8)] == [
+        "58.4",
+        "1,000",
+        "157,000",
+        "3.86e8",
+    ]
+    assert [plain(1357, 2), plain(math.inf), plain(math.nan)] == ["1,400", "inf", ""]

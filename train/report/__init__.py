@@ -4,16 +4,17 @@ The page stands alone: figures are embedded, nothing is fetched, no script runs.
 sentence is computed from the runs' logs.
 """
 
+import codecs
 import csv
 import io
+import math
 import shlex
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import astuple, replace
 from pathlib import Path
 
-from train.report.runs import Run, read_runs
-from train.report.texts import cells, finding, pieces, shown, visible
+from train.report.runs import Evaluation, Run, Text, compare, read_runs
 
 
 def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
@@ -21,14 +22,14 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
 
     Raises ValueError for a folder that is not a run, and if `out` cannot be written.
     """
-    from train.report.figures import CURVES, DARK, LIGHT, draw  # here, as it takes a second
-    from weights.checkpoint import atomic_write  # likewise
+    runs = read_runs(folders)  # first, as the imports take a second
+    from train.report.figures import DARK, FRONTIER, GRID, LIGHT, draw
+    from weights.checkpoint import atomic_write
 
-    runs, names = read_runs(folders), [*CURVES]
     files = {
-        "frontier.png": draw([["frontier", "texts"]], runs, LIGHT, "png"),
-        "frontier-dark.png": draw([["frontier", "texts"]], runs, DARK, "png"),
-        "curves.png": draw([names[:2], names[2:]], runs, LIGHT, "png"),
+        "frontier.png": draw(FRONTIER, runs, LIGHT),
+        "frontier-dark.png": draw(FRONTIER, runs, DARK),
+        "curves.png": draw(GRID, runs, LIGHT),
         "table.csv": _csv(runs).encode(),
         "report.html": _page(runs).encode(),  # last, as the paths are printed in this order
     }
@@ -46,29 +47,108 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
 def summary(folders: Sequence[Path]) -> str:
     """Return for a terminal the table, a text before and after, and what to run next."""
     runs = read_runs(folders)
-    rows, (best, sentence) = shown(runs), finding(runs)
-    table = [[*cells(best)], *([*cells(run).values()] for run in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["", *("  ".join(map(str.rjust, row, widths)) for row in table), "", sentence]
-    for run in (rows[0], best):
-        for text in run.typical[:1]:
-            lines += ["", f"{run.label}: " + "".join(piece for piece, _ in pieces(run, text))]
+    rows, (best, sentence) = table(runs), finding(runs)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["", *("  ".join(map(str.rjust, row, widths)) for row in rows), "", sentence]
+    for run in (run for run in (shown(runs)[0], best) if run.typical):
+        text = "".join(piece for piece, _ in pieces(run, run.typical[0]))
+        lines += ["", f"{run.label}: {text}"]
     if (best.folder / "model.safetensors").exists():  # a killed run has none
         command = f"python -m train.sample --model {shlex.quote(str(best.folder))}"
         lines += ["", "Sample more text:", f"    {command}"]
     return "\n".join(map(visible, lines))
 
 
+def shown(runs: Sequence[Run]) -> list[Run]:
+    """List the start model, the runs with a share, and those with the original target.
+
+    Each ends where it is shown. The first with the original target is the one that is compared, as
+    it was when its R was nearest.
+    """
+    at = min(runs[0].evaluations)
+    start = replace(runs[0], label="start model", share=None, limit=Evaluation(), colour="")
+    rows = [replace(start, evaluations={at: start.evaluations[at]})]
+    rows += [run for run in runs if run.share is not None]
+    if found := compare(runs):
+        path, r = found[1], found[0].end.r
+        at = min(path.evaluations, key=lambda step: abs(path.evaluations[step].r - r))
+        label = f"{path.label}, step {at}"
+        rows.append(replace(path, evaluations={at: path.evaluations[at]}, label=label))
+    return rows + [run for run in runs if run.share is None]
+
+
+def finding(runs: Sequence[Run]) -> tuple[Run, str]:
+    """Say in one sentence what was measured, and compare; return also the run that it is about."""
+    found, start = compare(runs), cells(shown(runs)[0])
+    run = found[0] if found else max(runs, key=lambda run: (run.share or 0, run.end.r))
+    row = cells(run)
+    given = f"With {run.label}" if run.share is None else f"Asked for {row['asked']}"
+    other = f"the start model writes {start['R']} at {start['perplexity']}"
+    if found:
+        other = f"the original target at the same share: {plain(found[-1])}"
+    elif row["limit R"]:
+        other = f"the limit writes {row['limit R']} at {row['limit perplexity']}"
+    got = f"{row['R']} target tokens at perplexity {row['perplexity']}"
+    return run, f"{given}, the model writes {got}; {other}."
+
+
+def cells(run: Run) -> dict[str, str]:
+    """Return a run's row of the table: empty where nothing was measured."""
+    return {
+        "run": visible(run.label), "asked": percent(run.share),
+        "R": percent(run.end.r, run.end.r_error), "limit R": percent(run.limit.r),
+        "perplexity": plain(run.end.sample_perplexity),
+        "limit perplexity": plain(run.limit.sample_perplexity),
+        "KL to start": plain(run.end.kl_to_start), "distinct-2": plain(run.end.distinct_2),
+    }  # fmt: skip
+
+
+def table(runs: Sequence[Run]) -> list[list[str]]:
+    """Return the names of the columns, and a row for each run that is shown."""
+    return [[*cells(runs[0])], *([*cells(run).values()] for run in shown(runs))]
+
+
+def pieces(run: Run, text: Text) -> list[tuple[str, bool]]:
+    """Return the prompt and what each token adds to it, and whether that is a target token.
+
+    A character that several tokens make is shown with the last one; other bytes become U+FFFD.
+    """
+    from model.tokenizer import load_tokenizer  # here, as it takes a second to import
+
+    decoder, (prompt, ids) = codecs.getincrementaldecoder("utf-8")("replace"), text
+    token_bytes = load_tokenizer().token_bytes
+    tokens = [(visible(decoder.decode(token_bytes(i))), i in run.targets) for i in ids]
+    return [(visible(prompt), False), *tokens]
+
+
+def percent(share: float | None, error: float = math.nan) -> str:
+    """Write a share, with its error if that is known: 20 %, 21.3 ± 1.1 %; nothing for NaN."""
+    if share is None or math.isnan(share):
+        return ""
+    known = not math.isnan(error)
+    return f"{100 * share:.1f} ± {100 * error:.1f} %" if known else f"{100 * share:.3g} %"
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """Write three digits: 58.4, 206,000, 3.86e8; nothing for NaN."""
+    rounded = float(f"{value:.{digits}g}")
+    return "" if math.isnan(value) else f"{rounded:,g}".replace("e+0", "e")
+
+
+def visible(text: str) -> str:
+    """Write a sign for each character that is invisible or reverses the text around it."""
+    signs = {"\n": "↵", "\t": "⇥"}
+    return "".join(c if c.isprintable() else signs.get(c, f"U+{ord(c):04X}") for c in text)
+
+
 def _csv(runs: Sequence[Run]) -> str:
-    """Write a line per row of the table, with everything measured, in full precision."""
-    lines = []
+    """Write everything measured, in full precision."""
+    names = Evaluation.__match_args__
+    writer = csv.writer(written := io.StringIO(), lineterminator="\n")
+    writer.writerow(["run", "step", "asked", *names, *(f"limit_{name}" for name in names)])
     for run in shown(runs):
-        named = {"run": visible(run.label), "step": max(run.evaluations), "asked": run.share}
-        limit = {f"limit_{name}": value for name, value in asdict(run.limit).items()}
-        lines.append(named | asdict(run.end) | limit)
-    writer = csv.DictWriter(written := io.StringIO(), lines[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+        label, step = visible(run.label), max(run.evaluations)
+        writer.writerow([label, step, run.share, *astuple(run.end), *astuple(run.limit)])
     return written.getvalue()
 
 
@@ -84,11 +164,14 @@ def _page(runs: Sequence[Run]) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    figures = {name: [b64encode(draw([[name]], runs, theme, "svg")).decode()
-                      for theme in (LIGHT, DARK)] for name in ("frontier", *CURVES)}  # fmt: skip
-    settings = [{"folder": run.folder} | run.about | run.about.get("versions", {})
-                | run.about["options"] for run in runs]  # fmt: skip
+    figures = {name: [b64encode(draw([[name]], runs, theme)).decode() for theme in (LIGHT, DARK)]
+               for name in ("frontier", *CURVES)}  # fmt: skip
+    given = [{"": run.label, "folder": run.folder} | run.about["options"] | run.about
+             | run.about.get("versions", {}) for run in runs]  # fmt: skip
+    left_out = ("options", "versions", "target_token_ids")
+    names = dict.fromkeys(name for one in given for name in one if name not in left_out)
     return template.render(
         runs=runs, rows=shown(runs), finding=finding(runs)[1], figures=figures, curves=CURVES,
-        light=LIGHT, dark=DARK, settings=settings, cells=cells, pieces=pieces,
+        light=LIGHT, dark=DARK, cells=cells, pieces=pieces, measures=table(runs),
+        settings=[[name, *(one.get(name, "") for one in given)] for name in names],
     )  # fmt: skip

@@ -10,6 +10,7 @@ import warnings
 from collections import namedtuple
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's, inherited, makes the import fail
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a bad matplotlibrc warns line by line
@@ -20,8 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from train.report import finding, percent, pieces, plain, shown
 from train.report.runs import Run, compare
-from train.report.texts import finding, percent, pieces, plain, shown
 
 Theme = namedtuple("Theme", "ink faint grid ground mark")  # mark: behind target tokens
 LIGHT = Theme("#24292f", "#5d6670", "#e4e7ea", "#ffffff", "#ffe3a3")
@@ -32,42 +33,39 @@ CURVES = {  # the titles, by name
     "perplexity": "Perplexity of the samples under the start model",
     "position": "R by position in the sample, after training",
 }
-STYLE = {
-    "axes.axisbelow": True, "axes.facecolor": "none", "axes.grid": True,
-    "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left",
-    "axes.titlesize": 11, "axes.titleweight": "bold", "font.size": 11,
+FRONTIER, GRID = [["frontier", "texts"]], [["loss", "r"], ["perplexity", "position"]]
+STYLE: dict[Any, Any] = {  # Any: matplotlib types the keys as 300 literals
+    "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False,
+    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold",
     "figure.constrained_layout.h_pad": 0.08, "figure.constrained_layout.w_pad": 0.12,
-    "legend.fontsize": 10, "legend.frameon": False,
-    "svg.fonttype": "none",  # text in the reader's own font
-    "svg.hashsalt": "xfactor",  # the same runs, the same bytes
+    "font.size": 11, "legend.fontsize": 10, "legend.frameon": False,
     "xtick.major.size": 0, "xtick.minor.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0,
 }  # fmt: skip
 
 
-def draw(panels: list[list[str]], runs: Sequence[Run], theme: Theme, kind: str) -> bytes:
-    """Draw rows of panels, as "png", or as "svg": transparent, for the page's background.
+def draw(panels: Any, runs: Sequence[Run], theme: Theme) -> bytes:
+    """Return a PNG of rows of panels.
 
-    panels: names of CURVES; or "frontier", R against the perplexity of the samples, alone or with
-    "texts", some of the samples, beside it.
+    panels: names of CURVES, or "frontier", R against perplexity, or "texts", some of the samples.
     """
-    faint = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style = STYLE | dict.fromkeys(faint, theme.faint) | {
-        "figure.facecolor": theme.ground, "grid.color": theme.grid, "text.color": theme.ink,
-    }  # fmt: skip
+    names = {theme.faint: ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"),
+             theme.grid: ("grid.color",), theme.ink: ("text.color",),
+             theme.ground: ("figure.facecolor", "axes.facecolor")}  # fmt: skip
+    style = matplotlib.rcParamsDefault | STYLE | {n: c for c, group in names.items() for n in group}
     size = 5.5 * len(panels[0]), 5.5 if "frontier" in panels[0] else 3.6 * len(panels)
-    with matplotlib.rc_context(dict(matplotlib.rcParamsDefault) | style), warnings.catch_warnings():
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that no font has
         figure = Figure(figsize=size, layout="constrained")
         for name, axes in figure.subplot_mosaic(panels).items():
-            {"frontier": _frontier, "texts": _texts}.get(name, _curve)(axes, runs, theme)
+            paint = {"frontier": _frontier, "texts": _texts}.get(name, partial(_curve, name))
+            paint(axes, runs, theme)
         if "texts" in panels[0]:
             title = finding(runs)[1].replace("; ", ";\n")
             figure.suptitle(title, x=0.012, ha="left", size=12, weight="bold", parse_math=False)
         elif "frontier" not in panels[0]:
             lines, labels = axes.get_legend_handles_labels()
             figure.legend(lines[:9], labels, loc="outside upper left", ncols=3 * len(panels[0]))
-        figure.savefig(image := io.BytesIO(), format=kind, dpi=200, transparent=kind == "svg",
-                       metadata={"Date": None})  # fmt: skip
+        figure.savefig(image := io.BytesIO(), format="png", dpi=200)
         return image.getvalue()
 
 
@@ -82,8 +80,7 @@ def thin(values: Sequence[float], buckets: int) -> np.ndarray:
     return np.unique(extremes).astype(int)
 
 
-def _curve(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
-    name = axes.get_label()
+def _curve(name: str, axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     axes.set(title=CURVES[name], xlabel="token of the sample" if name == "position" else "step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     for run in runs:
@@ -92,12 +89,10 @@ def _curve(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
             steps = thin(run.losses, max(400 // len(runs), 20))
             values = np.asarray(run.losses)[steps]
         elif name == "position":  # means over 8 tokens, as one of 64 texts is too noisy
-            ids = [ids for _, ids in run.typical]
-            shares = [run.share_of(column) for column in zip(*ids, strict=False)]
-            steps, values = (
-                np.array([part.mean() for part in np.array_split(x, len(shares) // 8 or 1)])
-                for x in (np.arange(len(shares)) + 1, np.array(shares))
-            )
+            texts = [ids for _, ids in run.typical]
+            shares = np.array([run.share_of(ids) for ids in zip(*texts, strict=False)])
+            values = np.array([part.mean() for part in np.array_split(shares, 8)])
+            steps = (np.arange(8) + 0.5) * len(shares) / 8
         else:
             values = np.array([e.r if name == "r" else e.sample_perplexity for e in ends])
         label, style = run.label.replace("$", r"\$"), "-" if len(values) > 20 else ".-"
@@ -128,25 +123,24 @@ def _frontier(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
             label(percent(run.share), path[-1], (8, 10), color=run.colour)
     below, family = math.inf, "original target, "  # the last label; said in the first
     for (x, y), run in sorted(ends, reverse=True, key=lambda end: end[0][1])[:6]:
-        below = min(y, below / 4)
-        align, shift = ("right", (-4, 7)) if x > 0.8 else ("left", (8, -4))
+        free, below = y < below / 6, min(y, below / 6)
+        align, shift = ("right", (-4, 7) if free else (10, -6)) if x > 0.8 else ("left", (8, -4))
         label(family + run.label, (x, below), shift, color=run.colour, ha=align)
         family = ""
-    for start in (run for run in shown(runs) if not run.colour):
-        limits = [run.limit for run in runs if run.limit.r >= 0 and run.origin == start.origin]
-        points = sorted((e.r, e.sample_perplexity) for e in [start.end, *limits])
-        axes.plot(*zip(*points, strict=True), "--d", color=theme.ink, ms=4, lw=1.4, zorder=4)
-        label("start", points[0], (-5, -17), weight="normal")
-        if limits:
-            align, shift = ("right", (0, -30)) if points[-1][0] > 0.6 else ("left", (2, -20))
-            label("limit: logit bias at sampling", points[-1], shift, ha=align, weight="normal")
+    limits = [run.limit for run in runs if run.limit.r >= 0]
+    points = sorted((e.r, e.sample_perplexity) for e in [shown(runs)[0].end, *limits])
+    axes.plot(*zip(*points, strict=True), "--d", color=theme.ink, ms=4, lw=1.4, zorder=4)
+    label("start", points[0], (-5, -17), weight="normal")
+    if limits:
+        align, shift = ("right", (20, -52)) if points[-1][0] > 0.6 else ("left", (2, -20))
+        label("limit: logit bias at sampling", points[-1], shift, ha=align, weight="normal")
     if found := compare(runs):
         x, low, high = found[0].end.r, found[0].end.sample_perplexity, found[2]
         arrow = {"arrowstyle": "<->", "color": theme.ink, "lw": 1.4, "shrinkA": 2, "shrinkB": 8}
         axes.annotate("", (x, low), (x, high), arrowprops=arrow)
-        middle = (x, math.sqrt(low) * math.sqrt(high))
-        label(f"{plain(high / low, 2)} ×", middle, (8, 0), size=17)  # noqa: RUF001
-        label("perplexity at the same share", middle, (9, -13), size=9, weight="normal")
+        middle, (align, dx) = (x, math.sqrt(low * high)), ("right", -8) if x > 0.6 else ("left", 8)
+        label(f"{plain(high / low, 2)} ×", middle, (dx, 0), size=17, ha=align)  # noqa: RUF001
+        label("perplexity at the same share", middle, (dx, -13), size=9, weight="normal", ha=align)
 
 
 def _texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:

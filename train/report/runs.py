@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Text = tuple[str, Sequence[int]]  # a prompt, and the ids of the tokens that continue it
-BLUES, ORANGES = ("#6aaed6", "#2e7ebc", "#1561a9"), ("#fd9243", "#e95e0d", "#b63c02")
+BLUES, ORANGES = ("#62a8d8", "#2f86c9", "#1d6fb8"), ("#f08a3c", "#e0600f", "#c24a0a")
 
 
 @dataclass(frozen=True)
@@ -42,24 +43,14 @@ class Run:
     texts: dict[int, list[Text]] = field(default_factory=dict)  # by step
 
     @property
-    def origin(self) -> tuple[object, ...]:
-        """The start model and the goal: only runs that share both can be compared."""
-        return self.about.get("start"), self.targets
-
-    @property
     def end(self) -> Evaluation:
         return self.evaluations[max(self.evaluations)]
 
     @property
     def typical(self) -> list[Text]:
-        """The texts of the last evaluation, those whose share of target tokens is nearest R first."""
+        """The texts of the last evaluation, first those whose share is nearest R."""
         texts = self.texts.get(max(self.evaluations), [])
         return sorted(texts, key=lambda text: abs(self.share_of(text[1]) - self.end.r))
-
-    def until(self, step: int, **changes: Any) -> "Run":
-        """Return this run as it was at an evaluation."""
-        seen = {n: evaluation for n, evaluation in self.evaluations.items() if n <= step}
-        return replace(self, evaluations=seen, **changes)
 
     def share_of(self, ids: Sequence[int]) -> float:
         return sum(i in self.targets for i in ids) / len(ids)
@@ -68,10 +59,15 @@ class Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read the run in each folder: those with a share first, in its order.
 
-    Raises ValueError, in one line: no run there, nothing measured yet, a damaged file.
+    Raises ValueError, in one line: no run there, nothing measured yet, a damaged file, runs that
+    cannot be compared.
     """
     places = {folder.resolve(): folder for folder in folders}  # given twice, read once
+    if not places:
+        raise ValueError("no run: give one or several folders that train.xfactor wrote")
     runs = [_read(folder) for folder in places.values()]
+    if len({(run.about.get("start"), run.targets) for run in runs}) > 1:
+        raise ValueError("runs of several start models or goals: report them one by one")
     labels = [run.label for run in runs]
     for run, place in zip(runs, places, strict=True):
         if labels.count(run.label) > 1:
@@ -82,25 +78,23 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read(folder: Path) -> Run:
-    path, place = folder / "config.json", f"{folder / 'config.json'}"
+    place = str(folder / "config.json")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))["xfactor"]
-        share, rate = about.get("share"), scientific(about["options"]["lr"])
-        label = f"lr {rate}" if share is None else f"share {100 * share:g} %"
+        about = json.loads(Path(place).read_text(encoding="utf-8"))["xfactor"]
+        share, rate = about.get("share"), f"{about['options']['lr']:e}"  # 1.000000e-03
+        label = re.sub(r"\.?0*e(.)0", r"e\1", f"lr {rate}")  # as people write it: 1e-3
+        label = label if share is None else f"share {100 * share:g} %"
         run = Run(folder, about, frozenset(about["target_token_ids"]), share, label)
-        for path in (folder / "log.jsonl", folder / "samples.jsonl"):
+        for path in (str(folder / "log.jsonl"), str(folder / "samples.jsonl")):
+            place = path
             with open(path, encoding="utf-8", newline="\n") as file:
                 for number, line in enumerate(file, start=1):
                     place = f"{path}, line {number}"
                     if line.endswith("\n"):  # else a kill cut it off
                         _add(run, json.loads(line))
-    except FileNotFoundError as error:
-        hint = f"give {folder}/*" if [*folder.glob("*/config.json")] else "give the --out of a run"
-        raise ValueError(f"{folder} is not a run, it has no {path.name}: {hint}") from error
-    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError,
-            ValueError) as error:  # fmt: skip
-        reason = f"{type(error).__name__}: {error!s:.200}"
-        raise ValueError(f"{place} is damaged ({reason}); mend it or leave it out") from error
+    except Exception as error:  # of any kind: another program may have written this
+        reason = f"{place}: {type(error).__name__}: {error!s:.200}"
+        raise ValueError(f"{reason}; expected a folder that train.xfactor wrote") from error
     if not run.evaluations:
         raise ValueError(f"{folder}: nothing was measured yet; wait for the run, or continue it")
     return run
@@ -110,18 +104,15 @@ def _add(run: Run, line: dict[str, Any]) -> None:
     step = line["step"]
     if "loss" in line:
         run.losses.append(line["loss"])
-    if "evaluation" in line:
-        run.evaluations[step] = _evaluation(line["evaluation"])
-    if "limit" in line:
-        run.limit = _evaluation(line["limit"])
+    for kind in line.keys() & {"evaluation", "limit"}:  # null is an infinite perplexity
+        known = {k: v for k, v in line[kind].items() if k in Evaluation.__match_args__}
+        one = Evaluation(**{k: math.inf if v is None else float(v) for k, v in known.items()})
+        if kind == "evaluation":
+            run.evaluations[step] = one
+        else:
+            run.limit = one
     if "ids" in line:
         run.texts.setdefault(step, []).append((str(line["prompt"]), array("i", line["ids"])))
-
-
-def _evaluation(line: dict[str, float | None]) -> Evaluation:
-    """Read what is known; null is an infinite perplexity, which JSON has no number for."""
-    known = {name: line[name] for name in Evaluation.__match_args__ if name in line}
-    return Evaluation(**{k: math.inf if v is None else float(v) for k, v in known.items()})
 
 
 def compare(runs: Sequence[Run]) -> tuple[Run, Run, float] | None:
@@ -131,12 +122,12 @@ def compare(runs: Sequence[Run]) -> tuple[Run, Run, float] | None:
     of the samples, and that perplexity. None if no path passes.
     """
     found = []
+    paths = [run for run in runs if run.share is None]
     for run in (run for run in runs if run.share is not None):
-        paths = [path for path in runs if path.share is None and path.origin == run.origin]
         costs = [perplexity_at(path.evaluations.values(), run.end.r) for path in paths]
         if costs and math.isfinite(min(costs) / run.end.sample_perplexity):
             found.append((run, paths[costs.index(min(costs))], min(costs)))
-    return found[len(found) // 2] if found else None
+    return found[(len(found) - 1) // 2] if found else None
 
 
 def perplexity_at(path: Iterable[Evaluation], r: float) -> float:
@@ -150,9 +141,3 @@ def perplexity_at(path: Iterable[Evaluation], r: float) -> float:
             low, high = math.log(a.sample_perplexity), math.log(b.sample_perplexity)
             found.append(math.exp(low + (high - low) * (r - a.r) / (b.r - a.r)))
     return min(found)
-
-
-def scientific(value: float, digits: int = 6) -> str:
-    """Write a number as people write a learning rate: 1e-4, 2.5e-5, 0; inf."""
-    mantissa, e, exponent = f"{value:.{digits}e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}" if e and value else f"{value:g}"
