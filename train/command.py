@@ -1,5 +1,6 @@
 """Command-line plumbing: options, one-line errors, Ctrl-C, progress."""
 
+import math
 import os
 import signal
 import sys
@@ -59,8 +60,13 @@ def command() -> Iterator[None]:
 def signals(hold: int = 1) -> Iterator[list[int]]:
     """Collect the first `hold` signals in the list that is yielded; the next raises Stopped."""
     received: list[int] = []
+    at = -math.inf
 
     def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal at
+        before, at = at, time.monotonic()
+        if ranks.world_size() > 1 and at - before < 1:  # torchrun repeats the Ctrl-C of a terminal
+            return
         received.append(number)
         if len(received) > hold:
             raise Stopped(number)
@@ -92,7 +98,7 @@ def parse(options: type[T], description: str | None, prog: str) -> T:
     try:
         return tyro.cli(options, args=arguments, prog=prog, description=description, config=flags)
     except SystemExit as end:
-        values = [word for word in arguments if word.startswith("-") and word not in given]
+        values = [word for word in arguments if word.startswith("-") and word[:2] != "--"]
         if end.code and values:
             say(f"write a value that begins with - after an =, as in --out={values[0]}", error=True)
         raise

@@ -71,6 +71,14 @@ def test_a_signal_that_the_command_was_started_to_ignore_is_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_signal_that_torchrun_repeats_is_one(monkeypatch) -> None:
+    """Ctrl-C in a terminal reaches each rank, and torchrun passes it on to each."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(command.Stopped), command.signals() as received:
+        any(map(signal.raise_signal, (signal.SIGINT, signal.SIGTERM)))
+    assert received == [signal.SIGINT]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_that_is_raised_where_python_ignores_it_is_not_lost() -> None:
     """In a destructor; the command ends when its body does."""

@@ -70,7 +70,7 @@ def test_perplexities_and_kl_are_those_of_float64(measured) -> None:
     passage = TOKENIZER.encode(PASSAGE)
     nats = -log_p(model, passage, bias)[range(len(passage) - 1), passage[1:]].mean()
     assert evaluation.passage_perplexity == pytest.approx(math.exp(nats), rel=1e-4)
-    nats_of_samples, kl, tilted, found = [], [], [], []
+    nats_of_samples, kl, tilted = [], [], []
     for prompt, ids in samples:
         text = TOKENIZER.encode(prompt) + ids
         p, q = (log_p(m, text, b)[-NEW_TOKENS:] for m, b in ((START, None), (model, bias)))
@@ -78,7 +78,6 @@ def test_perplexities_and_kl_are_those_of_float64(measured) -> None:
         kl.append((q.exp() * (q - p)).sum(-1))
         m = p.exp()[:, MASK].sum(-1)
         tilted.append(m * math.exp(-1.5) / (1 - m + m * math.exp(-1.5)))
-        found.append(MASK[ids])
     assert evaluation.sample_perplexity == pytest.approx(
         math.exp(torch.cat(nats_of_samples).mean()), rel=1e-4
     )

@@ -7,12 +7,10 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 
-import train.xfactor
 from tests.train import quick_run
 from tests.train.quick_run import assert_same_run, losses
 from train import ranks
@@ -22,33 +20,24 @@ from weights import layout_of, load_weights
 ROOT = Path(__file__).parents[2]
 
 
-def as_rank(arguments: list[str], rank: int, port: int, sender: int, number: int) -> None:
-    """Run the command as one of two ranks; the sender gets the signal in step 2."""
+def as_rank(arguments: list[str], rank: int, port: int, function: quick_run.Function) -> None:
+    """Run the command as one of two ranks."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    get_batch = train.xfactor.get_batch
-
-    def with_signal(options, text, step, device):
-        if step == 2 and rank == sender:
-            os.kill(os.getpid(), number)
-        return get_batch(options, text, step, device)
-
-    with patch.object(train.xfactor, "get_batch", with_signal):
-        quick_run.command(arguments)
+    function(arguments)
 
 
-def run(arguments: list[str], folder: Path, sender: int = -1, number: int = 0) -> list:
-    """Run the command on two ranks; return exit codes and outputs."""
+def run(arguments: list[str], folder: Path, **signals: int) -> list[tuple[int, str]]:
+    """Run the command on two ranks, some of which get a signal; return exit codes and outputs."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    logs = [folder / f"rank-{rank}" for rank in (0, 1)]
-    ranks = [
-        quick_run.start(
-            arguments, log, partial(as_rank, rank=rank, port=port, sender=sender, number=number)
-        )
-        for rank, log in enumerate(logs)
-    ]
-    return [quick_run.finish(process, log) for process, log in zip(ranks, logs, strict=True)]
+    processes = []
+    for rank, name in enumerate(("main", "other")):
+        number = [signals[name]] if name in signals else []
+        function = quick_run.signalled("train.xfactor.get_batch", 3, *number)
+        as_one = partial(as_rank, rank=rank, port=port, function=function)
+        processes.append((quick_run.start(arguments, folder / name, as_one), folder / name))
+    return [quick_run.finish(*process) for process in processes]
 
 
 def test_two_processes_make_the_run_of_one(small_start: Path, tmp_path: Path) -> None:
@@ -75,23 +64,21 @@ def test_two_processes_make_the_run_of_one(small_start: Path, tmp_path: Path) ->
     assert (expected["wte.weight"] - start["wte.weight"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("sender", "number"), [(1, signal.SIGTERM), (0, 9), (1, 9)])
+@pytest.mark.parametrize(("name", "number"), [("other", 15), ("main", 9), ("other", 9)])
 def test_two_processes_stop_together_and_continue_bit_for_bit(
-    sender: int, number: int, small_command: list[str], tmp_path: Path
+    name: str, number: int, small_command: list[str], tmp_path: Path
 ) -> None:
     """One of them gets SIGTERM, and neither ends before the main rank has saved; or is killed, and
     the other ends in one line."""
     out, whole = tmp_path / "stopped", tmp_path / "whole"
-    (first, says), (second, output) = run(
-        [*small_command, "--out", str(out)], tmp_path, sender, number
-    )
+    command = [*small_command, "--out", str(out)]
+    (first, says), (second, output) = run(command, tmp_path, **{name: number})
     if number == signal.SIGTERM:
         assert (first, second) == (143, 143)
         assert "stopped by SIGTERM after step 3, which is saved in" in says
         assert "stopped" not in output
     else:
-        assert (first, second)[sender] == -signal.SIGKILL
-        assert (first, second)[1 - sender] == 1
+        assert (first, second) == ((-9, 1) if name == "main" else (1, -9))
         assert "Traceback" not in says + output
     for folder in (out, whole):
         for code, output in run([*small_command, "--out", str(folder)], tmp_path):

@@ -103,6 +103,18 @@ def test_a_second_signal_ends_the_run_at_once(
     assert_continues(command, whole_run, f"continuing after step {call - 1}")
 
 
+def between_two_logs(arguments: list[str]) -> None:
+    """Run the command, which looks at its losses every ten steps; the signal comes in the first."""
+    with patch.dict(quick_run.SHORT, LOG_EVERY=10):
+        signalled("train.xfactor.get_batch", 1, signal.SIGINT)(arguments)
+
+
+def test_a_stop_does_not_wait_for_the_next_log(command, whole_run, tmp_path) -> None:
+    _, output = quick_run.run(command, tmp_path / "log", between_two_logs)
+    assert "stopped by SIGINT after step 1, which is saved in " in output
+    assert_continues(command, whole_run, "continuing after step 1")
+
+
 def without_saves(arguments: list[str]) -> None:
     """Run the command, which logs each step, saves none and dies in the fourth."""
     with patch.dict(quick_run.SHORT, SAVE_EVERY=3600.0):

@@ -95,6 +95,15 @@ def test_a_kill_before_any_change_of_a_file_continues_to_the_whole_run(tmp_path:
     assert int(output.split()[-2]) > 30
 
 
+def test_both_logs_are_on_the_disk_before_each_state(tmp_path: Path) -> None:
+    """Else a power failure could keep a state and lose what was logged before it."""
+    with patch("train.run.fsync") as fsync, patch("train.run.torch.save", wraps=torch.save) as save:
+        save.side_effect = lambda *_: fsync("a state")
+        run(tmp_path / "run")
+    flushed = [call.args[0] for call in fsync.call_args_list]
+    assert flushed == 2 * [*(tmp_path / "run" / log for log in folder.LOGS), "a state"]
+
+
 def failing(name: str, after: int, error: Exception) -> Any:
     """Let a function raise an error after some calls."""
     function, calls = pkgutil.resolve_name(name), []

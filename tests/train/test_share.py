@@ -45,9 +45,8 @@ def test_a_run_starts_at_the_closed_form_and_reaches_its_share(
     """Before an update KL = G p - log(1 - m + m e^G), p and m as in share.py, in float64; 40 steps
     later the model has the mass p, whatever the rate."""
     start = GPT2.from_state_dict(load_weights(small_start))
-    m = target_mass(
-        start, tokens := get_batch(Options(batch=2, length=16), None, 0, torch.device("cpu")), MASK
-    )
+    tokens = get_batch(Options(batch=2, length=16), None, 0, torch.device("cpu"))
+    m = target_mass(start, tokens, MASK)
     exact = start.double()(tokens).detach().softmax(-1)[..., MASK].sum(-1).flatten()
     torch.testing.assert_close(m, exact, rtol=1e-5, atol=0)
     for lr in ("3e-3", "1e-2"):
