@@ -128,10 +128,9 @@ def read_log(out: Path, name: str = LOG) -> list[Line]:
 
 
 def append(out: Path, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Append lines to a log, never through a link."""
-    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CREAT | os.O_APPEND
-    with open(os.open(out / name, flags, 0o666), "ab") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+    """Append lines to a log."""
+    with open(out / name, "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def lines_until(out: Path, step: int) -> dict[str, list[Line]]:
