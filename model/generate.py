@@ -37,8 +37,8 @@ def generate(
         logit_bias: (V,), on the model's device; added to the logits before the temperature
             divides them. -inf bans a token.
 
-    Where a row of logits has a NaN or +inf, or only -inf, sampling draws from a uniform
-    distribution. torch.multinomial would refuse it, and on CUDA that ends the process.
+    Where a row of logits has a NaN or +inf, or only -inf, sampling takes the last token.
+    torch.multinomial would refuse it, and on CUDA that ends the process.
 
     Returns:
         The prompts with their continuations: for a tensor int64 (B, T + max_new_tokens), with
