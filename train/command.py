@@ -15,7 +15,7 @@ import tyro
 from tqdm import tqdm
 
 from train import ranks
-from weights.layout import printable
+from weights.layout import WeightsError, printable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 5.0  # seconds without a line of progress, where there is no terminal
@@ -41,6 +41,8 @@ def command() -> Iterator[None]:
             yield
     except BrokenPipeError:  # nobody reads the output any more
         sys.exit(1)
+    except WeightsError as error:  # printable already; some have a line per way out
+        sys.exit(f"error: {error}" if ranks.is_main() else 1)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {printable(str(error))}" if ranks.is_main() else 1)
     except RuntimeError as error:
