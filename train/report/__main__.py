@@ -1,19 +1,26 @@
 """Report runs: python -m train.report runs/a runs/b --out report"""
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from tyro.conf import Positional, arg
 
 from train.command import command, say
 from train.report import summary, visible, write_report
 
 
-def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
-    """Report one or several runs.
+def report(
+    runs: Annotated[
+        Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="")
+    ],
+    out: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")] = None,
+) -> None:
+    """Write a report on one or several runs: a page, its figures, its table.
 
     Args:
-        runs: the folders to report, each the --out of a run
-        out: write the report here (default: into the run's folder, or "report" for several)
+        runs: report the runs in these folders, each the --out of a run
+        out: write the report here (default: the run's own folder; "report" for several runs)
     """
     for path in write_report(runs, out or (runs[0] if len(runs) == 1 else Path("report"))):
         say(visible(f"wrote {path}"))
