@@ -73,14 +73,16 @@ def make_inputs(
     if source not in ("random", "samples"):
         text = read_text(source, length)
     if share is not None or source == "samples":
-        say(f"sampling {TEXTS * TOKENS:,} tokens from the start model")
         count = TEXTS if share is None else TEXTS // 2
-        own = sampled = sample_texts(start, count, None, seed, "start's tokens")
+        say(f"sampling {count} texts from the start model")
+        own = sampled = sample_texts(start, count, None, seed, "sampling tokens")
     if share is not None:
         g = shares.solve(shares.target_mass(start, own, target.mask), share)
         say(f"a share of {share:.3g} is {g:.2f} nats on each target token's logit")
         if source == "samples":
-            tilted = sample_texts(start, TEXTS - count, g * target.mask, seed + 1, "tilted tokens")
+            say(f"sampling {TEXTS - count} texts with this bias")
+            bias = g * target.mask
+            tilted = sample_texts(start, TEXTS - count, bias, seed + 1, "sampling tokens")
             sampled = torch.cat((own, tilted))
     return sampled.flatten().cpu() if source == "samples" else text, g
 
