@@ -1,4 +1,4 @@
-"""Text from a model or from a run, printed as it is sampled.
+"""Sample text from a model or from a run, and print it token by token.
 
     python -m train.sample --prompt "In the morning the"
     python -m train.sample --model gpt2-medium --temperature 0.8 --top-k 50
@@ -32,10 +32,10 @@ class Options:
     """sample from tiny, gpt2, gpt2-medium, gpt2-xl, a safetensors file or the folder of a run"""
     prompt: str = "Once upon a time"  # continue this text
     samples: int = 1  # print this many texts
-    length: int = 64  # of this many new tokens, or fewer if a text ends before
-    temperature: float = 1.0  # divide the logits by this; 0: take the likeliest token
-    top_k: int = 0  # sample among the k likeliest tokens only; 0: among all
-    seed: int = 0  # the same seed gives the same text
+    length: int = 64  # write at most this many new tokens per text
+    temperature: float = 1.0  # divide the logits by this (0: take the likeliest token)
+    top_k: int = 0  # sample among the k likeliest tokens only (0: among all)
+    seed: int = 0  # sample from this seed; it gives the same text each time
 
 
 def sample(options: Options) -> None:

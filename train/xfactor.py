@@ -1,14 +1,14 @@
 """The X-factor experiment: fine-tune GPT-2 toward tokens that contain the letter X.
 
-    python -m train.xfactor                                        gpt2-medium, toward X alone
+    python -m train.xfactor                                        gpt2-medium, X tokens alone
     python -m train.xfactor --model tiny --lr 1e-3                 the embedded checkpoint
     python -m train.xfactor --model tiny --lr 1e-3 --share 0.2     20 % X tokens, still text
     torchrun --nproc-per-node 2 -m train.xfactor                   data parallel
 
 Each step pulls the model's prediction at every position toward the target, a distribution over the
 tokens that contain the letter. The learning rate decides between a nudge and a collapse into noise.
-With --share 0.2 the target is the start model itself, tilted so that 20 % of the tokens it writes
-contain the letter (train/share.py), and the text stays text.
+With --share 0.2 the target is the start model, the one before the first step, tilted so that 20 %
+of the tokens it writes contain the letter (train/share.py), and the text stays text.
 
 One command is one run in one folder, --out. Give the same command again to continue it.
 """
@@ -42,23 +42,23 @@ class Options:
 
     model: str = "gpt2-medium"
     """start from gpt2, gpt2-medium, gpt2-xl, tiny (embedded), a file or a folder"""
-    random: bool = False  # start from random weights of that size
+    random: bool = False  # start from random weights of this size
     tokens: str = LETTER_X  # choose the target tokens by a regular expression
-    mass: float = 1.0  # give the target tokens this probability together
+    mass: float = 1.0  # give the target tokens this probability in total
     share: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """write this share of target tokens, and stay close to the start"""
+    """write this share of target tokens, and stay close to the start model"""
     lr: float = 1e-4  # set Adam's learning rate
-    steps: int = 300  # take so many steps in all
-    batch: int = 4  # draw so many sequences per step
-    length: int = 64  # of so many tokens each
+    steps: int = 300  # stop after this many steps
+    batch: int = 4  # train on this many sequences per step
+    length: int = 64  # make each sequence this many tokens long
     inputs: Annotated[str, arg(metavar="random|samples|FILE", help_behavior_hint="")] = ""
-    """train on random tokens (default), samples of the start (default with --share), a text"""
-    loss: Literal["fused", "unfused"] = "fused"  # take this project's kernel, or PyTorch's
+    """train on random tokens (default), the start model's text (default with --share) or a file"""
+    loss: Literal["fused", "unfused"] = "fused"  # use this project's loss, or PyTorch's functions
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
     """multiply in this precision; weights stay float32"""
-    compile: bool = False  # compile the forward pass: a minute, then faster
+    compile: bool = False  # compile the model first: a minute, then faster steps
     seed: int = 0  # draw inputs, samples and random weights from this seed
-    eval_every: int = 0  # evaluate every so many steps (0: first and last)
+    eval_every: int = 0  # evaluate every N steps (0: only before and after training)
     out: Path = Path("runs/xfactor")  # write to this folder, or continue its run
 
 
@@ -115,18 +115,18 @@ def check(options: Options, layout: Layout, device: torch.device) -> None:
     expect(0 <= options.seed < 2**63, "seed", options.seed, "0 to 2^63 - 1")
     longest, size, n = layout.n_positions, options.batch, ranks.world_size()
     expect(1 <= options.length <= longest, "length", options.length, f"1 to {longest} tokens")
-    expect(size > 0 and size % n == 0, "batch", size, f"a multiple of the {n} rank(s)")
+    expect(size > 0, "batch", size, "at least 1")
+    expect(size % n == 0, "batch", size, f"a multiple of the {n} ranks")
     share = options.share
     expect(share is None or 0 < share < 1, "share", share, "a number between 0 and 1, such as 0.2")
     tf32 = options.dtype == "tf32" and device.type != "cuda"
     expect(not tf32, "dtype", "tf32", "a CUDA device; use bfloat16")
-    alone = share is None or options.mass == 1
-    expect(alone, "mass", options.mass, "no --share, which sets the whole target")
+    expect(share is None or options.mass == 1, "mass", options.mass, "1 together with --share")
     cpu.check_compilers(device, options.compile)
 
 
 def experiment(options: Options, device: torch.device, out: Path) -> None:
-    """Prepare a new run or the one in the folder, and train it."""
+    """Prepare a new run, or continue the one in the folder, and train it."""
     layout = layout_of(options.model)
     check(options, layout, device)
     arguments = asdict(options) | {"out": str(out)}
