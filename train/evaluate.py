@@ -1,10 +1,10 @@
 """What fine-tuning did to the text: samples, R, perplexities, KL to the start, repetition.
 
-R is the share of target tokens among sampled ones. Sample perplexity is that of the samples under
-the start model: do they still read as text? Passage perplexity is that of a fixed text, which no
-model here was trained on, under the fine-tuned model: how much was forgotten? The KL divergence to
-the start model is the price of R in nats per token. Neither sees a loop ("Nix Nix Nix"), distinct-2
-does.
+R is the share of target tokens among sampled ones. Sample perplexity scores the samples under the
+start model, the one before fine-tuning: do they still read as text? Passage perplexity scores a
+fixed text, which the embedded model was not trained on, under the fine-tuned model: how much was
+forgotten? The KL divergence to the start model is the price of R in nats per token. None of these
+notices a loop ("Nix Nix Nix"); distinct-2 does.
 """
 
 import math
@@ -25,7 +25,7 @@ from train.command import progress
 PROMPTS = ("Once upon a time", "In the morning the", '"What is that', "The old woman said")
 NEW_TOKENS = 64
 FULL, SHORT = 16, 4  # continuations of each prompt: 4,096 and 1,024 tokens
-ROWS = 16  # texts at a time: 68 tokens each have 219 MB of float32 logits
+ROWS = 16  # texts at a time: at 68 tokens each, 219 MB of float32 logits
 # Kenneth Grahame, The Wind in the Willows (1908), chapter 1: public domain, and in no corpus here.
 PASSAGE = (
     "The Mole had been working very hard all the morning, spring-cleaning his little home. First "
@@ -53,7 +53,7 @@ class Evaluation:
 def evaluate(
     model: GPT2, start: GPT2, mask: Tensor, count: int, seed: int, bias: Tensor | None = None
 ) -> tuple[Evaluation, list[tuple[str, list[int]]]]:
-    """Sample `count` continuations of each prompt and measure them; return them too.
+    """Sample `count` continuations of each prompt, measure them, and return both.
 
     Args:
         model, start: on one device, with finite logits.

@@ -53,7 +53,7 @@ def open_folder(out: Path) -> Iterator[None]:
             with suppress(OSError):  # it is not empty
                 path.rmdir()
         if isinstance(error, OSError):
-            advice = "repair that and give the same command again"
+            advice = "fix this and give the same command again, or another --out"
             raise ValueError(f"cannot write to {out}: {error}; {advice}") from error
         raise
 
@@ -134,7 +134,7 @@ def append(out: Path, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def lines_until(out: Path, step: int) -> dict[str, list[Line]]:
-    """Return the lines of each log up to `step` updates; 0: none, as nothing was saved.
+    """Return the lines of each log up to `step` updates: none for 0, when nothing was saved.
 
     Raises ValueError unless there is a loss for each of these updates.
     """

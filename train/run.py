@@ -48,15 +48,15 @@ class Run:
     seed: int
     model: GPT2
     optimizer: torch.optim.Adam
-    start: GPT2
+    start: GPT2  # the model before fine-tuning
     mask: Tensor  # bool (V,), the target tokens
-    step: int = 0  # the last one saved
-    text: Tensor | None = None  # int64 (n,), what is trained on; None: random tokens
+    step: int = 0  # the last saved
+    text: Tensor | None = None  # int64 (n,), the text to train on; None: random tokens
     bias: Tensor | None = None  # (V,), added to the start model's logits for a share
-    losses: list[Tensor] = field(default_factory=list)  # of steps that are not logged yet
-    evaluated: set[int] = field(default_factory=set)  # steps
-    logged: float = field(default_factory=time.perf_counter)  # when that last happened
-    saved: float = field(default_factory=time.perf_counter)
+    losses: list[Tensor] = field(default_factory=list)  # of the steps not logged yet
+    evaluated: set[int] = field(default_factory=set)  # steps with an evaluation
+    logged: float = field(default_factory=time.perf_counter)  # time of the last log
+    saved: float = field(default_factory=time.perf_counter)  # and of the last save
 
     def load(self) -> bool:
         """Restore the last save, if there is one, and return whether there was.
@@ -72,7 +72,7 @@ class Run:
             state = torch.load(path, "cpu", weights_only=True)
             self.step, self.text = int(state["step"]), state["text"]
             self.model.load_state_dict(state["model"])
-            adam = self.optimizer.state_dict() | {"state": state["adam"]}  # its options are given
+            adam = self.optimizer.state_dict() | {"state": state["adam"]}  # the rate is an option
             self.optimizer.load_state_dict(adam)
             whole = all(map(self._is_whole, self.model.parameters()))
             if not whole or not (self.text is None or self.text.ndim == 1):
@@ -104,7 +104,7 @@ class Run:
     def record(self, step: int, received: list[int]) -> bool:
         """Log, save and evaluate what is due after `step` updates; return whether to end here.
 
-        received: signals. Every rank must call it; the main one writes.
+        received: the signals so far. Every rank must call this; the main one writes.
 
         Raises ValueError if the run has diverged or cannot be saved.
         """
@@ -154,7 +154,7 @@ class Run:
         raise ValueError(f"{reason}; {kept}. Try a smaller --lr, with another --out")
 
     def _save(self, step: int) -> None:
-        if step == self.step:  # it is saved
+        if step == self.step:  # already saved
             return
         if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
             self._diverged(f"the weights became NaN or infinite at step {step}")
@@ -169,7 +169,7 @@ class Run:
         try:
             with atomic_write(self.out / folder.STATE) as path, open(path, "wb") as file:
                 torch.save(state, file)
-        except RuntimeError as error:  # of PyTorch, if a write raised: a full disk, a signal
+        except RuntimeError as error:  # PyTorch's, if a write raised: a full disk, a signal
             raise (error.__context__ or error) from None
         self.step, self.saved = step, time.perf_counter()
 

@@ -1,20 +1,21 @@
-"""The share: how often the model shall write target tokens, and the bias that makes it so.
+"""The share: how often the model is to write target tokens, and the bias that makes it so.
 
-Let p(v) be the start model's probability of token v at some position, and m the sum of p over the
-target tokens there. Adding G nats to the logit of every target token gives the tilted model
+Let p(v) be the probability of token v at some position under the start model, the one before
+fine-tuning, and m the sum of p over the target tokens there. Adding G nats to the logit of every
+target token gives the tilted model
 
     q(v) = p(v) e^(G [v is a target token]) / Z,    Z = 1 - m + m e^G                    (1)
 
     probability of the target tokens:               m e^G / (1 - m + m e^G)              (2)
 
 Of all distributions that give the target tokens the probability (2), q has the least KL(q || p):
-let r be another one. Then KL(r || p) - KL(q || p) = KL(r || q) >= 0, because log q - log p is
+let r be another. Then KL(r || p) - KL(q || p) = KL(r || q) >= 0, because log q - log p is
 constant on the target tokens, and on the others, and r and q give both sets the same mass. This is
 an exponential tilt. In the language of reinforcement learning, q maximises G times the probability
 of a target token minus KL(q || p), token by token.
 
 `--share S` solves for the G at which the mean of (2), over positions of text sampled from the start
-model, is S: with G = 0 it is the start model's own share; S below that makes G negative.
+model, is S. G = 0 gives the start model's own share, and an S below that makes G negative.
 """
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from model import GPT2
 
-ROWS = 4  # texts at a time: of 256 tokens they have 206 MB of float32 logits
+ROWS = 4  # texts at a time: at 256 tokens each, 206 MB of float32 logits
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def solve(mass: Tensor, share: float) -> float:
     """
     odds = mass.double().log() - (-mass.double()).log1p()  # log m / (1 - m)
     low, high = -200.0, 200.0
-    for _ in range(60):  # the mean grows with G: halve the interval until it is one float64
+    for _ in range(60):  # the mean grows with G: halve the interval down to one float64
         g = (low + high) / 2
         if torch.sigmoid(odds + g).mean() < share:
             low = g

@@ -62,8 +62,8 @@ def summary(folders: Sequence[Path]) -> str:
 def shown(runs: Sequence[Run]) -> list[Run]:
     """List the start model, the runs with a share, and those with the original target.
 
-    Each ends where it is shown. The first with the original target is the one that is compared, as
-    it was when its R was nearest.
+    Each ends where it is shown. The first with the original target is the run that `compare` found,
+    cut at the evaluation whose R is nearest.
     """
     at = min(runs[0].evaluations)
     start = replace(runs[0], label="start model", share=None, limit=Evaluation(), colour="")
@@ -78,7 +78,7 @@ def shown(runs: Sequence[Run]) -> list[Run]:
 
 
 def finding(runs: Sequence[Run]) -> tuple[Run, str]:
-    """Say in one sentence what was measured, and compare; return also the run that it is about."""
+    """Return the run that the report is about, and a sentence that compares it."""
     found, start = compare(runs), cells(shown(runs)[0])
     run = found[0] if found else max(runs, key=lambda run: (run.share or 0, run.end.r))
     row = cells(run)

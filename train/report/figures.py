@@ -1,4 +1,4 @@
-"""Draw the report's figures for a light or a dark page; a user's matplotlib style has no part."""
+"""Draw the report's figures for a light or a dark page; a user's matplotlib style has no effect."""
 # ruff: noqa: E402 (matplotlib reads the two settings when it is imported)
 
 import io

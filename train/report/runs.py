@@ -57,7 +57,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read the run in each folder: those with a share first, in its order.
+    """Read the run in each folder; sort them by share, those without one last.
 
     Raises ValueError, in one line: no run there, nothing measured yet, a damaged file, runs that
     cannot be compared.
