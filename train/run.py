@@ -2,11 +2,12 @@
 
     config.json        the model's configuration, as transformers reads it; under "xfactor" the
                        options, the target tokens, share and G, versions, device, fingerprints
-    log.jsonl          {"step", "loss", "seconds"} for each step; {"step", "evaluation"}; with a
-                       share {"step": 0, "limit"}: the start model sampled with the bias
+    log.jsonl          {"step", "loss", "seconds"} for each step, seconds a mean since the last log;
+                       {"step", "evaluation"}; with a share {"step": 0, "limit"}: the start model
+                       sampled with the bias
     samples.jsonl      {"step", "prompt", "ids"}: the texts of the evaluations
     state.pt           weights, Adam's state, the text to train on, the step
-    model.safetensors  the weights alone, at the end and at a stop; the tokenizer's files beside it
+    model.safetensors  the weights alone, at the end and at a stop, with the tokenizer's files
 
 In every file, step n is the model after n updates.
 

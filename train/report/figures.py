@@ -121,7 +121,7 @@ def _frontier(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         elif path:
             axes.errorbar(*path[-1], xerr=run.end.r_error, fmt="o", color=run.colour, ms=11)
             label(percent(run.share), path[-1], (8, 10), color=run.colour)
-    below, family = math.inf, "original target, "  # the last label; said in the first
+    below, family = math.inf, "original target, "  # height of the last label; prefix of the first
     for (x, y), run in sorted(ends, reverse=True, key=lambda end: end[0][1])[:6]:
         free, below = y < below / 6, min(y, below / 6)
         align, shift = ("right", (-4, 7) if free else (10, -6)) if x > 0.8 else ("left", (8, -4))
