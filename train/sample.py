@@ -60,11 +60,13 @@ def sample(options: Options) -> None:
     for n in range(options.samples):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # for characters of two tokens
         say("\n" * (n > 0) + _visible(options.prompt), end="")
-        for token in map(int, stream(model, prompt, options.length, *choice)):
-            if token != tokenizer.eot:
-                text = _visible(decoder.decode(tokenizer.token_bytes(token)))
-                say(HIGHLIGHTED.format(text) if text and token in targets else text, end="")
-        say(decoder.decode(b"", final=True))
+        try:
+            for token in map(int, stream(model, prompt, options.length, *choice)):
+                if token != tokenizer.eot:
+                    text = _visible(decoder.decode(tokenizer.token_bytes(token)))
+                    say(HIGHLIGHTED.format(text) if text and token in targets else text, end="")
+        finally:  # also after Ctrl-C, whose message begins a line
+            say(decoder.decode(b"", final=True))
 
 
 def _visible(text: str) -> str:
