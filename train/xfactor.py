@@ -156,8 +156,8 @@ def experiment(options: Options, device: torch.device, out: Path) -> None:
             run.text = inputs.read_text(source, options.length)
     else:
         size = options.length, options.share, options.seed
-        made = inputs.make_inputs(source, start, target, *size) if ranks.is_main() else None
-        run.text, g = ranks.from_main(made) or (None, None)
+        mine = inputs.make_inputs(source, start, target, *size) if ranks.is_main() else (None, None)
+        run.text, g = ranks.from_main(mine)
     run.bias = None if g is None else g * target.mask
     about["text"] = None if run.text is None else inputs.fingerprint(run.text)
     if ranks.is_main():
@@ -175,7 +175,7 @@ def experiment(options: Options, device: torch.device, out: Path) -> None:
         }
         folder.write_config(out, layout, about)
         run.begin(restored)
-    ranks.from_main(None)  # every rank has read the folder and may go on
+    ranks.from_main(None)  # the others wait until the folder is ready
     train(options, run, target, g)
 
 
