@@ -29,22 +29,22 @@ from weights.layout import expand
 
 @dataclass(frozen=True)
 class Options:
-    """The corpus and the recipe; the defaults are those of the embedded checkpoint."""
+    """The corpus and the recipe; the defaults made the embedded checkpoint."""
 
     text: Path  # train on this text, UTF-8; <|endoftext|> ends a document
     held_out: Path  # keep the checkpoint with the least loss on this text
     out: Path = Path("runs/pretrain")  # write the best checkpoint, the state and the log here
-    n_layer: int = 10  # blocks
-    n_embd: int = 128  # width, a multiple of 64
-    n_positions: int = 256  # positions, and the length of a training window
-    steps: int = 2200  # optimisation steps
-    batch: int = 16  # windows per step
-    lr: float = 3e-3  # peak learning rate; the cosine ends at a tenth of it
-    warmup: int = 200  # steps of linear warm-up
-    weight_decay: float = 0.1  # of matrices; biases and LayerNorms have none
-    dropout: float = 0.1  # of the embedding sum and a block's two outputs
-    eval_every: int = 250  # steps between held-out losses, each with a save
-    seed: int = 0  # of initial weights, batches and dropout
+    n_layer: int = 10  # use this many blocks
+    n_embd: int = 128  # make them this wide, a multiple of 64
+    n_positions: int = 256  # learn this many positions; windows are as long
+    steps: int = 2200  # stop after this many steps
+    batch: int = 16  # train on this many windows per step
+    lr: float = 3e-3  # set the peak learning rate; the cosine ends at a tenth of it
+    warmup: int = 200  # raise the rate linearly over this many steps
+    weight_decay: float = 0.1  # decay matrices by this; biases and LayerNorms not at all
+    dropout: float = 0.1  # drop from the embedding sum and a block's two outputs
+    eval_every: int = 250  # measure the held-out loss and save every N steps
+    seed: int = 0  # draw initial weights, batches and dropout from this seed
 
 
 def read_ids(path: Path, length: int) -> Tensor:
