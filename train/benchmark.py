@@ -55,8 +55,8 @@ class Options:
     """take the sizes of this model; the weights are random"""
     dtype: tuple[Literal["bfloat16", "float32"], ...] = "bfloat16", "float32"
     """run training steps in these; bfloat16 is autocast"""
-    batch: int = 4  # B, sequences per step
-    length: int = 64  # T, tokens per sequence
+    batch: int = 4  # take this many sequences per step
+    length: int = 64  # make each sequence this many tokens long
     repetitions: int = 3  # repeat every measurement in this many new processes
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # measure here
 

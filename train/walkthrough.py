@@ -173,7 +173,7 @@ def walkthrough(model: str = "tiny") -> None:
     """Print everything. Raises ValueError for weights that cannot be loaded or shown.
 
     Args:
-        model: tiny, gpt2, gpt2-medium, gpt2-xl or a path
+        model: follow the batch through tiny, gpt2, gpt2-medium, gpt2-xl or a path
     """
     gpt2 = GPT2.from_state_dict(load_weights(model), assign=True)
     config, n_vocab = gpt2.config, load_tokenizer().n_vocab
