@@ -44,7 +44,7 @@ def read_text(path: str, length: int) -> Tensor:
     return torch.tensor(ids)
 
 
-def sample_texts(start: GPT2, count: int, bias: Tensor | None, seed: int, label: str) -> Tensor:
+def sample_texts(start: GPT2, count: int, bias: Tensor | None, seed: int) -> Tensor:
     """Sample texts that begin with <|endoftext|>, int64 (count, T), on the model's device.
 
     bias: (V,), added to the logits.
@@ -55,7 +55,7 @@ def sample_texts(start: GPT2, count: int, bias: Tensor | None, seed: int, label:
     texts = []
     for _ in range(count // BATCH):
         columns = stream(start, prompt, length - 1, generator=generator, logit_bias=bias)
-        texts.append(torch.cat([prompt, *progress(columns, label, length - 1)], 1))
+        texts.append(torch.cat([prompt, *progress(columns, "sampling tokens", length - 1)], 1))
     return torch.cat(texts)
 
 
@@ -76,14 +76,13 @@ def make_inputs(
     if share is not None or source == "samples":
         count = TEXTS if share is None else TEXTS // 2
         say(f"sampling {count} texts from the start model")
-        own = sampled = sample_texts(start, count, None, seed, "sampling tokens")
+        own = sampled = sample_texts(start, count, None, seed)
     if share is not None:
         g = shares.solve(shares.target_mass(start, own, target.mask), share)
         say(f"a share of {share:.3g} is {g:.2f} nats on each target token's logit")
         if source == "samples":
             say(f"sampling {TEXTS - count} texts with this bias")
-            bias = g * target.mask
-            tilted = sample_texts(start, TEXTS - count, bias, seed + 1, "sampling tokens")
+            tilted = sample_texts(start, TEXTS - count, g * target.mask, seed + 1)
             sampled = torch.cat((own, tilted))
     return sampled.flatten().cpu() if source == "samples" else text, g
 
