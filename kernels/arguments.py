@@ -77,7 +77,7 @@ def resolve_row_weights(
 def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """Name the path for logits of this device and dtype; ValueError or TypeError if none."""
     if impl is None:
-        impl = "triton" if device.type == "cuda" else "torch"
+        impl = "triton" if device.type == "cuda" and dtype != torch.float64 else "torch"
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS} or None, got {impl!r}")
     allowed = [torch.float32, torch.bfloat16, torch.float16]

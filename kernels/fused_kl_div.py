@@ -49,8 +49,8 @@ def fused_kl_div(
             F.kl_div's own divides by B alone), "sum", or "none" (one value per row, (...)).
         inplace_backward: write the gradient over the logits in the backward, which saves a tensor
             of their size. The logits are destroyed, so a second backward pass raises.
-        impl: "triton" (the default for CUDA tensors), "torch" (for all others), or "triton-simple"
-            (the lesson, kernels/triton_simple.py; two-level targets only).
+        impl: "triton" (the default on CUDA), "torch" (the default elsewhere, and for float64), or
+            "triton-simple" (the lesson, kernels/triton_simple.py; two-level targets only).
         row_weights: (...), a factor per row; 0 leaves a row out (padding), whatever is in it.
             "batchmean" divides by their sum: if all are 0, or if there are no rows, the mean is
             NaN, as in F.cross_entropy, and the gradient 0. No gradient flows to the weights.

@@ -53,7 +53,8 @@ def test_the_usual_upstream_gradient_moves_nothing(path, monkeypatch):
         if path == "triton" and COMPILED_ON_CPU:
             counts = import_module("tests.kernels.ptx.driver").counted()
         with monkeypatch.context() as patch, counts as launches:
-            patch.setattr(torch.Tensor, "mul_", None)
+            if path == "triton" or hidden.device.type == "cpu":
+                patch.setattr(torch.Tensor, "mul_", None)
             loss.backward()
         assert all(counts.stores.bytes == 0 for _, counts in launches)
         assert len(launches) == (2 if path == "triton" and COMPILED_ON_CPU else 0)

@@ -45,7 +45,7 @@ def test_a_target_on_another_device_is_made_once():
 
 def test_cuda_means_the_current_device_at_each_call(monkeypatch):
     """torch.device("cuda") has no index: a copy kept under it would be stale after set_device."""
-    target, asked = two_level(30), []
+    target, asked = TwoLevelTarget(torch.arange(30) < 5), []
     monkeypatch.setattr(torch.Tensor, "to", lambda x, device, *_: asked.append(device) or x)
     copies = []
     for index in (0, 1, 0):

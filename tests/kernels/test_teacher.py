@@ -107,12 +107,14 @@ def test_strides_and_offsets_of_both_change_nothing_beyond_rounding(path, dtype)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_student_equal_to_its_teacher_has_exactly_no_loss_and_no_gradient(path, dtype):
-    """Bit for bit equal, near -80 and with a row partly -inf: 0, not almost 0."""
+    """Bit for bit equal, near -80 and with a row partly -inf: 0, not almost 0. On CUDA PyTorch's
+    path rounds its two softmaxes apart, to one unit in the last place."""
     logits = (random_logits(3, 50257, scale=10.0) - 80).to(dtype)
     logits[1, ::3] = -INF
     loss, gradient = rows_and_gradient(path, logits, logits.clone())
-    assert (loss == 0).all()
-    assert (gradient == 0).all()
+    rounded = 2e-7 if path == "torch" and DEVICE == "cuda" else 0.0
+    assert (loss.abs() <= rounded).all()
+    assert (gradient.abs() <= rounded).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
