@@ -52,7 +52,7 @@ class Run:
     mask: Tensor  # bool (V,), the target tokens
     step: int = 0  # the last one saved
     text: Tensor | None = None  # int64 (n,), what is trained on; None: random tokens
-    bias: Tensor | None = None  # (V,), added to the start model's logits for a share
+    g: float | None = None  # nats that a share adds to the start's logits of the target tokens
     losses: list[Tensor] = field(default_factory=list)  # of steps that are not logged yet
     evaluated: set[int] = field(default_factory=set)  # steps
     logged: float = field(default_factory=time.perf_counter)  # when that last happened
@@ -70,12 +70,13 @@ class Run:
             return False
         try:
             state = torch.load(path, "cpu", weights_only=True)
-            self.step, self.text = int(state["step"]), state["text"]
+            self.step, self.text, self.g = int(state["step"]), state["text"], state["g"]
             self.model.load_state_dict(state["model"])
             adam = self.optimizer.state_dict() | {"state": state["adam"]}  # its options are given
             self.optimizer.load_state_dict(adam)
             whole = all(map(self._is_whole, self.model.parameters()))
-            if not whole or not (self.text is None or self.text.ndim == 1):
+            whole &= (self.text is None or self.text.ndim == 1) and math.isfinite(self.g or 0.0)
+            if not whole:
                 raise ValueError(f"damaged, or not of step {self.step}")
         except Exception as error:  # whatever the file holds
             expected = f"expected a whole state of this run ({error!r:.80})"
@@ -161,6 +162,7 @@ class Run:
         state = {
             "step": step,
             "text": self.text,
+            "g": self.g,
             "model": self.model.state_dict(),
             "adam": self.optimizer.state_dict()["state"],
         }
@@ -175,7 +177,8 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         count = FULL if step in (0, self.steps) else SHORT
-        models = {"evaluation": (self.model, None), "limit": (self.start, self.bias)}
+        bias = None if self.g is None else self.g * self.mask
+        models = {"evaluation": (self.model, None), "limit": (self.start, bias)}
         for name, (model, bias) in models.items():
             if name == "evaluation" or (step == 0 and bias is not None):
                 say(f"evaluating after step {step}" if bias is None else "evaluating the limit")

@@ -62,11 +62,8 @@ class Options:
     out: Path = Path("runs/xfactor")  # write to this folder, or continue its run
 
 
-def train(options: Options, run: Run, target: TwoLevelTarget, g: float | None) -> None:
-    """Fine-tune from the run's last save on.
-
-    g: nats that a share adds to the target tokens' logits; None for the two-level target itself.
-    """
+def train(options: Options, run: Run, target: TwoLevelTarget) -> None:
+    """Fine-tune from the run's last save on."""
     device = target.mask.device
     net: Any = ranks.parallel(run.model)
     if options.compile:
@@ -79,7 +76,7 @@ def train(options: Options, run: Run, target: TwoLevelTarget, g: float | None) -
             tokens = get_batch(options, run.text, step, device)  # 1. token ids (B, T)
             with autocast:
                 logits = net(tokens)  # 2. forward (B, T, V)
-                p = target if g is None else TeacherTarget(run.start(tokens), (target, g))
+                p = target if run.g is None else TeacherTarget(run.start(tokens), (target, run.g))
                 if options.loss == "fused":  # 3. log-softmax, 4. KL to the target
                     loss = fused_kl_div(logits, p, inplace_backward=True)
                 else:
@@ -151,14 +148,12 @@ def experiment(options: Options, device: torch.device, out: Path) -> None:
               start.to(device), target.mask)  # fmt: skip
     source = options.inputs or ("random" if options.share is None else "samples")
     if restored := run.load():
-        g = (folder.read_config(out) or {})["g"]
         if source not in ("random", "samples"):
             run.text = inputs.read_text(source, options.length)
     else:
         size = options.length, options.share, options.seed
         made = inputs.make_inputs(source, start, target, *size) if ranks.is_main() else None
-        run.text, g = ranks.from_main(made) or (None, None)
-    run.bias = None if g is None else g * target.mask
+        run.text, run.g = ranks.from_main(made) or (None, None)
     about["text"] = None if run.text is None else inputs.fingerprint(run.text)
     if ranks.is_main():
         folder.check_origin(out, about)
@@ -169,14 +164,14 @@ def experiment(options: Options, device: torch.device, out: Path) -> None:
             "alpha": target.alpha,
             "beta": target.beta,
             "share": options.share,
-            "g": g,
+            "g": run.g,
             "device": ranks.device_name(device),
             "dtype": options.dtype,
         }
         folder.write_config(out, layout, about)
         run.begin(restored)
     ranks.from_main(None)  # every rank has read the folder and may go on
-    train(options, run, target, g)
+    train(options, run, target)
 
 
 def main() -> None:

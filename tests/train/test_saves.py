@@ -50,7 +50,7 @@ def run(out: Path, steps: int = 2) -> None:
         a_run.text = torch.arange(53)
         folder.write_config(out, Layout(1, 64, 53, 16), {})
         a_run.begin(restored)
-        train(options, a_run, target, None)
+        train(options, a_run, target)
 
 
 @pytest.fixture(scope="module")
