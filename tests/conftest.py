@@ -1,9 +1,9 @@
 """For the whole suite: which device a test is meant for; settings are put back.
 
-    tests/kernels        a GPU if there is one, else the CPU (kl_cases.DEVICE)
-    a test with `gpu`    the second device, on every machine
-    a test with `cuda`   the second device, and a GPU too if there is one
-    any other test       the CPU, also on a machine with a GPU: bit for bit is the CPU's
+tests/kernels        a GPU if there is one, else the CPU (kl_cases.DEVICE)
+a test with `gpu`    the second device, on every machine
+a test with `cuda`   the second device, and a GPU too if there is one
+any other test       the CPU, also on a machine with a GPU: bit for bit is the CPU's
 """
 
 from collections.abc import Iterator

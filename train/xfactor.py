@@ -112,7 +112,9 @@ def check(options: Options, layout: Layout, device: torch.device) -> None:
     expect(0 <= options.seed < 2**63, "seed", options.seed, "0 to 2^63 - 1")
     longest, size, n = layout.n_positions, options.batch, ranks.world_size()
     expect(1 <= options.length <= longest, "length", options.length, f"1 to {longest} tokens")
-    expect(size > 0 and size % n == 0, "batch", size, f"a multiple of the {n} rank(s)")
+    expect(
+        0 < size < 2**20 and size % n == 0, "batch", size, f"1 or more, a multiple of {n} rank(s)"
+    )
     share = options.share
     expect(share is None or 0 < share < 1, "share", share, "a number between 0 and 1, such as 0.2")
     tf32 = options.dtype == "tf32" and device.type != "cuda"
@@ -130,7 +132,7 @@ def experiment(options: Options, device: torch.device, out: Path) -> None:
     folder.check_options(out, arguments)
     mask = matching(load_tokenizer(), options.tokens)
     target = make_target(mask, options.mass).to(device)
-    goal = f"{target.size} of {target.vocab_size} tokens match {options.tokens!r}"
+    goal = f"{target.size} tokens that match {options.tokens!r}"
     cpu.prepare(device, options.length)
     if options.dtype == "tf32":
         torch.set_float32_matmul_precision("high")

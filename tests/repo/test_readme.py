@@ -104,9 +104,7 @@ def test_every_equation_leads_to_code_and_a_test_that_exist() -> None:
         assert f"def {test}(" in tests
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/kernels.md"]
-)
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/kernels.md"])
 def test_links_lead_somewhere(page: str) -> None:
     """Every relative link and picture is a file of the repository."""
     text = (ROOT / page).read_text(encoding="utf-8")

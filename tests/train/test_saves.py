@@ -174,7 +174,8 @@ def test_a_file_system_without_locks_and_fsync_of_folders_is_a_warning(whole, tm
 
 
 @pytest.mark.parametrize(
-    "name", ["log.jsonl", "samples.jsonl", "config.json", "state.pt", "model.safetensors"]
+    "name",
+    ["log.jsonl", "samples.jsonl", "config.json", "state.pt", "model.safetensors", "vocab.json"],
 )
 def test_a_link_is_not_followed_on_writing(name: str, whole: Path, tmp_path: Path) -> None:
     """In place of a file of the run: what it leads to stays as it is."""
