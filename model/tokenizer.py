@@ -68,12 +68,19 @@ def load_tokenizer() -> Tokenizer:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Write the files from which transformers' AutoTokenizer makes this tokenizer."""
-    for name, packaged in {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}.items():
-        (folder / name).write_bytes((_data() / packaged).read_bytes())
+    """Write the files from which transformers' AutoTokenizer makes this tokenizer.
+
+    A link in place of one of them is replaced, not followed.
+    """
     config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    config["tokenizer_class"] = "GPT2Tokenizer"
-    (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+    files = {
+        "vocab.json": (_data() / "encoder.json").read_bytes(),
+        "merges.txt": (_data() / "vocab.bpe").read_bytes(),
+        "tokenizer_config.json": json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}).encode(),
+    }
+    for name, content in files.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def _data() -> Path:

@@ -6,7 +6,7 @@
                        {"step", "evaluation"}; with a share {"step": 0, "limit"}: the start model
                        sampled with the bias
     samples.jsonl      {"step", "prompt", "ids"}: the texts of the evaluations
-    state.pt           weights, Adam's state, the text to train on, the step
+    state.pt           weights, Adam's state, the text to train on, G, the step
     model.safetensors  the weights alone, at the end and at a stop, with the tokenizer's files
 
 In every file, step n is the model after n updates.
@@ -53,7 +53,7 @@ class Run:
     mask: Tensor  # bool (V,), the target tokens
     step: int = 0  # the last saved
     text: Tensor | None = None  # int64 (n,), the text to train on; None: random tokens
-    bias: Tensor | None = None  # (V,), added to the start model's logits for a share
+    g: float | None = None  # nats that a share adds to the start's logits of the target tokens
     losses: list[Tensor] = field(default_factory=list)  # of the steps not logged yet
     evaluated: set[int] = field(default_factory=set)  # steps with an evaluation
     logged: float = field(default_factory=time.perf_counter)  # time of the last log
@@ -71,12 +71,13 @@ class Run:
             return False
         try:
             state = torch.load(path, "cpu", weights_only=True)
-            self.step, self.text = int(state["step"]), state["text"]
+            self.step, self.text, self.g = int(state["step"]), state["text"], state["g"]
             self.model.load_state_dict(state["model"])
             adam = self.optimizer.state_dict() | {"state": state["adam"]}  # the rate is an option
             self.optimizer.load_state_dict(adam)
             whole = all(map(self._is_whole, self.model.parameters()))
-            if not whole or not (self.text is None or self.text.ndim == 1):
+            whole &= (self.text is None or self.text.ndim == 1) and math.isfinite(self.g or 0.0)
+            if not whole:
                 raise ValueError(f"damaged, or not of step {self.step}")
         except Exception as error:  # whatever the file holds
             expected = f"expected a whole state of this run ({error!r:.80})"
@@ -162,6 +163,7 @@ class Run:
         state = {
             "step": step,
             "text": self.text,
+            "g": self.g,
             "model": self.model.state_dict(),
             "adam": self.optimizer.state_dict()["state"],
         }
@@ -176,7 +178,8 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         count = FULL if step in (0, self.steps) else SHORT
-        models = {"evaluation": (self.model, None), "limit": (self.start, self.bias)}
+        bias = None if self.g is None else self.g * self.mask
+        models = {"evaluation": (self.model, None), "limit": (self.start, bias)}
         for name, (model, bias) in models.items():
             if name == "evaluation" or (step == 0 and bias is not None):
                 say(f"evaluating after step {step}" if bias is None else "evaluating the limit")

@@ -62,11 +62,8 @@ class Options:
     out: Path = Path("runs/xfactor")  # write to this folder, or continue its run
 
 
-def train(options: Options, run: Run, target: TwoLevelTarget, g: float | None) -> None:
-    """Fine-tune from the run's last save on.
-
-    g: nats that a share adds to the target tokens' logits; None for the two-level target itself.
-    """
+def train(options: Options, run: Run, target: TwoLevelTarget) -> None:
+    """Fine-tune from the run's last save on."""
     device = target.mask.device
     net: Any = ranks.parallel(run.model)
     if options.compile:
@@ -79,7 +76,7 @@ def train(options: Options, run: Run, target: TwoLevelTarget, g: float | None) -
             tokens = get_batch(options, run.text, step, device)  # 1. token ids (B, T)
             with autocast:
                 logits = net(tokens)  # 2. forward (B, T, V)
-                p = target if g is None else TeacherTarget(run.start(tokens), (target, g))
+                p = target if run.g is None else TeacherTarget(run.start(tokens), (target, run.g))
                 if options.loss == "fused":  # 3. log-softmax, 4. KL to the target
                     loss = fused_kl_div(logits, p, inplace_backward=True)
                 else:
@@ -115,7 +112,7 @@ def check(options: Options, layout: Layout, device: torch.device) -> None:
     expect(0 <= options.seed < 2**63, "seed", options.seed, "0 to 2^63 - 1")
     longest, size, n = layout.n_positions, options.batch, ranks.world_size()
     expect(1 <= options.length <= longest, "length", options.length, f"1 to {longest} tokens")
-    expect(size > 0, "batch", size, "at least 1")
+    expect(0 < size < 2**20, "batch", size, "1 to 2^20 - 1")
     expect(size % n == 0, "batch", size, f"a multiple of the {n} ranks")
     share = options.share
     expect(share is None or 0 < share < 1, "share", share, "a number between 0 and 1, such as 0.2")
@@ -133,7 +130,7 @@ def experiment(options: Options, device: torch.device, out: Path) -> None:
     folder.check_options(out, arguments)
     mask = matching(load_tokenizer(), options.tokens)
     target = make_target(mask, options.mass).to(device)
-    goal = f"{target.size} of {target.vocab_size} tokens match {options.tokens!r}"
+    goal = f"{target.size} tokens that match {options.tokens!r}"
     cpu.prepare(device, options.length)
     if options.dtype == "tf32":
         torch.set_float32_matmul_precision("high")
@@ -151,14 +148,12 @@ def experiment(options: Options, device: torch.device, out: Path) -> None:
               start.to(device), target.mask)  # fmt: skip
     source = options.inputs or ("random" if options.share is None else "samples")
     if restored := run.load():
-        g = (folder.read_config(out) or {})["g"]
         if source not in ("random", "samples"):
             run.text = inputs.read_text(source, options.length)
     else:
         size = options.length, options.share, options.seed
         mine = inputs.make_inputs(source, start, target, *size) if ranks.is_main() else (None, None)
-        run.text, g = ranks.from_main(mine)
-    run.bias = None if g is None else g * target.mask
+        run.text, run.g = ranks.from_main(mine)
     about["text"] = None if run.text is None else inputs.fingerprint(run.text)
     if ranks.is_main():
         folder.check_origin(out, about)
@@ -169,14 +164,14 @@ def experiment(options: Options, device: torch.device, out: Path) -> None:
             "alpha": target.alpha,
             "beta": target.beta,
             "share": options.share,
-            "g": g,
+            "g": run.g,
             "device": ranks.device_name(device),
             "dtype": options.dtype,
         }
         folder.write_config(out, layout, about)
         run.begin(restored)
     ranks.from_main(None)  # the others wait until the folder is ready
-    train(options, run, target, g)
+    train(options, run, target)
 
 
 def main() -> None:

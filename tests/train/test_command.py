@@ -100,14 +100,14 @@ def test_a_signal_during_the_imports_is_one_line(tmp_path: Path) -> None:
 
 
 def test_nobody_needs_to_read_what_is_said(monkeypatch) -> None:
-    """A pipe whose reader has gone, as after `| head -1`; and streams that were closed."""
+    """A pipe whose reader has gone, as after `| head -1`; a stream that was closed; ASCII only."""
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w", encoding="ascii"))
     monkeypatch.setattr(sys, "stderr", None)
     with command.command():
         for _ in range(3):
-            say("a line")
+            say("a líne")
             say("a line", error=True)
         assert list(command.progress("abc", "letters", 3)) == ["a", "b", "c"]
     sys.stdout.close()  # flushes what is left

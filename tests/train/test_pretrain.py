@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -113,9 +114,12 @@ def test_the_command_learns_and_keeps_the_weights_with_the_least_loss(monkeypatc
         return measure(model, *rest) + next(losses)
 
     monkeypatch.setattr(pretrain, "held_out_loss", measured)
+    seeds = Mock(wraps=torch.manual_seed)  # of the model, then of the batch of each step
+    monkeypatch.setattr(torch, "manual_seed", seeds)
     pretrain.pretrain(dataclasses.replace(OPTIONS, steps=45, lr=1e-2, eval_every=15))
     log = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [15, 30, 45]
+    assert [call.args[0] for call in seeds.call_args_list] == [0, *range(45)]
     assert log[-1]["held_out"] < 5 < math.log(50257)
     kept = load_weights("out")
     assert kept["wte.weight"].shape == (50257, 64)

@@ -130,6 +130,7 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
     "a huge step": ("state.pt", state(lambda s: s.update(step=10**30))),
     "a text that is none": ("state.pt", state(lambda s: s.update(text="abc"))),
     "another text": ("state.pt", state(lambda s: s.update(text=torch.arange(99)))),
+    "a G that is none": ("state.pt", state(lambda s: s.update(g="x"))),
     "no state": ("state.pt", lambda data: None),
     "half a log": ("log.jsonl", lambda data: data[: len(data) // 2]),
     "no log": ("log.jsonl", lambda data: None),

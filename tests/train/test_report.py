@@ -69,7 +69,7 @@ def test_the_page_tells_what_was_measured(demo: tuple[list[Path], Path]) -> None
     flat, at = re.sub(r"\s+", " ", html.unescape(text)), 0
     for expected in (
         "IMG", "Asked for 20 %, the model writes 21.3 ± 1.3 % target tokens at perplexity 112; the "
-        "original target at the same share: 157,000.",  # between 155,000 and 180,000, at 0.3 / 4
+        "original target writes 21.0 ± 1.3 % at 155,000.",
         "Text", "share 20 % R 21.3 ± 1.3 %, perplexity 112",
         "Measures", "share 20 % 20 % 21.3 ± 1.3 % 20.5 % 112 98 0.639 0.793",
         "lr 1e-4, step 60 21.0 ± 1.3 % 155,000",
@@ -110,7 +110,7 @@ def test_the_frontier_shows_every_measurement_where_it_was(demo: tuple[list[Path
     limit = lines[figures.LIGHT.ink, "--"].tolist()
     assert limit == [[0.002, 48], [0.049, 49], [0.205, 98], [0.505, 395]]
     said = [text.get_text() for text in axes.texts]
-    factor = "1,400 \N{MULTIPLICATION SIGN}"  # 157,000 / 112
+    factor = "1,400 \N{MULTIPLICATION SIGN}"  # 155,000 / 112
     assert {"5 %", "20 %", "50 %", "limit: logit bias at sampling", factor} <= {*said}
 
 

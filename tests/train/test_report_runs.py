@@ -12,40 +12,31 @@ from matplotlib.figure import Figure
 
 from tests.train.run_folder import write_lines, write_run
 from train.report import _page, figures, finding, percent, plain
-from train.report.runs import Evaluation, compare, perplexity_at, read_runs
+from train.report.runs import compare, read_runs
 
 START = (0.0, 100.0)
 
 
-def path(*points: tuple[float, float]) -> list[Evaluation]:
-    return [Evaluation(r, sample_perplexity=perplexity) for r, perplexity in points]
-
-
-def test_perplexity_at_a_share_is_interpolated_and_the_lowest_of_a_path() -> None:
-    """Its log is linear in R, closed forms; back and forth; infinite and unknown ones left out."""
-    line = path((0.1, 100), (0.5, 10_000))
-    got = [perplexity_at(line, r) for r in (0.1, 0.2, 0.3, 0.5)]
-    assert got == pytest.approx([100, 100 * 100**0.25, 1000, 10_000])
-    assert [perplexity_at(line, r) for r in (0.09, 0.51)] == [math.inf, math.inf]
-    there_and_back = path((0.0, 10), (0.4, 1e5), (0.0, 0.1), (0.4, 1e7))
-    assert perplexity_at(there_and_back, 0.2) == pytest.approx(100)
-    assert perplexity_at(path((0.2, 10), (0.2, 20)), 0.2) == math.inf
-    assert perplexity_at(path((0.0, 10), (0.2, math.inf), (0.4, 1e3)), 0.2) == pytest.approx(100)
-    assert perplexity_at(path((0.0, math.nan), (0.4, 1e3)), 0.2) == math.inf
-
-
-def test_the_sentence_has_the_middle_share_and_the_cheapest_path(tmp_path: Path) -> None:
-    """Of three shares and two paths; without paths the highest share; of paths the highest R."""
+def test_the_sentence_compares_the_middle_share_with_the_nearest_measurement(
+    tmp_path: Path,
+) -> None:
+    """Of three shares and two paths there and back, an infinite perplexity aside; without paths, or
+    with none within a quarter, the limit of the highest share; of paths alone the highest R."""
     folders = [
         write_run(tmp_path / f"share-{share}", {0: START, 9: (share, 200)}, share, (share, 150))
         for share in (0.5, 0.2, 0.05)
     ]
-    for lr, end in ((1e-3, 1e8), (1e-4, 1e6)):  # at 20 %: 100 * (end / 100)^(0.2 / 0.8)
-        folders.append(write_run(tmp_path / f"{lr}", {0: START, 9: (0.8, end)}, lr=lr))
+    far = {0: START, 4: (0.14, 1e3), 9: (0.8, 1e8)}
+    near = {0: START, 3: (0.21, 4000), 4: (0.1, 3e3), 5: (0.2, math.inf), 9: (0.3, 1e6)}
+    for lr, points in ((1e-3, far), (1e-4, near)):
+        folders.append(write_run(tmp_path / f"{lr}", points, lr=lr))
     runs = read_runs(folders)
     sentence = finding(runs)[1]
-    assert re.findall(r"[\d.,]+(?= %|;|\.$)", sentence) == ["20", "1.2", "200", "1,000"]
-    assert (compare(runs)[1].label, compare(runs[:3])) == ("lr 1e-4", None)
+    assert sentence.startswith("Asked for 20 %, the model writes 20.0 ")
+    assert sentence.endswith("% at 4,000.")
+    assert (compare(runs)[1].label, compare(runs)[2]) == ("lr 1e-4", 3)
+    assert compare(runs[:3]) is None
+    assert compare(runs[:4]) is None  # 14 % is more than a quarter from 20 %
     assert finding(runs[:3])[0].share == 0.5
     assert finding(runs[:3])[1].endswith("the limit writes 50 % at 150.")
     assert finding(runs[3:4])[1].endswith("the start model writes 0.0 ± 0.0 % at 100.")

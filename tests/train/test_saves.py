@@ -50,7 +50,7 @@ def run(out: Path, steps: int = 2) -> None:
         a_run.text = torch.arange(53)
         folder.write_config(out, Layout(1, 64, 53, 16), {})
         a_run.begin(restored)
-        train(options, a_run, target, None)
+        train(options, a_run, target)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,8 @@ def test_a_file_system_without_locks_and_fsync_of_folders_is_a_warning(whole, tm
 
 
 @pytest.mark.parametrize(
-    "name", ["log.jsonl", "samples.jsonl", "config.json", "state.pt", "model.safetensors"]
+    "name",
+    ["log.jsonl", "samples.jsonl", "config.json", "state.pt", "model.safetensors", "vocab.json"],
 )
 def test_a_link_is_not_followed_on_writing(name: str, whole: Path, tmp_path: Path) -> None:
     """In place of a file of the run: what it leads to stays as it is."""

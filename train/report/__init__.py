@@ -63,15 +63,14 @@ def shown(runs: Sequence[Run]) -> list[Run]:
     """List the start model, the runs with a share, and those with the original target.
 
     Each ends where it is shown. The first with the original target is the run that `compare` found,
-    cut at the evaluation whose R is nearest.
+    cut at the step of the comparison.
     """
     at = min(runs[0].evaluations)
     start = replace(runs[0], label="start model", share=None, limit=Evaluation(), colour="")
     rows = [replace(start, evaluations={at: start.evaluations[at]})]
     rows += [run for run in runs if run.share is not None]
     if found := compare(runs):
-        path, r = found[1], found[0].end.r
-        at = min(path.evaluations, key=lambda step: abs(path.evaluations[step].r - r))
+        _, path, at = found
         label = f"{path.label}, step {at}"
         rows.append(replace(path, evaluations={at: path.evaluations[at]}, label=label))
     return rows + [run for run in runs if run.share is None]
@@ -85,7 +84,8 @@ def finding(runs: Sequence[Run]) -> tuple[Run, str]:
     given = f"With {run.label}" if run.share is None else f"Asked for {row['asked']}"
     other = f"the start model writes {start['R']} at {start['perplexity']}"
     if found:
-        other = f"the original target at the same share: {plain(found[-1])}"
+        nearest = cells(shown(runs)[-1 - sum(run.share is None for run in runs)])
+        other = f"the original target writes {nearest['R']} at {nearest['perplexity']}"
     elif row["limit R"]:
         other = f"the limit writes {row['limit R']} at {row['limit perplexity']}"
     got = f"{row['R']} target tokens at perplexity {row['perplexity']}"

@@ -135,12 +135,14 @@ def _frontier(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
         align, shift = ("right", (20, -52)) if points[-1][0] > 0.6 else ("left", (2, -20))
         label("limit: logit bias at sampling", points[-1], shift, ha=align, weight="normal")
     if found := compare(runs):
-        x, low, high = found[0].end.r, found[0].end.sample_perplexity, found[2]
+        low, near = found[0].end.sample_perplexity, found[1].evaluations[found[2]]
+        high, x = near.sample_perplexity, near.r
         arrow = {"arrowstyle": "<->", "color": theme.ink, "lw": 1.4, "shrinkA": 2, "shrinkB": 8}
         axes.annotate("", (x, low), (x, high), arrowprops=arrow)
-        middle, (align, dx) = (x, math.sqrt(low * high)), ("right", -8) if x > 0.6 else ("left", 8)
+        middle, (align, dx) = (x, low**0.4 * high**0.6), ("right", -8) if x > 0.6 else ("left", 8)
         label(f"{plain(high / low, 2)} ×", middle, (dx, 0), size=17, ha=align)  # noqa: RUF001
-        label("perplexity at the same share", middle, (dx, -13), size=9, weight="normal", ha=align)
+        text = f"perplexity at {percent(x)}"
+        label(text, middle, (dx, -13), size=9, weight="normal", ha=align)
 
 
 def _texts(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:

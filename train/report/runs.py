@@ -5,9 +5,9 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -115,29 +115,20 @@ def _add(run: Run, line: dict[str, Any]) -> None:
         run.texts.setdefault(step, []).append((str(line["prompt"]), array("i", line["ids"])))
 
 
-def compare(runs: Sequence[Run]) -> tuple[Run, Run, float] | None:
-    """Find what the original target costs at the R of a run with a share, the middle one of them.
+def compare(runs: Sequence[Run]) -> tuple[Run, Run, int] | None:
+    """Find what the original target costs at about the R of a run with a share, the middle one.
 
-    Returns that run, the run with the original target that passes its R at the lowest perplexity
-    of the samples, and that perplexity. None if no path passes.
+    Returns that run, and the run with the original target and the step at which its R was nearest,
+    the perplexity known. None if none came within a quarter of that R.
     """
     found = []
-    paths = [run for run in runs if run.share is None]
     for run in (run for run in runs if run.share is not None):
-        costs = [perplexity_at(path.evaluations.values(), run.end.r) for path in paths]
-        if costs and math.isfinite(min(costs) / run.end.sample_perplexity):
-            found.append((run, paths[costs.index(min(costs))], min(costs)))
+        r, nearest = run.end.r, None
+        for path in (path for path in runs if path.share is None):
+            for step, e in path.evaluations.items():
+                distance = abs(e.r - r)
+                if 0 < e.sample_perplexity < math.inf and distance < (nearest or (r / 4,))[0]:
+                    nearest = (distance, path, step)
+        if nearest and run.end.sample_perplexity < math.inf:
+            found.append((run, *nearest[1:]))
     return found[(len(found) - 1) // 2] if found else None
-
-
-def perplexity_at(path: Iterable[Evaluation], r: float) -> float:
-    """Return the lowest perplexity of the samples at which a path passes `r`; inf if it does not.
-
-    Between two evaluations the logarithm of the perplexity is linear in R.
-    """
-    found = [math.inf]
-    for a, b in pairwise(e for e in path if 0 < e.sample_perplexity < math.inf):
-        if a.r != b.r and min(a.r, b.r) <= r <= max(a.r, b.r):
-            low, high = math.log(a.sample_perplexity), math.log(b.sample_perplexity)
-            found.append(math.exp(low + (high - low) * (r - a.r) / (b.r - a.r)))
-    return min(found)
