@@ -91,7 +91,8 @@ def get_batch(options: Options, text: Tensor | None, step: int, device: torch.de
     """Draw this rank's token ids of one step, int64 (B / world size, T), from seed and step alone.
 
     They are drawn on the CPU, so that a seed gives the same ids on every device, and copied from
-    pinned memory, so that the copy does not wait for the device.
+    pinned memory, so that the copy does not wait for the device. Seeds are a million steps apart,
+    so that no two share a batch.
     """
     generator = torch.Generator().manual_seed((options.seed * 1_000_003 + step) % 2**63)
     B, T = options.batch, options.length
