@@ -16,7 +16,7 @@ from train.command import expect, progress, say
 from weights import layout_of, load_weights
 from weights.layout import expand
 
-TEXTS, TOKENS = 128, 256  # texts to sample, and their length
+TEXTS, TOKENS = 256, 128  # texts to sample, and their length
 BATCH = 64  # texts sampled at a time
 
 
