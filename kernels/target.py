@@ -69,8 +69,8 @@ class TwoLevelTarget:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = getattr(mask, "dtype", type(mask).__name__)
             raise TypeError(
-                f"mask must be a bool tensor (V,), got {got}; make one of token ids by "
-                "torch.zeros(V, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)"
+                f"mask must be a bool tensor (V,), got {got}; use mask.bool() for zeros and ones, "
+                "torch.zeros(V, dtype=torch.bool).index_fill(0, torch.tensor(ids), True) for ids"
             )
         if mask.ndim != 1 or mask.is_meta:
             raise ValueError(
