@@ -273,8 +273,10 @@ def test_no_gradient_flows_to_a_teacher():
     tilted_teacher = TeacherTarget(t, (make_tilt("tilt", 211)[0], strength))
     for target in (by_chunks, tilted_teacher):
         fused_linear_kl_div(hidden, weight, target).backward()
-    fused_kl_div(F.linear(hidden, weight), tilted_teacher).backward()
+    for loss in (fused_kl_div, kl_div):
+        loss(F.linear(hidden, weight), tilted_teacher).backward()
     assert (head.grad, t.grad, strength.grad) == (None, None, None)
+    assert not tilted_teacher.logits.requires_grad  # nor does it keep the teacher's graph alive
     detached = TeacherTarget.from_hidden(hidden.detach() * 2, head.detach())
     torch.testing.assert_close(
         *(fused_linear_kl_div(hidden, weight, p) for p in (by_chunks, detached))
