@@ -61,10 +61,10 @@ def gpu_target(name: GPU) -> GPUTarget:
 
 def variants(gpu: GPUTarget, dtype: torch.dtype) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """Kernel, target, function, and its constants and options, as the launchers have them."""
-    constants = triton_launch.meta(dtype, gpu)
     for beta in (False, True):
-        target = "two-level, beta" if beta else "two-level"
-        yield "forward", target, triton_kl_div.forward_kernel, constants | {"BETA": beta}
+        constants = triton_launch.meta(dtype, gpu, BETA=beta)
+        yield "forward", "two-level" + ", beta" * beta, triton_kl_div.forward_kernel, constants
+    constants = triton_launch.meta(dtype, gpu)
     yield "backward", "two-level", triton_kl_div.backward_kernel, constants
     simple = {"BLOCK": triton_simple.BLOCK, "num_warps": 4}
     yield "forward", "two-level, simple", triton_simple.forward_kernel, simple

@@ -69,8 +69,8 @@ class TwoLevelTarget:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = getattr(mask, "dtype", type(mask).__name__)
             raise TypeError(
-                f"mask must be a bool tensor (V,), got {got}; make one of token ids by "
-                "torch.zeros(V, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)"
+                f"mask must be a bool tensor (V,), got {got}; use mask.bool() for zeros and ones, "
+                "torch.zeros(V, dtype=torch.bool).index_fill(0, torch.tensor(ids), True) for ids"
             )
         if mask.ndim != 1 or mask.is_meta:
             raise ValueError(
@@ -166,9 +166,8 @@ class TeacherTarget:
             for each number: pass a G that changes as a tensor.
 
     Attributes:
-        logits, tilt: as above, the TwoLevelTarget on the device of t.
-        hidden, weight: as given to from_hidden, where logits is None; else None.
-        shape, device: those of t.
+        logits, tilt, shape, device: of t; logits is None after from_hidden.
+        hidden, weight: as given to from_hidden, else None.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -195,8 +194,7 @@ class TeacherTarget:
         Args:
             hidden: (..., C), input of the teacher's LM head, with the leading dimensions of the
                 student's; C may differ from the student's.
-            weight: (V, C), of hidden's dtype, or any under autocast; a Parameter may be passed as
-                it is. It must be the whole head, as that of fused_linear_kl_div.
+            weight: (V, C), the whole head, as that of fused_linear_kl_div; it may be a Parameter.
             tilt: as above.
         """
         check_head(hidden, weight, "the teacher's ")
@@ -212,11 +210,13 @@ class TeacherTarget:
         tokens: tuple[Tensor | None, ...] = None, None, None, None
         if tilt is not None:
             target, strength = _check_tilt(tilt, vocab)
-            target = target.to(self.device)
-            self.tilt = target, strength
-            if not isinstance(strength, Tensor):
-                strength = torch.full((), strength, dtype=_widest(rows.device), device=rows.device)
-            tokens = *target.parts[:3], _constant(strength.to(_widest(rows.device)))
+            target, dtype = target.to(self.device), _widest(self.device)
+            if isinstance(strength, Tensor):
+                strength = strength.detach()
+                number = strength.to(dtype)
+            else:
+                number = torch.full((), strength, dtype=dtype, device=self.device)
+            self.tilt, tokens = (target, strength), (*target.parts[:3], _constant(number))
         self.parts = Teacher(as_rows(rows), self.weight, *tokens)
 
     def whole_logits(self, dtype: torch.dtype) -> Tensor:

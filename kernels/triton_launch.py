@@ -20,6 +20,7 @@ from .target import Teacher, TwoLevel
 # Left to itself, ptxas saves registers by sinking loads below arithmetic, so that a warp waits for
 # DRAM two to four times per tile; with these it waits once (kernels/compile_report.py).
 MAX_REGISTERS = 64
+MAX_REGISTERS_BETA = 72  # of a float32 forward with beta > 0, which Triton 3.5 and 3.6 spill at 64
 MAX_REGISTERS_TEACHER = 80
 MAX_REGISTERS_BY_ELEMENT = 104  # of a teacher that is read element by element: 16 more loads
 
@@ -35,9 +36,8 @@ def forward(logits: Tensor, target: TwoLevel | Teacher) -> tuple[Tensor, Tensor,
     lse = torch.empty_like(loss)
     norm = loss.new_empty((rows, 3) if isinstance(target, Teacher) else rows)
     if rows:
-        kernels, arguments, constants = _arguments(logits, target)
-        if isinstance(target, TwoLevel):
-            constants["BETA"] = target.has_beta
+        beta = {"BETA": target.has_beta} if isinstance(target, TwoLevel) else {}
+        kernels, arguments, constants = _arguments(logits, target, **beta)
         with torch.cuda.device_of(logits):
             kernels.forward_kernel[(rows,)](*arguments, loss, lse, norm, **constants)
     return loss, lse, norm
@@ -93,7 +93,8 @@ def _current_gpu() -> GPUTarget | None:
 
 def meta(dtype: torch.dtype, gpu: GPUTarget | None, **constants: Any) -> dict[str, Any]:
     """Constants and options of a kernel, for the launch and for kernels/compile_report.py."""
-    registers = MAX_REGISTERS
+    wide = constants.get("BETA") and dtype == torch.float32
+    registers = MAX_REGISTERS_BETA if wide else MAX_REGISTERS
     if "TILT" in constants:  # for a teacher
         by_vector = constants["T_ALIGN"] > 4
         registers = MAX_REGISTERS_TEACHER if by_vector else MAX_REGISTERS_BY_ELEMENT
@@ -104,7 +105,7 @@ def meta(dtype: torch.dtype, gpu: GPUTarget | None, **constants: Any) -> dict[st
 
 
 def _arguments(
-    logits: Tensor, target: TwoLevel | Teacher
+    logits: Tensor, target: TwoLevel | Teacher, **constants: Any
 ) -> tuple[ModuleType, tuple, dict[str, Any]]:
     """The kernels for this target, their arguments before the results of forward, constants."""
     rows, vec = (logits, logits.stride(0), logits.shape[1]), 16 // logits.element_size()
@@ -116,7 +117,7 @@ def _arguments(
             target.bitmasks.stride(0),
         )
     if isinstance(target, TwoLevel):
-        constants = meta(logits.dtype, _current_gpu())
+        constants = meta(logits.dtype, _current_gpu(), **constants)
         return triton_kl_div, (*rows, *tokens, target.levels), constants
     t, strength = target.logits, logits if target.strength is None else target.strength
     t_align = min(16, vec * t.element_size())

@@ -64,6 +64,7 @@ def test_no_kernel_spills_a_register(rows):
     assert [r for r in rows if r["spill"]] == []
 
 
+@NEEDS_3_7
 def test_registers_leave_room_for_four_programs_on_a_multiprocessor(rows):
     """65,536 registers for four times 256 threads; for three toward a teacher, two if it is read
     element by element."""

@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from kernels import fused_linear_kl_div
 from kernels.fused_kl_div import launchers
-from kernels.fused_linear_kl_div import OPERATORS
+from kernels.fused_linear_kl_div import OPERATORS, scale_
 from tests.kernels.kl_cases import (
     COMPILED_ON_CPU,
     FUSED,
@@ -123,6 +123,7 @@ def test_the_operator_passes_opcheck(flags):
     g = random_logits(7, seed=2)
     options = *flags, 3, torch.float32, *two_level(40, 2.0, 1.0).parts, "torch"
     opcheck(OPERATORS["two_level"], (hidden, weight, g, *options))
+    opcheck(scale_, (g, torch.tensor(2.0, device=g.device), "torch"))
 
 
 def test_an_exported_loss_and_one_on_the_meta_device_run():
