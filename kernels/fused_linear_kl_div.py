@@ -268,10 +268,12 @@ class _LinearKlDiv(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         grads, ctx.early = ctx.early, None  # scaled in place, so one backward alone may have them
         late = torch.is_grad_enabled() or not ctx.is_early
+        g = factors(hidden, ctx.dtype, row_weights, ctx.reduction)
+        if late:
+            g = torch.where(g == 0, 0.0, g * grad_loss)  # a mean over no rows: 0 * inf is NaN
+        elif row_weights is not None or len(hidden) == 0:
+            grad_loss = torch.where(g.any(), grad_loss, 0.0)  # likewise
         if late or grads is None:
-            g = factors(hidden, ctx.dtype, row_weights, ctx.reduction)
-            if late:
-                g = g * grad_loss
             _, *grads = first_derivative(
                 "fused_linear_kl_div", OPERATORS[ctx.kind], hidden, weight, g, *needs,
                 ctx.chunk_rows, ctx.dtype, *tensors, *ctx.options,

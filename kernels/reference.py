@@ -4,8 +4,7 @@
 
 P is the target's probabilities, which are softmax(t) for the logits t of a teacher. The tests bound
 the error of every other path by the error of this one in the same dtype; the benchmark calls it
-"unfused". One difference remains as PyTorch has it: where P = 0 and a logit is -inf, the term is
-0 * -inf = NaN here, and 0 in the fused paths.
+"unfused". Where P = 0 and a logit is -inf, PyTorch's term is 0 * -inf = NaN; the fused paths' is 0.
 
 Summing over the last dimension and then averaging over rows avoids two traps: F.kl_div's own
 "batchmean" divides by the first dimension only, and its "mean" by rows times vocabulary.
@@ -30,14 +29,12 @@ def kl_div(logits: Tensor, target: Target, reduction: str = "batchmean") -> Tens
     dtype = compute_dtype(logits.dtype)
     log_q = F.log_softmax(logits, dim=-1, dtype=dtype)
     if isinstance(target, TeacherTarget):
-        log_p = F.log_softmax(target.whole_logits(dtype), dim=-1)
-        loss = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        p = F.softmax(target.whole_logits(dtype), dim=-1)
+    elif isinstance(target, Tensor):
+        p = target.to(dtype) / target.to(dtype).sum(-1, keepdim=True)
     else:
-        if isinstance(target, Tensor):
-            p = target.to(dtype) / target.to(dtype).sum(-1, keepdim=True)
-        else:
-            p = target.dense(dtype).to(logits.device)
-        loss = F.kl_div(log_q, p, reduction="none").sum(-1)
+        p = target.dense(dtype).to(logits.device)
+    loss = F.kl_div(log_q, p, reduction="none").sum(-1)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.mean()

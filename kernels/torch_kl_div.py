@@ -25,6 +25,7 @@ page faults of 4 KB, which took longer than the arithmetic (13 ms against 3 ms o
 
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -107,7 +108,8 @@ def empty_gradient(logits: Tensor) -> Tensor:
     if logits.device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return zero_padded(logits.new_empty(n, stride), vocab)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # zeros
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=logits.dtype).view(n, stride)[:, :vocab]
 
 

@@ -136,6 +136,20 @@ def test_a_batch_of_weights_zero_moves_nothing(path, dtype):
         assert all((gradient == 0).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("rows", [3, 0])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("path", FUSED)
+def test_a_mean_taken_by_the_caller_over_no_weight_moves_nothing(path, reduction, rows):
+    """sum / 0: the upstream gradient is infinite, and 0 * inf would be NaN in every weight."""
+    hidden, weight = hidden_and_head(rows)
+    weights = torch.zeros(rows, device=DEVICE)
+    options = {"reduction": reduction, "impl": path, "row_weights": weights}
+    loss = fused_linear_kl_div(hidden, weight, two_level(211), **options)
+    (loss.sum() / weights.sum()).backward()
+    assert (hidden.grad == 0).all()
+    assert (weight.grad == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bool, torch.int64], ids=str)
 def test_weights_of_any_dtype_are_summed_in_that_of_the_loss(dtype):
     """300 rows of weight 300 sum to 90,000, more than float16 has; float64 weights do not make the

@@ -201,3 +201,14 @@ def test_the_reference_takes_a_teacher_of_either_kind():
     )
     for target in (TeacherTarget(teacher, tilt), TeacherTarget.from_hidden(hidden, weight, tilt)):
         torch.testing.assert_close(kl_div(logits, target, "none"), expected.sum(-1).float())
+
+
+def test_the_definition_too_lets_a_tilt_forbid_tokens():
+    """P = 0 on tokens at -inf costs nothing; loss and gradient in float64."""
+    logits, teacher = random_logits(3, 211).requires_grad_(), random_logits(3, 211, seed=1)
+    tilt = make_tilt("forbidden", 211)
+    loss = kl_div(logits, TeacherTarget(teacher, tilt), "none")
+    exact_loss, exact_gradient = truth(logits, teacher, tilt)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-6)
