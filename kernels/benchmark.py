@@ -202,6 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     for vocab in options.vocab:
         for rows in options.rows:
             size = Size(rows, vocab, options.width, getattr(torch, options.dtype), device)
+            torch.compiler.reset()  # after eight sizes and modes it would run eagerly, in silence
             table = []
             for head in (False, True):  # apart: see kernels/torch_kl_div.py on idle pages
                 losses = {name: loss for name, loss in LOSSES.items() if loss.head == head}

@@ -62,14 +62,15 @@ def test_every_loss_is_measured_or_says_why_not(capsys, eager):
 
 @pytest.mark.parametrize("vocab", [128256, 151936, 262144])
 def test_large_vocabularies_are_measured(vocab, capsys, eager):
-    """Those of Llama 3, Qwen 2.5 and Gemma, at two rows: no less exact than the unfused losses."""
+    """Those of Llama 3, Qwen 2.5 and Gemma, at two rows: no less exact than the unfused losses, but
+    for a unit in the last place, which a GPU's sums may be off."""
     sizes = ["--rows", "2", "--vocab", str(vocab), "--width", "8", "--seconds", "0"]
     benchmark.main([*sizes, "--device", DEVICE, "--json"])
     table = json.loads(capsys.readouterr().out.splitlines()[-1])["table"]
     assert {row["vocab"] for row in table} == {vocab}
     errors = {row["name"]: row["error"] for row in table}
     for teacher in ("", ", teacher"):
-        assert errors[f"fused{teacher}"] <= errors[f"unfused{teacher}"]
+        assert errors[f"fused{teacher}"] <= errors[f"unfused{teacher}"] + 2**-24
         product = errors[f"linear + unfused{teacher}"]  # most of it is that of the float32 products
         assert errors[f"fused linear{teacher}"] <= 1.2 * product
 

@@ -100,8 +100,9 @@ class DeviceTensor(torch.Tensor):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if not isinstance(value, Tensor):
-            if not any(isinstance(i, Tensor) for i in (index if type(index) is tuple else [index])):
-                RECORD.add_wait("a number set")  # PyTorch copies it, from pageable memory
+            if all(type(i) is int for i in (index if type(index) is tuple else [index])):
+                if self.inner[index].dim() == 0:  # copied from pageable memory; more is filled
+                    RECORD.add_wait("a number set")
             value = torch.full((), value, dtype=self.dtype, device=GPU)
         super().__setitem__(index, value)
 
