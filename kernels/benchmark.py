@@ -9,10 +9,10 @@ without gradients. On CUDA they are the device's, its queue filled and its L2 ca
 beforehand. "host" is the CPU's time to launch forward + backward: where it exceeds the device's,
 the host sets the pace, unless a CUDA graph holds the launches.
 
-GB/s is what any implementation must move, over the time of forward + backward: without the LM head
-the logits (and a teacher's) read twice and the gradient written; with it, hidden states and weight
-(and a teacher's) read once and their gradients written. "of copy" is its share of the speed of
-copying a large tensor on the same device; with the head it is low, for arithmetic is the limit.
+GB/s is what a forward and a backward that each read the logits move, over the time of both: without
+the LM head the logits (and a teacher's) read twice and the gradient written; with it, hidden states
+and weight (and a teacher's) read once and their gradients written. "of copy" is its share of the
+speed of copying a large tensor on the same device; with the head arithmetic limits it.
 
 Memory is the peak of one forward + backward above its inputs: of CUDA's allocator, or on Linux of
 the resident set (VmHWM). Error is the RMS error of the gradient of the logits or hidden states over

@@ -16,9 +16,9 @@ forward computes (2) and (3) while it has the chunk's logits, with all of g that
 the row's weight over the sum of weights. The upstream gradient of loss.backward() is then 1, and
 the results are the gradients. Another one (gradient accumulation, a gradient scaler, a sum of two
 losses) scales them in place in the first backward. Three cases compute the logits once more in the
-backward instead, at the price of one more product: "none", where each row has an upstream gradient
-of its own; float16, whose range would lose dz before the gradient scaler's factor reaches it; and a
-second backward over a retained graph.
+backward instead, at the price of one more product, or two with a teacher's head: "none", where each
+row has an upstream gradient of its own; float16, whose range would lose dz before the gradient
+scaler's factor reaches it; and a second backward over a retained graph.
 
 Precision. Products run in the dtype of the arguments, or autocast's, and the loss in float32. On
 CUDA, the products of (3) return their float32 sums where they would round to 16 bits, because
@@ -34,7 +34,8 @@ Traffic of loss and gradients in float32, N C left out, for n = N / chunk_rows c
                    dW written by the first chunk, read and written by the others       2 n - 1
                    dW read and written if the upstream gradient is not 1                     2
 
-F.linear and the unfused loss take 16 and 3: chunks save memory and cost V C.
+F.linear and the unfused loss take 16 and 3. With more rows than one chunk, chunks save memory; each
+costs V C.
 """
 
 import math

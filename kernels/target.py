@@ -153,9 +153,9 @@ Tilt = tuple[TwoLevelTarget, float | Tensor]  # the tokens S, and G in nats
 class TeacherTarget:
     """P = softmax(t): the distribution of a teacher, row by row; with a tilt, softmax(t + G on S).
 
-    Without a tilt this is distillation. With one it is the teacher tilted toward the tokens of S:
-    the distribution that maximises G times their probability minus the KL divergence to the
-    teacher. To add any other bias per token, add it to t.
+    Without a tilt this is distillation. With one, a probability m of the tokens of S becomes
+    m e^G / (1 - m + m e^G): the distribution that maximises G times that probability minus the KL
+    divergence to the teacher. Add any other bias per token to t.
 
     Args:
         logits: t, of the shape (..., V) of the student's logits, on their device, of any floating
@@ -194,7 +194,7 @@ class TeacherTarget:
         Args:
             hidden: (..., C), input of the teacher's LM head, with the leading dimensions of the
                 student's; C may differ from the student's.
-            weight: (V, C), the whole head, as that of fused_linear_kl_div; it may be a Parameter.
+            weight: (V, C), with LoRA and bias merged, as fused_linear_kl_div explains.
             tilt: as above.
         """
         check_head(hidden, weight, "the teacher's ")

@@ -17,8 +17,8 @@ A row of ten float32 logits, the first of them 4 bytes before a 16-byte boundary
                prologue   vector 0     vector 1    epilogue
 
 Vectors are read 16 bytes at a time: thread 0 takes vector 0 and thread 1 vector 1. Prologue and
-epilogue, at most three logits each, are read in one step, a logit per thread: thread 0 takes z0 and
-thread 4 takes z9. Which of its logits are target tokens, a thread sees in one word of the bitmask:
+epilogue, at most three logits each (seven in 16 bits), are read in one step, a logit per thread:
+thread 0 takes z0 and thread 4 takes z9. Which of its logits are target tokens, a thread sees in one word of the bitmask:
 thread 0 in 0b0010, where z2 is the second of its vector, thread 1 in 0b0010 too, for z6. So thread
 0 sums over z0 to z4, thread 1 over z5 to z8 and thread 4 over z9; then the three are joined.
 
