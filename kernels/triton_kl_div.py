@@ -18,9 +18,10 @@ A row of ten float32 logits, the first of them 4 bytes before a 16-byte boundary
 
 Vectors are read 16 bytes at a time: thread 0 takes vector 0 and thread 1 vector 1. Prologue and
 epilogue, at most three logits each (seven in 16 bits), are read in one step, a logit per thread:
-thread 0 takes z0 and thread 4 takes z9. Which of its logits are target tokens, a thread sees in one word of the bitmask:
-thread 0 in 0b0010, where z2 is the second of its vector, thread 1 in 0b0010 too, for z6. So thread
-0 sums over z0 to z4, thread 1 over z5 to z8 and thread 4 over z9; then the three are joined.
+thread 0 takes z0 and thread 4 takes z9. Which of its logits are target tokens, a thread sees in one
+word of the bitmask: thread 0 in 0b0010, where z2 is the second of its vector, thread 1 in 0b0010
+too, for z6. So thread 0 sums over z0 to z4, thread 1 over z5 to z8 and thread 4 over z9; then the
+three are joined.
 
 With V logits, a program of THREADS = 256 threads works on one row. Vectors are of `vec` elements: 4
 of float32, 8 of bfloat16 or float16. A tile is PER_THREAD = 16 elements of each thread, 4 or 2
