@@ -16,7 +16,7 @@ demo: .venv/demo  ## ask for 5, 20 and 50 % X tokens; and what the original targ
 	$(BIN)/python -m train.report runs/demo/* --out runs/report
 
 define share
-	$(BIN)/python -m train.xfactor --model tiny --lr 1e-3 --steps 150 --batch 8 --share $(1) --out runs/demo/share-$(2)
+	$(BIN)/python -m train.xfactor --model tiny --lr 1e-3 --steps 120 --batch 16 --share $(1) --out runs/demo/share-$(2)
 endef
 
 test: .venv/test  ## the whole suite; without a GPU, the compiled kernels run on the CPU

@@ -100,9 +100,10 @@ class DeviceTensor(torch.Tensor):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if not isinstance(value, Tensor):
-            if all(type(i) is int for i in (index if type(index) is tuple else [index])):
-                if self.inner[index].dim() == 0:  # copied from pageable memory; more is filled
-                    RECORD.add_wait("a number set")
+            place = index if type(index) is tuple else (index,)
+            # One element is copied from pageable memory; several are filled.
+            if all(type(i) is int for i in place) and self.inner[index].dim() == 0:
+                RECORD.add_wait("a number set")
             value = torch.full((), value, dtype=self.dtype, device=GPU)
         super().__setitem__(index, value)
 
