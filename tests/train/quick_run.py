@@ -32,7 +32,9 @@ Function = Callable[[list[str]], None]
 
 
 def command(arguments: list[str]) -> None:
-    """Run `python -m train.xfactor` with these arguments."""
+    """Run `python -m train.xfactor` with these arguments, on one thread: runs are compared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with (
         patch.multiple(train.evaluate, NEW_TOKENS=2),
         patch.multiple(train.run, **SHORT),
@@ -40,7 +42,10 @@ def command(arguments: list[str]) -> None:
         patch.multiple(train.xfactor, write_report=lambda *_: report(), summary=lambda *_: ""),
         patch.object(sys, "argv", ["train.xfactor", *arguments]),
     ):
-        train.xfactor.main()
+        try:
+            train.xfactor.main()
+        finally:
+            torch.set_num_threads(threads)
 
 
 def report() -> list[Path]:
