@@ -94,7 +94,8 @@ def _read(folder: Path) -> Run:
                         _add(run, json.loads(line))
     except Exception as error:  # of any kind: another program may have written this
         reason = f"{place}: {type(error).__name__}: {error!s:.200}"
-        raise ValueError(f"{reason}; expected a folder that train.xfactor wrote") from error
+        advice = f"; give {folder}/*" if any(folder.glob("*/config.json")) else ""
+        raise ValueError(f"{reason}; expected a folder that train.xfactor wrote{advice}") from error
     if not run.evaluations:
         raise ValueError(f"{folder}: nothing was measured yet; wait for the run, or continue it")
     return run
