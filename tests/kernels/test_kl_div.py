@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import fused_kl_div, torch_kl_div
+from kernels.arguments import resolve_impl
 from tests.kernels.kl_cases import (
     DEVICE,
     DTYPES,
@@ -175,3 +176,11 @@ def test_large_gradients_are_whole_in_memory_of_their_own():
     first, second = (torch_kl_div.empty_gradient(logits).fill_(value) for value in (1.0, 2.0))
     assert (first == 1).all()
     assert (second == 2).all()
+
+
+def test_the_default_path_is_triton_on_cuda_but_for_float64():
+    """Which Triton's kernels do not take; elsewhere PyTorch's."""
+    cuda = [torch.float32, torch.bfloat16, torch.float16]
+    assert {resolve_impl(None, torch.device("cuda"), dtype) for dtype in cuda} == {"triton"}
+    assert resolve_impl(None, torch.device("cuda"), torch.float64) == "torch"
+    assert {resolve_impl(None, torch.device("cpu"), dtype) for dtype in cuda} == {"torch"}

@@ -1,5 +1,7 @@
 """Sampling: the cache changes no result, options do what they say, bad arguments are refused."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -103,6 +105,8 @@ def test_a_token_without_probability_is_never_drawn(model: GPT2) -> None:
     logits[:, [3, 4, 9]] = 0.0
     drawn = _pick(logits, 1.0, None, seeded(0))
     assert set(drawn.flatten().tolist()) == {3, 4, 9}
+    with patch("torch.rand", lambda *shape, **_: torch.zeros(shape[:2], dtype=torch.float64)):
+        assert (_pick(logits, 1.0, None, None) == 3).all()  # where the CDF is 0 at first
 
 
 PROMPTS = [[5], [7, 290, 31, 4, 4, 18, 3], [100, 200, 300]]
