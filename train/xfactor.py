@@ -186,8 +186,7 @@ def main() -> None:
         ):
             experiment(options, device, out)
         if ranks.is_main():
-            for path in write_report([out], out):
-                say(f"wrote {path}")
+            write_report([out], out)
             say(summary([out]))
 
 
