@@ -167,8 +167,11 @@ def command(name: str, check: bool = False, list: bool = False) -> None:
                 f"{name} is not downloaded. Run python -m weights.official {name}; to check a "
                 f"folder of that name, pass ./{name}"
             )
+        if sys.stderr.isatty():
+            print(f"reading {path}", file=sys.stderr)
         print(describe(path, list))
     elif name in OFFICIAL:
+        print(f"verifying {name}", file=sys.stderr)
         for _ in read_official(name):
             pass
         print(f"{name} verified: {cached(name)}")
