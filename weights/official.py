@@ -1,11 +1,11 @@
 """OpenAI's official GPT-2 files: where they are, their hashes, how to download and check them.
 
     python -m weights.official gpt2-medium      download and verify ahead of time
-    python -m weights.official --check PATH     sizes, dtypes and hash of any checkpoint, and which
-                                                official file it is; --list adds every tensor
+    python -m weights.official --check PATH     print the sizes, dtypes and hash of a checkpoint and
+                                                which official file it is; --list adds every tensor
 
 A file comes from the local cache of huggingface_hub, under either of its two names, or is
-downloaded at the pinned revision. The hub's library only checks a download's size, so every load
+downloaded at the pinned revision. huggingface_hub checks only a download's size, so every load
 hashes what it reads.
 """
 
@@ -60,7 +60,7 @@ OFFICIAL = {
 
 
 def read_official(name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of an official model, downloaded if need be, and compare its hash last."""
+    """Yield the tensors of an official model, downloaded if need be; check the file's hash last."""
     path, digest = cached(name) or _download(name), hashlib.sha256()
     yield from read_tensors(path, digest)
     if (got := digest.hexdigest()) != (expected := OFFICIAL[name].sha256):
@@ -111,7 +111,7 @@ def _download(name: str) -> Path:
 def _wait_for_an_answer(client: Any, url: str) -> None:
     """Raise the client's error, or TimeoutError if the network is silent.
 
-    In a daemon thread, because looking up a name has no timeout: the process can end meanwhile.
+    A daemon thread asks: looking up a name has no timeout, and the process can end meanwhile.
     """
     answer: Future[None] = Future()
 
@@ -127,7 +127,7 @@ def _wait_for_an_answer(client: Any, url: str) -> None:
 
 
 def describe(name_or_path: str | os.PathLike[str], every_tensor: bool = False) -> str:
-    """Return the text of `--check`: sizes, hash and official name, once every value is checked."""
+    """Check every value, and return what `--check` prints: sizes, hash and official name."""
     entries, layout = read_entries(name_or_path)
     n_parameters = sum(tensor.numel() for _, tensor in read_tensors(name_or_path))
     dtypes = Counter(e.dtype for e in entries.values())
