@@ -60,10 +60,10 @@ LOSSES = {
         lambda m, h, w, p: m.LigerFusedLinearKLDivLoss()(h, w, p),
         "dense", head=True, needs="liger_kernel.transformers.fused_linear_kl_div"),
     "flash-linear-attention, teacher": Loss(
-        lambda m, h, w, t: m.fused_kl_div_loss(h, t.hidden, w, t.weight),
+        lambda m, h, w, t: m.fused_kl_div_loss(h, t.parts.logits, w, t.parts.weight),
         "teacher", head=True, needs="fla.modules.fused_kl_div"),
     "Liger fused linear JSD, teacher": Loss(  # which is KL(P || softmax(z)) at beta = 0
-        lambda m, h, w, t: m.LigerFusedLinearJSD(jsd_beta=0.0)(h, w, t.hidden, t.weight, None),
+        lambda m, h, w, t: m.LigerFusedLinearJSD(jsd_beta=0.0)(h, w, *t.parts[:2], None),
         "teacher", head=True, needs="liger_kernel.transformers.fused_linear_jsd"),
 }  # fmt: skip
 for _name in ("unfused", "unfused, compiled", "fused", "linear + unfused", "fused linear"):
