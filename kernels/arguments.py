@@ -35,8 +35,8 @@ def resolve(
         )
     if not fits:
         raise ValueError(
-            f"the target must fit logits of shape {tuple(shape)} on {device}, got {target}; move "
-            "it once, outside the loop, by target.to(device)"
+            f"the target must fit logits of shape {tuple(shape)} on {device}, got {target}; build "
+            "it for them, or move a TwoLevelTarget once by target.to(device)"
         )
     if impl is None:
         impl = "triton" if device.type == "cuda" and dtype != torch.float64 else "torch"

@@ -83,20 +83,14 @@ def fused_kl_div(
 
 
 def reduced(loss: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
-    """The loss of each row (N,) times its weight, reduced; a row of weight 0 counts 0, whatever its
-    loss is."""
-    rows = loss.shape[0]
+    """The loss of each row (N,) times its weight, 0 where that is 0, whatever the loss is; reduced.
+    Not by mean(): the gradient of a sum is one number, which the backward reads as such."""
     if weights is not None:
         loss = torch.where(weights == 0, 0.0, loss * weights)
-    # Not loss.mean(): the gradient of a sum is one number, which the backward reads as such.
-    return loss if reduction == "none" else loss.sum() / divisor(rows, weights, reduction)
-
-
-def divisor(rows: int, weights: Tensor | None, reduction: str) -> int | Tensor:
-    """What the summed loss is divided by: for "batchmean" the rows, or the sum of weights."""
-    if reduction != "batchmean":
-        return 1
-    return rows if weights is None else weights.sum()
+    if reduction == "none":
+        return loss
+    divisor = (loss.shape[0] if weights is None else weights.sum()) if reduction != "sum" else 1
+    return loss.sum() / divisor
 
 
 def launchers(impl: str, device: torch.device) -> Any:

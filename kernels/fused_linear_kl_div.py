@@ -44,7 +44,6 @@ from . import arguments
 from .fused_kl_div import (
     NAMESPACE,
     SCHEMAS,
-    divisor,
     first_derivative,
     launchers,
     reduced,
@@ -259,8 +258,9 @@ class _LinearKlDiv(torch.autograd.Function):
 def _factors(hidden: Tensor, row_weights: Tensor | None, reduction: str) -> Tensor:
     """g of (1), (N,): what the loss of each row counts, of stride 0 without weights. 0 for a row of
     weight 0, whatever the sum of weights is."""
-    n = hidden.shape[0]
+    n, is_mean = hidden.shape[0], reduction == "batchmean"
     if row_weights is None:
         one = hidden.new_ones(1, dtype=compute_dtype(hidden.dtype))
-        return (one / divisor(n, None, reduction)).expand(n)
-    return torch.where(row_weights == 0, 0.0, row_weights / divisor(n, row_weights, reduction))
+        return (one / n if is_mean else one).expand(n)
+    total = row_weights.sum() if is_mean else 1
+    return torch.where(row_weights == 0, 0.0, row_weights / total)

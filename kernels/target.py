@@ -15,7 +15,7 @@ to the graph. Numbers are tensors, because torch.compile compiles again for each
 
 import copy
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,9 @@ class Teacher(NamedTuple):
     mask: Tensor | None = None  # of the tilt's S, as in TwoLevel
     bitmasks: Tensor | None = None
     strength: Tensor | None = None  # G, ()
+
+
+Parts = TwoLevel | Teacher
 
 
 class TwoLevelTarget:
@@ -94,7 +97,7 @@ class TwoLevelTarget:
         self.parts = TwoLevel(mask, bitmasks, ids, levels, levels[1].clone() if self.beta else None)
 
     @torch.inference_mode(False)
-    def to(self, device: torch.device | str) -> "TwoLevelTarget":
+    def to(self, device: torch.device | str) -> Self:
         """Return the target on another device; once, outside the loop, because the host waits."""
         there, (mask, bitmasks, ids, levels, _) = copy.copy(self), self.parts
         levels = levels.to(device, _widest(device))
@@ -107,10 +110,7 @@ class TwoLevelTarget:
         return p.masked_fill_(self.mask, self.alpha)
 
     def __repr__(self) -> str:
-        return (
-            f"TwoLevelTarget({self.size} of {self.vocab_size} tokens, alpha={self.alpha:.6g}, "
-            f"beta={self.beta:.6g}, device={str(self.mask.device)!r})"
-        )
+        return f"TwoLevelTarget({self.size} of {self.vocab_size} tokens on {self.mask.device})"
 
 
 Tilt = tuple[TwoLevelTarget, float | Tensor]  # the tokens S, and G in nats
@@ -145,9 +145,7 @@ class TeacherTarget:
         self._complete(_constant(logits), None, logits.shape, tilt)
 
     @classmethod
-    def from_hidden(
-        cls, hidden: Tensor, weight: Tensor, tilt: Tilt | None = None
-    ) -> "TeacherTarget":
+    def from_hidden(cls, hidden: Tensor, weight: Tensor, tilt: Tilt | None = None) -> Self:
         """Build a target for fused_linear_kl_div: t = F.linear(hidden, weight), chunk by chunk.
 
         hidden: (..., C) of the teacher's LM head, with the student's leading dimensions and a C of
@@ -158,9 +156,7 @@ class TeacherTarget:
         target._complete(_constant(hidden), _constant(weight), shape, tilt)
         return target
 
-    def _complete(
-        self, rows: Tensor, weight: Tensor | None, shape: torch.Size, tilt: Tilt | None
-    ) -> None:
+    def _complete(self, rows: Tensor, weight: Any, shape: torch.Size, tilt: Tilt | None) -> None:
         """Set what both kinds have; rows: the logits or the hidden states."""
         self.shape, self.device, self.tilt = shape, rows.device, tilt
         tokens = () if tilt is None else _tilt_parts(tilt, shape[-1], rows.device)
@@ -173,7 +169,7 @@ class TeacherTarget:
         return t if mask is None or strength is None else torch.where(mask, t + strength, t)
 
     def __repr__(self) -> str:
-        return f"TeacherTarget({tuple(self.shape)}, tilt={self.tilt}, device={str(self.device)!r})"
+        return f"TeacherTarget({tuple(self.shape)} on {self.device}, tilt={self.tilt})"
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -43,14 +43,14 @@ import torch
 from torch import Tensor
 
 from .reference import compute_dtype
-from .target import Teacher, TwoLevel
+from .target import Parts, Teacher, TwoLevel
 
 CPU_TILE = 1 << 19  # elements, 2 MB of float32: ten rows of 50,257, in two L2 caches of 1 MB each
 GPU_TILE = 1 << 25  # 128 MB of float32: enough elements per launch for any GPU
 HUGE_PAGE = 2 << 20  # bytes
 
 
-def forward(logits: Tensor, target: TwoLevel | Teacher) -> tuple[Tensor, Tensor, Tensor]:
+def forward(logits: Tensor, target: Parts) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and log-sum-exp per row, (N,) each, in the dtype of the arithmetic; and ones in place of
     the norm that the Triton kernels have."""
     n, is_teacher = len(logits), isinstance(target, Teacher)
@@ -68,12 +68,7 @@ def forward(logits: Tensor, target: TwoLevel | Teacher) -> tuple[Tensor, Tensor,
 
 
 def backward(
-    logits: Tensor,
-    lse: Tensor,
-    norm: Tensor,
-    target: TwoLevel | Teacher,
-    grad_loss: Tensor,
-    out: Tensor,
+    logits: Tensor, lse: Tensor, norm: Tensor, target: Parts, grad_loss: Tensor, out: Tensor
 ) -> None:
     """Write grad_loss (N,) times (2) to out (N, V), which may be the logits themselves; rounded
     once, at the store."""

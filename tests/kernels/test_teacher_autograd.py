@@ -94,14 +94,6 @@ def test_no_gradient_flows_to_a_teacher():
     )
 
 
-def test_a_teacher_says_what_it_is():
-    """Shape, device and tilt, in one line."""
-    tokens = make_tilt("tilt", 8)[0]
-    text = repr(TeacherTarget(random_logits(2, 8), (tokens, 5.0)))
-    assert text.startswith("TeacherTarget((2, 8), tilt=(TwoLevelTarget(3 of 8 tokens")
-    assert text.endswith(f"5.0), device={str(tokens.mask.device)!r})")
-
-
 def test_bad_teachers_are_refused_by_name():
     """Every message says what was got and what was expected."""
     logits, tokens = random_logits(2, 8), make_tilt("tilt", 8)[0]
