@@ -15,47 +15,51 @@ from train.xfactor import Options
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a module of train."""
-    words = [sys.executable, "-m", *arguments]
-    return subprocess.run(
-        words, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )
+@pytest.fixture
+def options(monkeypatch):
+    """Parse the words of a command line."""
+
+    def of(*words: str) -> Options:
+        monkeypatch.setattr(sys, "argv", ["xfactor", *words])
+        return parse(Options, "", "xfactor")
+
+    return of
 
 
-@pytest.mark.parametrize("environment", [{"COLUMNS": "80"}, {"PYTHONIOENCODING": "ascii"}], ids=str)
-def test_the_help_fits_50_lines_on_any_terminal(environment: dict[str, str]) -> None:
-    """With every option."""
-    done = run("train.xfactor", "--help", TERM="dumb", **environment)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) <= 50
+def test_the_help_has_every_option_and_fits_50_lines(options, monkeypatch, capsys) -> None:
+    """Of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        options("--help")
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 50
     for name in Options.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')} " in done.stdout
+        assert f"--{name.replace('_', '-')} " in text
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lr", "1", "--lr", "2"], "--lr is given 2 times"),
-        (["--eval-every=1", "--eval_every", "2"], "--eval-every is given 2 times"),
-        (["--", "x"], "--: expected an option"),
+        ("--lr 1 --lr 2", "--lr is given 2 times; give it once"),
+        ("--eval-every=1 --eval_every 2", "--eval-every is given 2 times; give it once"),
+        ("-- x", "--: expected an option; write a value that begins with - as --tokens=-"),
+        ("--out -runs", "Missing value .*; write a value that .* after an =, as in --out=-runs"),
+        ("--steps abc", "--steps: expected an integer, got 'abc'"),
+        ("--lr fast", "--lr: expected a number, got 'fast'"),
+        ("--share x", "--share: expected a number, got 'x'"),
+        ("--letter x", "Unrecognized options: --letter, x"),
     ],
 )
-def test_what_is_not_said_once_is_refused(words, message: str, monkeypatch) -> None:
-    """The last value would win in silence."""
-    monkeypatch.setattr(sys, "argv", ["xfactor", *words])
-    with pytest.raises(ValueError, match=message):
-        parse(Options, "", "xfactor")
-
-
-def test_a_value_may_begin_with_a_dash(monkeypatch, capsys) -> None:
-    """After an =, and the command says so."""
-    monkeypatch.setattr(sys, "argv", ["xfactor", "--out=-runs", "--tokens=-"])
-    assert parse(Options, "", "xfactor").out == Path("-runs")
-    monkeypatch.setattr(sys, "argv", ["xfactor", "--out", "-runs"])
-    with pytest.raises(SystemExit):
-        parse(Options, "", "xfactor")
-    assert "--out=-runs" in capsys.readouterr().err
+def test_a_command_line_that_cannot_be_meant_is_one_line(
+    words, message, options, monkeypatch, capsys
+) -> None:
+    """It names the option, on a terminal too; a value may begin with a dash after an =."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        options(*words.split())
+    assert capsys.readouterr() == ("", "")
+    assert options("--out=-runs", "--tokens=-").out == Path("-runs")
 
 
 def test_a_signal_that_the_command_was_started_to_ignore_is_ignored() -> None:
@@ -87,15 +91,16 @@ def test_a_signal_that_is_raised_where_python_ignores_it_is_not_lost() -> None:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(SystemExit) as stopped, command.command():
+    with pytest.raises(SystemExit, match=r"^143$"), command.command():
         Destroyed()
-    assert stopped.value.code == 143
 
 
 def test_a_signal_during_the_imports_is_one_line(tmp_path: Path) -> None:
     """Which take seconds; a module in place of torch sends it."""
     (tmp_path / "torch.py").write_text("import os; os.kill(os.getpid(), 15); os.read(0, 1)")
-    done = run("train.xfactor", PYTHONPATH=str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "-m", "train.xfactor"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM\n")
 
 
