@@ -113,7 +113,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert logged(folder) == logged(whole)
     for name in ("samples.jsonl", "model.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    got, expected = (torch.load(f / "state.pt", weights_only=True) for f in (folder, whole))
+    got, expected = (torch.load(f / "state.pt", "cpu", weights_only=True) for f in (folder, whole))
     assert got["step"] == expected["step"]
     for part in ("model", "adam"):
         torch.testing.assert_close(got[part], expected[part], rtol=0, atol=0)
