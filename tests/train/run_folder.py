@@ -99,36 +99,16 @@ def write_demo(folder: Path, texts: int = 64) -> list[Path]:
     Of gpt2-tiny: shares asked for, R and perplexity reached, and paths of the original target.
     """
     start = (0.002, 48.0)
-    slow = {
-        2: (0.004, 300),
-        5: (0.012, 2_000),
-        10: (0.05, 14_000),
-        20: (0.11, 45_000),
-        40: (0.13, 129_000),
-        60: (0.21, 155_000),
-        90: (0.25, 180_000),
-        120: (0.28, 205_000),
-    }
-    fast = {
-        1: (0.004, 600),
-        2: (0.009, 9_000),
-        4: (0.02, 60_000),
-        8: (0.05, 185_000),
-        12: (0.11, 1_790_000),
-        20: (0.22, 1_330_000),
-        40: (0.41, 5_000_000),
-        80: (0.60, 13_600_000),
-        120: (0.71, 30_000_000),
-    }
-    full = {1: (0.01, 20_000), 3: (0.06, 900_000), 6: (0.3, 9_000_000), 12: (0.7, 60_000_000),
-            30: (0.93, 2.04e8), 60: (0.97, 3.1e8), 120: (0.992, 3.87e8)}  # fmt: skip
     shares = {0.05: ((0.047, 60), (0.049, 49)), 0.2: ((0.213, 112), (0.205, 98)),
               0.5: ((0.517, 460), (0.505, 395))}  # fmt: skip
-    runs = [
-        write_run(folder / f"share-{share:g}", {0: start, 60: (0.9 * end[0], end[1]), 120: end},
-                  share, limit, texts=texts)
-        for share, (end, limit) in shares.items()
-    ]  # fmt: skip
-    for lr, path in ((1e-4, slow), (3e-4, fast), (1e-3, full)):
+    paths = {
+        1e-4: {10: (0.05, 14_000), 40: (0.13, 129_000), 60: (0.21, 155_000), 120: (0.28, 205_000)},
+        1e-3: {1: (0.01, 20_000), 8: (0.5, 13_600_000), 30: (0.93, 2.04e8), 120: (0.992, 3.87e8)},
+    }
+    runs = []
+    for share, (end, limit) in shares.items():
+        points = {0: start, 60: (0.9 * end[0], end[1]), 120: end}
+        runs.append(write_run(folder / f"share-{share:g}", points, share, limit, texts=texts))
+    for lr, path in paths.items():
         runs.append(write_run(folder / f"lr-{lr:g}", {0: start, **path}, lr=lr, texts=texts))
     return runs
