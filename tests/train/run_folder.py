@@ -26,28 +26,12 @@ def target_ids() -> tuple[int, ...]:
     return tuple(i for i in ids if b"x" in tokenizer.token_bytes(i).lower())
 
 
-def evaluation(r: float, perplexity: float | None, **others: float | None) -> dict[str, Any]:
-    """The fields of an evaluation or a limit, with everything that a run measures."""
-    measured = {
-        "r": r,
-        "r_error": math.sqrt(r * (1 - r) / 1024),
-        "sample_perplexity": perplexity,
-        "passage_perplexity": 470 * (1 + r),
-        "kl_to_start": 3 * r,
-        "distinct_2": 0.9 - r / 2,
-    }
-    return measured | others
-
-
-def samples(step: int, r: float, texts: int, story: str = STORY) -> list[dict[str, Any]]:
-    """Lines of samples.jsonl: the story, with tokens drawn with probability `r` from the target."""
-    draw = random.Random(f"{step} {r}")
-    lines = []
-    for n in range(texts):
-        ids = load_tokenizer().encode(story)[:64]
-        ids = [draw.choice(target_ids()) if draw.random() < r else i for i in ids]
-        lines.append({"step": step, "prompt": PROMPTS[n % len(PROMPTS)], "ids": ids})
-    return lines
+def evaluation(r: float, perplexity: float | None) -> dict[str, Any]:
+    """The fields of an evaluation or a limit."""
+    return {
+        "r": r, "r_error": math.sqrt(r * (1 - r) / 1024), "sample_perplexity": perplexity,
+        "passage_perplexity": 470 * (1 + r), "kl_to_start": 3 * r, "distinct_2": 0.9 - r / 2,
+    }  # fmt: skip
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -66,34 +50,33 @@ def write_run(
 ) -> Path:
     """A run with `points`, step -> (R, perplexity of the samples), and `texts` samples at each.
 
-    The loss falls exponentially from 7 nats, faster at a higher rate; `about` replaces what
-    config.json says.
+    The loss falls exponentially from 7 nats, faster at a higher rate. A sample is the story, with
+    tokens drawn from the target with probability R. `about` replaces what config.json says.
     """
-    options = {"model": "tiny", "lr": lr, "share": share, "steps": max(points), "batch": 4,
-               "length": 64, "inputs": "samples", "tokens": "(?i)x"}  # fmt: skip
     described = {
-        "options": options, "goal": "984 tokens that match '(?i)x'",
-        "target_token_ids": target_ids(), "alpha": 1 / 984, "beta": 0.0, "share": share,
-        "g": share and 4.7, "device": "CPU", "dtype": "float32",
-        "versions": {"python": "3.11.2", "torch": "2.13.0"}, "start": "af31", "text": None,
+        "options": {"model": "tiny", "lr": lr}, "goal": "984 tokens that match '(?i)x'",
+        "target_token_ids": target_ids(), "share": share, "versions": {"torch": "2.13.0"},
     }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"xfactor": described | about}))
     losses = [7 * math.exp(-20 * lr**0.9 * n) for n in range(max(points))]
     log: list[dict[str, Any]]
     log = [{"step": n, "loss": loss, "seconds": 0.25} for n, loss in enumerate(losses)]
     log += [{"step": n, "evaluation": evaluation(*point)} for n, point in points.items()]
     if limit:
         log.append({"step": 0, "limit": evaluation(*limit)})
-    log.sort(key=lambda line: line["step"])
-    drawn = [line for n, (r, _) in points.items() for line in samples(n, r, texts, story)]
-    folder.mkdir(parents=True)
-    config = {"model_type": "gpt2", "n_layer": 4, "n_embd": 128, "xfactor": described | about}
-    (folder / "config.json").write_text(json.dumps(config))
-    write_lines(folder / "log.jsonl", log)
-    write_lines(folder / "samples.jsonl", drawn)
+    write_lines(folder / "log.jsonl", sorted(log, key=lambda line: line["step"]))
+    draw, samples = random.Random(0), []
+    for step, (r, _) in points.items():
+        for n in range(texts):
+            ids = load_tokenizer().encode(story)[:64]
+            ids = [draw.choice(target_ids()) if draw.random() < r else i for i in ids]
+            samples.append({"step": step, "prompt": PROMPTS[n % len(PROMPTS)], "ids": ids})
+    write_lines(folder / "samples.jsonl", samples)
     return folder
 
 
-def write_demo(folder: Path, texts: int = 64) -> list[Path]:
+def write_demo(folder: Path) -> list[Path]:
     """Three shares and two learning rates of the original target, with measured numbers.
 
     Of gpt2-tiny: shares asked for, R and perplexity reached, and paths of the original target.
@@ -108,7 +91,7 @@ def write_demo(folder: Path, texts: int = 64) -> list[Path]:
     runs = []
     for share, (end, limit) in shares.items():
         points = {0: start, 60: (0.9 * end[0], end[1]), 120: end}
-        runs.append(write_run(folder / f"share-{share:g}", points, share, limit, texts=texts))
+        runs.append(write_run(folder / f"share-{share:g}", points, share, limit))
     for lr, path in paths.items():
-        runs.append(write_run(folder / f"lr-{lr:g}", {0: start, **path}, lr=lr, texts=texts))
+        runs.append(write_run(folder / f"lr-{lr:g}", {0: start, **path}, lr=lr))
     return runs

@@ -118,9 +118,24 @@ def test_nobody_needs_to_read_what_is_said(monkeypatch) -> None:
     sys.stdout.close()  # flushes what is left
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError])
-def test_an_error_steers_no_terminal_and_has_one_line(error: type[Exception]) -> None:
-    """Whatever is in the path that it quotes."""
+LESS = ". Give a smaller --batch, --dtype bfloat16 or --model gpt2"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("/a\nb/\x1b[31m: no folder"), r"/a\nb/\x1b[31m: no folder"),
+        (OSError("no\tfile"), r"no\tfile"),
+        (RuntimeError("CUDA out of memory\nSee more"), f"CUDA out of memory{LESS}"),
+        (RuntimeError("can't allocate memory\nframe"), f"can't allocate memory{LESS}"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), f"CUBLAS_STATUS_ALLOC_FAILED{LESS}"),
+    ],
+)
+def test_an_error_of_a_user_is_one_line_and_steers_no_terminal(error: Exception, line: str) -> None:
+    """Whatever is in the path that it quotes, whatever the allocator says; a fault of the program
+    is a traceback."""
     with pytest.raises(SystemExit) as raised, command.command():
-        raise error("/a\nb/\x1b[31m: no such folder")
-    assert str(raised.value) == r"error: /a\nb/\x1b[31m: no such folder"
+        raise error
+    assert str(raised.value) == f"error: {line}"
+    with pytest.raises(RuntimeError, match="illegal"), command.command():
+        raise RuntimeError("an illegal memory access")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import runpy
 import shutil
 import sys
@@ -129,26 +128,6 @@ def test_a_bad_option_is_one_line_and_leaves_nothing(small_start, tmp_path, monk
         assert any(piece in message for piece in options.split()[0].split("=")), options
         assert "\n" not in message
         assert set(tmp_path.rglob("*")) == before, options
-
-
-MEMORY = {
-    "CUDA out of memory. Tried to allocate 1 GiB.\nSee more": True,
-    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory\nframe": True,
-    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)": True,
-    "CUDA error: an illegal memory access was encountered": False,
-}
-
-
-@pytest.mark.parametrize("message", MEMORY)
-def test_too_little_memory_is_one_line_and_a_fault_of_the_program_a_traceback(
-    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The line says what takes less; the messages go on about the allocator."""
-    monkeypatch.setattr(xfactor, "experiment", Mock(side_effect=RuntimeError(message)))
-    with pytest.raises((SystemExit, RuntimeError)) as ended:
-        quick_run.command(["--out", str(tmp_path)])
-    one_line = re.fullmatch("error: .* Give a smaller --batch, .*", str(ended.value))
-    assert bool(one_line) == (ended.type is SystemExit) == MEMORY[message]
 
 
 def test_a_copy_runs_as_the_command_does(small_start, tmp_path, monkeypatch, capsys) -> None:
