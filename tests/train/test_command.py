@@ -26,17 +26,6 @@ def options(monkeypatch):
     return of
 
 
-def test_the_help_has_every_option_and_fits_50_lines(options, monkeypatch, capsys) -> None:
-    """Of 80 columns."""
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit, match=r"^0$"):
-        options("--help")
-    text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 50
-    for name in Options.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')} " in text
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
