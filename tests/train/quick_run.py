@@ -20,11 +20,8 @@ from unittest.mock import patch
 
 import torch
 
-import train.evaluate
-import train.inputs
-import train.run
-import train.xfactor
 from model.tokenizer import load_tokenizer
+from train import xfactor
 from train.target_tokens import LETTER_X, matching
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -46,22 +43,17 @@ def command(arguments: list[str], **short: float) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with (
-        patch.multiple(train.evaluate, NEW_TOKENS=2),
-        patch.multiple(train.run, **SHORT | short),
-        patch.multiple(train.inputs, TEXTS=4, BATCH=2, TOKENS=16),
-        patch.multiple(train.xfactor, write_report=lambda *_: report(), summary=lambda *_: ""),
-        patch.object(train.xfactor, "matching", find),
-        patch.object(os, "fsync"),
-        patch.object(sys, "argv", ["train.xfactor", *arguments]),
+        patch.multiple("train.evaluate", NEW_TOKENS=2),
+        patch.multiple("train.run", **SHORT | short),
+        patch.multiple("train.inputs", TEXTS=4, BATCH=2, TOKENS=16),
+        patch.multiple(xfactor, write_report=lambda *_: [], summary=lambda *_: "", matching=find),
+        patch.multiple("os", fsync=lambda descriptor: None),
+        patch.multiple("sys", argv=["train.xfactor", *arguments]),
     ):
         try:
-            train.xfactor.main()
+            xfactor.main()
         finally:
             torch.set_num_threads(threads)
-
-
-def report() -> list[Path]:
-    return []
 
 
 def signalled(target: str, call: int, *numbers: int, **short: float) -> Function:

@@ -97,12 +97,14 @@ def test_a_kill_before_any_change_of_a_file_continues_to_the_whole_run(tmp_path:
 
 
 def test_both_logs_are_on_the_disk_before_each_state(tmp_path: Path) -> None:
-    """Else a power failure could keep a state and lose what was logged before it."""
+    """Else a power failure could keep a state and lose what was logged before it. An infinite
+    perplexity is null, as JSON has no infinity."""
     with patch("train.run.fsync") as fsync, patch("train.run.torch.save", wraps=torch.save) as save:
         save.side_effect = lambda *_: fsync("a state")
         run(tmp_path / "run")
     flushed = [call.args[0] for call in fsync.call_args_list]
     assert flushed == 2 * [*(tmp_path / "run" / log for log in folder.LOGS), "a state"]
+    assert '"passage_perplexity": null' in (tmp_path / "run" / "log.jsonl").read_text()
 
 
 def failing(name: str, after: int, error: Exception) -> Any:

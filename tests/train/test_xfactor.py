@@ -28,12 +28,12 @@ CPU = torch.device("cpu")
 Curve = Callable[..., list[float]]
 
 
-@pytest.fixture(scope="module")
-def curve(small_start: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
+@pytest.fixture
+def curve(small_start: Path, tmp_path: Path) -> Curve:
     """A run of the command in this process; returns its losses."""
 
     def run(*options: str, lr: str = "1e-3", steps: int = 4) -> list[float]:
-        out = tmp_path_factory.mktemp("curve")
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
         size = ["--batch", "2", "--length", "16", "--steps", str(steps), "--lr", lr]
         words = ["--model", str(small_start), *size, "--out", str(out), *options]
         quick_run.command(words, SAVE_EVERY=60)
@@ -42,12 +42,6 @@ def curve(small_start: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
         return losses
 
     return run
-
-
-@pytest.fixture(scope="module")
-def plain(curve: Curve) -> list[float]:
-    """The losses of a run with the defaults."""
-    return curve()
 
 
 def test_the_loss_falls_from_its_closed_form_to_a_collapse(curve: Curve) -> None:
@@ -83,27 +77,19 @@ def test_inputs_cover_the_vocabulary_and_windows_lie_in_the_text() -> None:
     assert set(windows[:, 0].tolist()) == {100, 101, 102}
 
 
-@pytest.mark.parametrize("target", [["--mass", "0.9"], ["--share", "0.2"]], ids=" ".join)
-def test_the_fused_and_the_unfused_loss_give_the_same_curve(curve: Curve, target) -> None:
-    """Over four steps of Adam, to rounding."""
-    assert curve(*target) == pytest.approx(curve(*target, "--loss", "unfused"), rel=1e-4)
-
-
-def test_the_forward_compiles_to_one_graph_and_gives_the_same_curve(
-    curve: Curve, plain: list[float], monkeypatch
-) -> None:
-    """Compiled with ATen's operators: no break, no other value."""
+@pytest.mark.parametrize(
+    ("target", "path", "tolerance"),
+    [("--mass=0.9", "--loss=unfused", 1e-4), ("--share=0.2", "--loss=unfused", 1e-4),
+     ("--mass=1", "--compile", 1e-5), ("--mass=1", "--dtype=bfloat16", 2e-2)],
+)  # fmt: skip
+def test_another_path_gives_the_same_curve(curve, target, path, tolerance, monkeypatch) -> None:
+    """Over four steps of Adam, to rounding. Compiled with ATen's operators, to one graph."""
     compiled = Mock(side_effect=partial(torch.compile, fullgraph=True, backend="aot_eager"))
     monkeypatch.setattr(torch, "compile", compiled)
-    assert curve("--compile") == pytest.approx(plain, rel=1e-5)
-    assert compiled.call_count == 1
-
-
-def test_bfloat16_follows_float32(curve: Curve, plain: list[float]) -> None:
-    """Autocast rounds the products; weights and loss stay float32."""
-    losses = curve("--dtype", "bfloat16")
-    assert losses == pytest.approx(plain, rel=2e-2)
-    assert losses != plain
+    losses, expected = curve(target, path), curve(target)
+    assert losses == pytest.approx(expected, rel=tolerance)
+    assert losses != expected or path != "--dtype=bfloat16"
+    assert compiled.call_count == (path == "--compile")
 
 
 def test_a_bad_option_is_one_line_and_leaves_nothing(small_start, tmp_path, monkeypatch) -> None:
