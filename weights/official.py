@@ -2,7 +2,7 @@
 
     python -m weights.official gpt2-medium      download and verify ahead of time
     python -m weights.official --check PATH     sizes, dtypes and hash of any checkpoint, and which
-                                                official file it is; --list adds every tensor
+                                                official file it is
 
 A file comes from the local cache of huggingface_hub, under either of its two names, or is
 downloaded at the pinned revision. The hub's library only checks a download's size, so every load
@@ -126,7 +126,7 @@ def _wait_for_an_answer(client: Any, url: str) -> None:
     answer.result(TIMEOUT)
 
 
-def describe(name_or_path: str | os.PathLike[str], every_tensor: bool = False) -> str:
+def describe(name_or_path: str | os.PathLike[str]) -> str:
     """Return the text of `--check`: sizes, hash and official name, once every value is checked."""
     entries, layout = read_entries(name_or_path)
     n_parameters = sum(tensor.numel() for _, tensor in read_tensors(name_or_path))
@@ -147,27 +147,24 @@ def describe(name_or_path: str | os.PathLike[str], every_tensor: bool = False) -
             f"sha256:      {digest}",
             f"official:    {names[0] if names else 'none of ' + ', '.join(OFFICIAL)}",
         ]
-    if every_tensor:
-        lines += [f"{e.dtype:5} {list(e.shape)!s:20} {name}" for name, e in entries.items()]
     return "\n".join(map(printable, lines))
 
 
-def command(name: str, check: bool = False, list: bool = False) -> None:
+def command(name: str, check: bool = False) -> None:
     """Download and verify an official GPT-2, or check any GPT-2 in safetensors files.
 
     Args:
         name: gpt2, gpt2-medium or gpt2-xl; with --check a file or folder
         check: read every value and print the sizes and the hash
-        list: like --check, and list every tensor
     """
-    if check or list:
+    if check:
         path = cached(name) if name in OFFICIAL else name
         if path is None:
             raise WeightsError(
                 f"{name} is not downloaded. Run python -m weights.official {name}; to check a "
                 f"folder of that name, pass ./{name}"
             )
-        print(describe(path, list))
+        print(describe(path))
     elif name in OFFICIAL:
         for _ in read_official(name):
             pass
@@ -182,14 +179,9 @@ def main() -> None:
 
     arguments = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
     try:
-        try:
-            tyro.cli(command, prog="python -m weights.official", config=arguments)
-        finally:
-            print(end="", flush=True)
+        tyro.cli(command, prog="python -m weights.official", config=arguments)
     except WeightsError as error:
         sys.exit(f"error: {error}")
-    except BrokenPipeError:  # the reader of the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
