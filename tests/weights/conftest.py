@@ -10,16 +10,12 @@ from tests.weights.official_file import SMALL, write_official
 
 @pytest.fixture
 def official(tmp_path: Path) -> Path:
-    """The file, in a folder of its own."""
+    """The path of the file, in a folder of its own."""
     (tmp_path / "official").mkdir()
-    path = tmp_path / "official" / "model.safetensors"
-    write_official(path, **SMALL)
-    return path
+    return tmp_path / "official" / "model.safetensors"
 
 
-@pytest.fixture
-def parameters(tmp_path: Path) -> dict[str, Tensor]:
-    """Its parameters, for a test to damage; it has left no file."""
-    parameters = write_official(tmp_path / "written", **SMALL)
-    (tmp_path / "written").unlink()
-    return parameters
+@pytest.fixture(autouse=True)
+def parameters(official: Path) -> dict[str, Tensor]:
+    """Write the file and return its parameters, for a test to damage."""
+    return write_official(official, SMALL)

@@ -7,23 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SMALL = {"n_layer": 2, "n_embd": 128, "vocab_size": 301, "n_positions": 24}
+from weights import Layout
+
+SMALL = Layout(n_layer=2, n_embd=128, vocab_size=301, n_positions=24)
 
 
-def stored_shapes(n_layer: int, n_embd: int, vocab_size: int, n_positions: int) -> dict:
+def stored_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     """Stored name -> shape, including masks, in the order of the file: sorted by name."""
-    c, p = n_embd, n_positions
-    shapes = {"wte.weight": [vocab_size, c], "wpe.weight": [p, c]}
-    shapes |= {"ln_f.weight": [c], "ln_f.bias": [c]}
-    affine = {"attn.c_attn": (c, 3 * c), "attn.c_proj": (c, c)}
-    affine |= {"mlp.c_fc": (c, 4 * c), "mlp.c_proj": (4 * c, c)}
-    for n in range(n_layer):
-        for ln in "ln_1", "ln_2":
-            shapes |= {f"h.{n}.{ln}.weight": [c], f"h.{n}.{ln}.bias": [c]}
-        shapes[f"h.{n}.attn.bias"] = [1, 1, p, p]
-        for name, (n_in, n_out) in affine.items():
-            shapes |= {f"h.{n}.{name}.weight": [n_in, n_out], f"h.{n}.{name}.bias": [n_out]}
-    return dict(sorted(shapes.items()))
+    P = layout.n_positions
+    masks = {f"h.{n}.attn.bias": (1, 1, P, P) for n in range(layout.n_layer)}
+    return dict(sorted((layout.shapes() | masks).items()))
 
 
 def header_of(shapes: dict) -> bytes:
@@ -48,9 +41,9 @@ def split(file: bytes) -> tuple[bytes, bytes]:
     return file[8:start], file[start:]
 
 
-def write_official(path: Path, **sizes: int) -> dict[str, Tensor]:
+def write_official(path: Path, layout: Layout) -> dict[str, Tensor]:
     """Write a float32 GPT-2 as an official file and return its parameters: no masks."""
-    shapes, generator = stored_shapes(**sizes), torch.Generator().manual_seed(0)
+    shapes, generator = stored_shapes(layout), torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     body = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
     path.write_bytes(join(header_of(shapes), body))
