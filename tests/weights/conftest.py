@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from tests.weights.official_file import SMALL, write_official
+from tests.weights.official_file import write_official
 
 
 @pytest.fixture
@@ -18,4 +18,4 @@ def official(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def parameters(official: Path) -> dict[str, Tensor]:
     """Write the file and return its parameters, for a test to damage."""
-    return write_official(official, SMALL)
+    return write_official(official)

@@ -2,19 +2,15 @@
 
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.weights.official_file import SMALL, assert_equal, join, split, write_official
-from weights import Layout, WeightsError, load_weights
+from tests.weights.official_file import SMALL, assert_equal, join, split
+from weights import WeightsError, load_weights
 from weights.checkpoint import read_tensors
 
-ROOT = Path(__file__).parents[2]
 NO_BLOCKS = {name: None for name in SMALL.shapes() if name.startswith("h.")}
 
 
@@ -40,33 +36,6 @@ def test_every_alignment_of_the_file_loads_bit_for_bit_into_aligned_memory(
     for tensor in state_dict.values():
         assert tensor.data_ptr() % 64 == 0
         assert tensor.untyped_storage().nbytes() == tensor.nbytes  # shares memory with nothing
-
-
-PEAK = """
-import pathlib, sys
-from model import GPT2
-from weights import load_weights
-
-def peak():
-    # Not getrusage's ru_maxrss, which a process inherits from the one that starts it.
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-before = peak()
-model = GPT2.from_state_dict(load_weights(sys.argv[1]), assign=True)
-print(peak() - before - sum(p.nbytes for p in model.parameters()))
-"""
-
-
-def test_a_file_becomes_a_model_without_a_second_copy(tmp_path):
-    """The peak memory of a separate process exceeds the model's 67 MB by at most its largest
-    tensor, the embedding of 16 MB."""
-    path = tmp_path / "large.safetensors"
-    write_official(path, Layout(4, 512, vocab_size=8000, n_positions=64))
-    command = [sys.executable, "-c", PEAK, path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 8000 * 512 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
