@@ -38,10 +38,6 @@ class Record:
         """Return the launches so far."""
         return Counter(self._launches)
 
-    def report(self, what: str) -> str:
-        """Return "waits", "copies" or "launches" as text, the most frequent first."""
-        return "\n".join(f"{n:6d}  {key}" for key, n in getattr(self, what)().most_common())
-
     def add_wait(self, why: str) -> None:
         """Count a wait at the line of this project that runs."""
         self._waits[f"{why}  {current_line()}"] += 1

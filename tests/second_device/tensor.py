@@ -1,9 +1,9 @@
 """Tensors of the second device, and what its operators refuse, wait for and launch.
 
 C++ takes a DeviceTensor for a CPU tensor, so autograd, autocast and fused optimizers work. Two
-things follow. Methods that move a tensor, or make another on "its" device, are overridden here,
-because C++ would not see a difference between the devices. And every other operator passes through
-SecondDevice, which checks it by CUDA's rules and runs it on the CPU tensors inside.
+things follow. Methods that move a tensor are overridden, because C++ would not see a difference
+between the devices. And every other operator passes through SecondDevice, which checks it by CUDA's
+rules and runs it on the CPU tensors inside.
 """
 
 from collections.abc import Callable
@@ -74,9 +74,6 @@ class DeviceTensor(torch.Tensor):
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
 
-    def get_device(self) -> int:
-        return 0
-
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
@@ -98,35 +95,15 @@ class DeviceTensor(torch.Tensor):
 
     __array__ = numpy
 
-    def __setitem__(self, index: Any, value: Any) -> None:
-        if not isinstance(value, Tensor):
-            place = index if type(index) is tuple else (index,)
-            # One element is copied from pageable memory; several are filled.
-            if all(type(i) is int for i in place) and self.inner[index].dim() == 0:
-                RECORD.add_wait("a number set")
-            value = torch.full((), value, dtype=self.dtype, device=GPU)
-        super().__setitem__(index, value)
-
-    def new_tensor(self, data: Any, **options: Any) -> Tensor:
-        return torch.tensor(data, **{"dtype": self.dtype, "device": GPU} | options)
-
     def pin_memory(self, *_: Any) -> Tensor:
         raise RuntimeError(
             "cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned"
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceTensor":
-        made = self.detach().clone().requires_grad_(self.requires_grad)
-        made.__dict__ |= {k: v for k, v in self.__dict__.items() if k != "inner"}  # a Parameter's
-        return memo.setdefault(id(self), made)
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         RECORD.add_copy("host", waits=True)
         SAVED.add(StorageWeakRef(self.inner.untyped_storage()))
         return self.inner.__reduce_ex__(protocol)
-
-    def __format__(self, spec: str) -> str:
-        return format(repr(self) if self.dim() else self.item(), spec)
 
     def __repr__(self, **_: Any) -> str:
         RECORD.add_wait("repr")
@@ -173,8 +150,7 @@ def _outer(x: Any, known: dict[int, DeviceTensor]) -> Any:
     if not isinstance(x, Tensor):
         return x
     outer = known[id(x)] if id(x) in known else DeviceTensor(x)
-    if outer.shape != x.shape:
-        raise NotImplementedError("resizing a tensor of the second device in place")
+    assert outer.shape == x.shape, "resized in place, which the second device cannot do"
     return outer
 
 
@@ -259,31 +235,3 @@ def _selects_by_mask(args: Any) -> bool:
     """Whether the positions are to be counted first; a number is filled in without."""
     masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
     return bool(masks) and not (len(args) > 2 and args[2].numel() == 1)
-
-
-class ToDevice(torch.autograd.Function):
-    """A copy on the second device; gradients come back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, non_blocking: bool) -> DeviceTensor:
-        RECORD.add_copy("device", waits=not (non_blocking and is_pinned(x)))
-        return DeviceTensor(x.detach().clone())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[Tensor, None]:
-        RECORD.add_copy("host", waits=True)
-        return grad.inner.clone(), None
-
-
-class ToHost(torch.autograd.Function):
-    """A copy on the CPU, in pinned memory if the host does not wait for it, as CUDA has it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: DeviceTensor, non_blocking: bool) -> Tensor:
-        RECORD.add_copy("host", waits=not non_blocking)
-        return pinned(x.inner.clone()) if non_blocking else x.inner.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[DeviceTensor, None]:
-        RECORD.add_copy("device", waits=True)
-        return DeviceTensor(grad.clone()), None
