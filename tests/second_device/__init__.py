@@ -1,27 +1,19 @@
 """A second device without a GPU: tensors on "cuda:0" whose values the CPU computes.
 
     with second_device() as gpu:         # torch.cuda.is_available() is True in here
-        model.to("cuda")
-        train_step(model)
+        train_step(model.to("cuda"))
         assert not gpu.waits()
 
-It shows what a CPU run cannot:
-
-- Operands on two devices are refused as CUDA refuses them: "Expected all tensors to be on the same
-  device". What CUDA allows is allowed: numbers as zero-dimensional CPU tensors, a CPU index.
-- Every wait for the device and every copy is counted, with its line. A copy waits, unless it is
-  non_blocking from or to pinned memory.
-- Operators that would start a kernel are counted, by name.
-- Triton kernels are compiled for an H100, and their PTX is executed (tests/kernels/ptx).
-- Files written by torch.save say "cuda:0", so torch.load needs a map_location elsewhere.
-
-Values are the CPU's, bit for bit, save those of Triton kernels: a run here must equal a run there.
+Operands on two devices are refused as CUDA refuses them. Waits for the device, copies and operators
+that would start a kernel are counted. Triton kernels are compiled for an H100, and their PTX is
+executed (tests/kernels/ptx). Files written by torch.save say "cuda:0". Values are the CPU's, bit
+for bit, save those of Triton kernels: a run here must equal a run there.
 
 It cannot show a GPU's rounding, speed, memory, streams and graphs, host memory that is read before
 a non_blocking copy has arrived, or which kernels cuBLAS and the attention take. Autocast converts
-what it converts on a CPU, and CPU tensors too. torch.compile and DistributedDataParallel do not run
-on it, nor do functions of C++ that make a tensor beside their arguments, as F.one_hot does.
-tests/test_second_device.py has its rules, and asks a real GPU the same where there is one.
+what it converts on a CPU, and CPU tensors too. torch.compile, DistributedDataParallel, torch.load
+to the device and functions of C++ that make a tensor beside their arguments, as F.one_hot does, do
+not run on it. tests/test_second_device.py has its rules, and asks them of a real GPU too.
 """
 
 from collections.abc import Iterator
@@ -49,8 +41,6 @@ from .tensor import (
     is_pinned,
     pinned,
 )
-
-NAME = "second device"
 
 
 @contextmanager
@@ -96,33 +86,19 @@ def _replacements() -> dict[Any, dict[str, Any]]:
 
 def _cuda() -> dict[str, Any]:
     """torch.cuda, as one GPU has it."""
-
-    def nothing(*_: Any, **__: Any) -> None:
-        pass
-
-    properties = SimpleNamespace(
-        name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
-    )
-    do_nothing = (
-        "_lazy_init", "_sleep", "empty_cache", "manual_seed", "manual_seed_all",
+    zero = (
+        "_exchange_device", "_lazy_init", "_maybe_exchange_device", "_sleep", "current_device",
+        "empty_cache", "manual_seed", "manual_seed_all", "max_memory_allocated", "memory_allocated",
         "reset_peak_memory_stats", "set_device",
     )  # fmt: skip
-    event = SimpleNamespace(record=nothing, elapsed_time=lambda end: 1.0)
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 1.0)
     return {
-        **dict.fromkeys(do_nothing, nothing),
-        "Event": lambda enable_timing=False: event,
+        **dict.fromkeys(zero, lambda *_, **__: 0),
+        "Event": lambda enable_timing: event,
         "is_available": lambda: True,
-        "is_initialized": lambda: True,
         "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "_exchange_device": lambda index: 0,
-        "_maybe_exchange_device": lambda index: 0,
-        "get_device_name": lambda device=None: NAME,
-        "get_device_properties": lambda device=None: properties,
-        "get_device_capability": lambda device=None: (9, 0),
-        "memory_allocated": lambda device=None: 0,
-        "max_memory_allocated": lambda device=None: 0,
-        "synchronize": lambda device=None: RECORD.add_wait("synchronize"),
+        "get_device_name": lambda device: "second device",
+        "synchronize": lambda device: RECORD.add_wait("synchronize"),
     }
 
 

@@ -72,7 +72,6 @@ class DeviceTensor(torch.Tensor):
 
     device = property(lambda self: GPU)
     is_cuda = property(lambda self: True)
-    is_cpu = property(lambda self: False)
 
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
@@ -88,17 +87,10 @@ class DeviceTensor(torch.Tensor):
         return self.inner.tolist()
 
     def numpy(self, **_: Any) -> Any:
-        raise TypeError(
-            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor "
-            "to host memory first."
-        )
-
-    __array__ = numpy
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
     def pin_memory(self, *_: Any) -> Tensor:
-        raise RuntimeError(
-            "cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned"
-        )
+        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor'")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         RECORD.add_copy("host", waits=True)
@@ -130,7 +122,7 @@ class SecondDevice(TorchDispatchMode):
             with self:  # reached within an operator of ours, and in inference mode
                 return func.decompose(*args, **kwargs)
         if ours:
-            _refuse(func, args, kwargs, leaves)
+            _refuse(func, args, leaves)
         _count(func, args, kwargs)
         if "device" in kwargs:
             kwargs = kwargs | {"device": CPU}
@@ -188,7 +180,7 @@ def _refuse_generator_of(device: str, arguments: Any) -> None:
             raise RuntimeError(f"Expected a generator of another device type but found '{device}'")
 
 
-def _refuse(func: Any, args: Any, kwargs: dict[str, Any], leaves: list[Any]) -> None:
+def _refuse(func: Any, args: Any, leaves: list[Any]) -> None:
     """Raise as CUDA would for operands on two devices and for a generator of the other one."""
     _refuse_generator_of("cpu", leaves)
     packet = func.overloadpacket
@@ -199,9 +191,7 @@ def _refuse(func: Any, args: Any, kwargs: dict[str, Any], leaves: list[Any]) -> 
     if packet in INDEXING and not _is_host(args[0]):
         allowed = {id(x) for x in args[1]}  # a CPU index
     arguments = zip(func._schema.arguments, args, strict=False)
-    written = [x for argument, x in arguments if argument.is_write]
-    written += [kwargs[a.name] for a in func._schema.arguments if a.is_write and a.name in kwargs]
-    changed = {id(x) for x in tree_leaves(written)}
+    changed = {id(x) for argument, x in arguments if argument.is_write}
     for x in leaves:
         if not _is_host(x) or id(x) in allowed:
             continue
@@ -219,9 +209,6 @@ def _count(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         host, where = (args[0], "host") if _is_host(args[0]) else (args[1], "device")
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         RECORD.add_copy(where, waits=not (non_blocking and is_pinned(host)))
-        return
-    if packet is aten._to_copy and _is_host(args[0]):  # by C++, for a factory with data
-        RECORD.add_copy("device", waits=True)
         return
     if packet in INDEXING and any(_is_host(x) for x in args[1]):
         RECORD.add_copy("device", waits=True)
