@@ -68,8 +68,7 @@ def distance(x, y):
     return ((x.double() - y.double()).norm() / y.double().norm()).item()
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "weighted"), [(torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize(("loss", "kind"), CASES)
 def test_loss_and_gradients_are_those_of_the_cpu(gpu, loss, kind, dtype, weighted):
     """To the rounding of float32 sums, and of gradients in bfloat16: once here, once there."""
@@ -97,8 +96,8 @@ def test_neither_loss_waits_for_the_device(gpu, loss, kind, impl):
     target = TARGETS[kind]("cuda", torch.float32)
     gpu.clear()
     loss(*tensors, target, impl=impl, row_weights=weights).backward()
-    assert not gpu.waits(), gpu.report("waits")
-    assert not gpu.copies(), gpu.report("copies")
+    assert not gpu.waits()
+    assert not gpu.copies()
 
 
 @pytest.mark.parametrize("loss", [fused_kl_div, fused_linear_kl_div])
@@ -129,15 +128,11 @@ def test_chunks_add_up_by_the_products_that_only_cuda_has(gpu, dtype):
 
 
 def test_the_benchmark_runs_on_cuda(gpu, monkeypatch, capsys):
-    """Each loss of this project but the compiled one, by the device's clock, which stands still."""
-    losses = {
-        name: loss
-        for name, loss in benchmark.LOSSES.items()
-        if loss.needs in ("", "triton") and "compiled" not in name
-    }
+    """By the device's clock, which stands still here: a loss of PyTorch's and one of Triton's."""
+    losses = {name: benchmark.LOSSES[name] for name in ("unfused", "fused")}
     monkeypatch.setattr(benchmark, "LOSSES", losses)
     monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e12)
-    size = ["--rows", "4", "--vocab", str(VOCAB), "--width", str(WIDTH), "--seconds", "0"]
+    size = ["--rows", "1", "--vocab", str(VOCAB), "--width", str(WIDTH), "--seconds", "0"]
     benchmark.main(["--device", "cuda", *size])
     lines = capsys.readouterr().out.splitlines()
     assert sum("1 +- 0" in line for line in lines) == len(losses)
