@@ -80,10 +80,3 @@ def format_table(rows: list[dict[str, Any]], forms: dict[str, str]) -> str:
     columns = [[key, *(cell(row.get(key), forms[key]) for row in rows)] for key in keys]
     padded = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
-
-
-def aligned(columns: dict[str, list[str]]) -> str:
-    """Lay the columns out side by side under their heads."""
-    whole = [[head, *cells] for head, cells in columns.items()]
-    padded = [[text.ljust(max(map(len, column))) for text in column] for column in whole]
-    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
