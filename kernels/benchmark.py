@@ -7,22 +7,19 @@
     forward_ms  median of 3 to 50 repetitions, without gradients; on CUDA the device's time, its
                 queue filled and its L2 cache emptied beforehand
     fwd_bwd_ms  likewise of forward + backward
-    host_ms     the CPU's time to launch forward + backward, on CUDA: where it exceeds the device's,
-                the host sets the pace, unless a CUDA graph holds the launches
-    gb_per_s    what a forward and a backward that each read the logits move, over fwd_bwd_ms:
-                without the LM head the logits (and a teacher's) read twice and the gradient
-                written; with it, hidden states and weight (and a teacher's) read once and their
-                gradients written
-    of_copy     gb_per_s over that of copying a large tensor; with the head arithmetic limits it
-    peak_mb     most memory during forward + backward above its inputs: of CUDA's allocator, or on
-                Linux of the resident set (VmHWM)
+    host_ms     the CPU's time to launch these, on CUDA: where it exceeds the device's, the host
+                sets the pace, unless a CUDA graph holds the launches
+    gb_per_s    over fwd_bwd_ms: the logits (and a teacher's) read twice, the gradient written; or
+                with the LM head hidden states and weight (and a teacher's) read, gradients written
+    of_copy     its share of the speed of a large copy; with the head arithmetic limits it
+    peak_mb     peak memory of forward + backward above the inputs: of CUDA's allocator, or on Linux
+                of the resident set (VmHWM)
     error       RMS error of the gradient of the logits or hidden states over the RMS of that
                 gradient in float64, in the first 16 rows: rounding the exact gradient to its dtype
                 leaves 2e-8 in float32 and 1.6e-3 in bfloat16
-    failed      why a loss has no numbers
 
-One token in 51 is a target token, at beta = 0: GPT-2 has 984 with an x among 50,257. The JSON has
-the times of every repetition.
+One token in 51 is a target token, at beta = 0: GPT-2 has 984 with an x among 50,257. A loss that
+fails is a row that says why. The JSON has the times of every repetition.
 """
 
 import itertools
@@ -123,12 +120,12 @@ for _name in ("unfused", "unfused, compiled", "fused", "linear + unfused", "fuse
 
 def make_inputs(size: Size, head: bool, seed: int = 0) -> list[Tensor]:
     """Random logits, or hidden states and weight."""
-    shapes = {(size.rows, size.vocab): 3.0}
+    shapes = [((size.rows, size.vocab), 3.0)]
     if head:
-        shapes = {(size.rows, size.width): 1.0, (size.vocab, size.width): 0.05}
-    generator = torch.Generator(size.device).manual_seed(seed)
-    draw = partial(torch.randn, generator=generator, device=size.device)
-    return [draw(shape).mul_(scale).to(size.dtype) for shape, scale in shapes.items()]
+        shapes = [((size.rows, size.width), 1.0), ((size.vocab, size.width), 0.05)]
+    draw = torch.Generator(size.device).manual_seed(seed)
+    tensors = [torch.randn(s, generator=draw, device=size.device).mul_(x) for s, x in shapes]
+    return [x.to(size.dtype) for x in tensors]
 
 
 def make_target(size: Size, kind: str, head: bool) -> tuple[Any, Any]:
@@ -152,8 +149,8 @@ def relative_error(got: Tensor, inputs: list[Tensor], target: Any) -> float:
 
 
 def measure(loss: Loss, size: Size, bandwidth: float, seconds: float) -> dict[str, Any]:
-    """The numbers of a loss: a column of the table each, but a list of each repetition's times."""
-    inputs = make_inputs(size, loss.head)
+    """The numbers of a loss by column of the table; of times, a list of all repetitions."""
+    device, inputs = size.device, make_inputs(size, loss.head)
     target, exact_target = make_target(size, loss.target, loss.head)
 
     def prepare() -> list[Tensor]:
@@ -171,24 +168,22 @@ def measure(loss: Loss, size: Size, bandwidth: float, seconds: float) -> dict[st
     forward()
     fwd_bwd()
     leaves = prepare()
-    peak_mb = peak_megabytes(fwd_bwd, size.device)
+    peak_mb = peak_megabytes(fwd_bwd, device)
     assert leaves[0].grad is not None
     error = relative_error(leaves[0].grad, inputs, exact_target)
-    forward_ms: list[float] = []
-    both_ms: list[tuple[float, float]] = []
+    times: list[tuple[float, float, float]] = []
     end = time.perf_counter() + seconds
-    while len(both_ms) < 3 or (len(both_ms) < 50 and time.perf_counter() < end):
+    while len(times) < 3 or (len(times) < 50 and time.perf_counter() < end):
         leaves = prepare()
-        forward_ms.append(milliseconds(forward, size.device)[0])
-        both_ms.append(milliseconds(fwd_bwd, size.device))
-    fwd_bwd_ms, host_ms = map(list, zip(*both_ms, strict=True))
+        times.append((milliseconds(forward, device)[0], *milliseconds(fwd_bwd, device)))
+    forward_ms, fwd_bwd_ms, host_ms = map(list, zip(*times, strict=True))
     teacher = loss.target == "teacher"  # as large as the student
     passes = 2 + teacher if loss.head else 3 + 2 * teacher
     moved = passes * sum(x.nbytes for x in inputs)
     speed = moved / statistics.median(fwd_bwd_ms) * 1e3  # bytes per second
     row = {"forward_ms": forward_ms, "fwd_bwd_ms": fwd_bwd_ms, "peak_mb": peak_mb, "error": error}
     row |= {"gb_per_s": speed / 1e9, "of_copy": speed / bandwidth}
-    return row | ({"host_ms": host_ms} if size.device.type == "cuda" else {})
+    return row | ({"host_ms": host_ms} if device.type == "cuda" else {})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -205,9 +200,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.device == "cuda" and not HAS_CUDA:
         sys.exit("error: --device cuda: this machine has no CUDA device; pass --device cpu")
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    cpu = f"CPU with {capability}, {threads} threads"
-    where = torch.cuda.get_device_name() if options.device == "cuda" else cpu
+    where = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    if options.device == "cuda":
+        where = torch.cuda.get_device_name()
     title = f"{where}, {options.dtype}, C = {options.width}, torch {torch.__version__}"
     print(title, flush=True)
     bandwidth = copy_bandwidth(device)

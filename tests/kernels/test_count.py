@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.kernels import count  # noqa: E402
-from tests.kernels.kl_cases import COMPILED_ON_CPU, NEEDS_3_7  # noqa: E402
+from tests.kernels import count
+from tests.kernels.kl_cases import COMPILED_ON_CPU, NEEDS_3_7
 
 pytestmark = pytest.mark.skipif(not COMPILED_ON_CPU, reason="for compiled kernels without a GPU")
 
