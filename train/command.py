@@ -20,6 +20,7 @@ from weights.layout import WeightsError, printable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 5.0  # seconds without a line of progress, where there is no terminal
+last_line = time.monotonic()  # when one was printed
 T = TypeVar("T")
 
 
@@ -123,6 +124,8 @@ def expect(condition: bool, option: str, value: object, expected: str) -> None:
 
 def say(text: str, error: bool = False, end: str = "\n") -> None:
     """Print; ignore a closed pipe (`| head -1`)."""
+    global last_line
+    last_line = time.monotonic()
     stream = sys.stderr if error else sys.stdout
     try:
         print(text, end=end, file=stream, flush=True)
@@ -135,9 +138,7 @@ def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
     if sys.stderr and sys.stderr.isatty():
         yield from tqdm(items, label, total, leave=False)
         return
-    shown = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
-        if time.monotonic() - shown > PATIENCE:
+        if time.monotonic() - last_line > PATIENCE:  # of this loop or of what came before it
             say(f"{label}: {done} of {total}", error=True)
-            shown = time.monotonic()

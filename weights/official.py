@@ -129,11 +129,14 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m weights.official", description=text)
     parser.add_argument("name", choices=OFFICIAL)
     name = parser.parse_args().name
+    print(f"verifying {name}", file=sys.stderr)
     try:
         for _ in read_official(name):
             pass
     except WeightsError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # the download continues where it was
+        sys.exit(130)
     print(f"{name} verified: {cached(name)}")
 
 
