@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m weights.official", description=text)
     parser.add_argument("name", choices=OFFICIAL)
     name = parser.parse_args().name
-    print(f"verifying {name}", flush=True)
+    print(f"verifying {name}", file=sys.stderr)
     try:
         for _ in read_official(name):
             pass

@@ -176,7 +176,7 @@ def test_a_name_that_cannot_be_looked_up_ends_the_command_soon(tmp_path):
         check=False,
     )
     end = time.monotonic()
-    start, reason, *_ = done.stderr.splitlines()
+    start, _, reason, *_ = done.stderr.splitlines()
     assert done.returncode == 1
     assert end - float(start) < 15
     assert reason.startswith("error: gpt2-medium is not cached and cannot be downloaded: no answer")
