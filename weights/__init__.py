@@ -5,11 +5,6 @@ no masks, no `lm_head`), in the official layout: affine weights are (in, out).
 """
 
 import os
-import signal
-import sys
-
-if sys.argv[:1] == ["-m"]:  # a command of this package, which has nothing to save
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback, from the first import on
 
 from torch import Tensor
 

@@ -20,20 +20,6 @@ def tokens(device):
     return torch.randint(97, (2, 8), generator=generator).to(device)
 
 
-def test_logits_and_gradients_are_those_of_the_cpu(gpu):
-    """Of weights that were loaded on the CPU and moved."""
-
-    def compute(device):
-        net = GPT2.from_state_dict(model().state_dict()).to(device)
-        logits = net(tokens(device))
-        logits.square().mean().backward()
-        return [logits, *(p.grad for p in net.parameters())]
-
-    for got, expected in zip(compute("cuda"), compute("cpu"), strict=True):
-        assert got.device.type == "cuda"
-        assert torch.equal(got.cpu(), expected)
-
-
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"temperature": 0.0}, {"stop": 3}])
 def test_the_same_tokens_are_sampled(gpu, options):
     """From a tensor of prompts, and from a list of them of two lengths, which needs padding."""
@@ -52,12 +38,7 @@ def test_sampling_waits_once_a_call_and_not_for_each_token(gpu):
     net, prompt = model().to("cuda"), tokens("cuda")
     gpu.clear()
     generate(net, prompt, 12, generator=torch.Generator("cuda"))
-    assert gpu.waits().total() == 1, gpu.report("waits")
-
-
-def test_tokens_on_the_cpu_are_refused(gpu):
-    with pytest.raises(RuntimeError, match="two devices"):
-        model().to("cuda")(tokens("cpu"))
+    assert gpu.waits().total() == 1
 
 
 def trained(device, dtype, steps, n_layer, record):
@@ -82,8 +63,8 @@ def trained(device, dtype, steps, n_layer, record):
 def test_a_step_never_waits_for_the_device(gpu, dtype):
     """Ids from pinned memory, forward, loss, backward, Adam; three of them end as on the CPU."""
     net = trained("cuda", dtype, 3, 2, gpu)
-    assert not gpu.waits(), gpu.report("waits")
-    assert gpu.copies().total() == 2, gpu.report("copies")  # the ids
+    assert not gpu.waits()
+    assert gpu.copies().total() == 2  # the ids
     for p, q in zip(net.parameters(), trained("cpu", dtype, 3, 2, gpu).parameters(), strict=True):
         assert torch.equal(p.cpu(), q)
 
@@ -106,7 +87,7 @@ def test_a_step_starts_no_more_kernels_than_it_did(gpu, dtype):
     if dtype == torch.bfloat16:
         allowed = CONVERSIONS_PER_BLOCK * BLOCKS + CONVERSIONS_OUTSIDE
     assert launches["aten._to_copy"] <= allowed
-    assert launches.total() <= PER_BLOCK * BLOCKS + OUTSIDE + allowed, gpu.report("launches")
+    assert launches.total() <= PER_BLOCK * BLOCKS + OUTSIDE + allowed
 
 
 def test_a_sampled_token_starts_no_more_kernels_than_it_did(gpu):
@@ -116,4 +97,4 @@ def test_a_sampled_token_starts_no_more_kernels_than_it_did(gpu):
         generate(net, prompt, new)
         counts.append(gpu.launches().total())
     allowed = PER_BLOCK_SAMPLED * BLOCKS + OUTSIDE_SAMPLED
-    assert counts[1] - counts[0] <= allowed, gpu.report("launches")
+    assert counts[1] - counts[0] <= allowed

@@ -1,32 +1,23 @@
 """A second device without a GPU: tensors on "cuda:0" whose values the CPU computes.
 
     with second_device() as gpu:         # torch.cuda.is_available() is True in here
-        model.to("cuda")
-        train_step(model)
-        assert not gpu.waits(), gpu.report("waits")
+        train_step(model.to("cuda"))
+        assert not gpu.waits()
 
-It shows what a CPU run cannot:
-
-- Operands on two devices are refused as CUDA refuses them: "Expected all tensors to be on the same
-  device". What CUDA allows is allowed: numbers as zero-dimensional CPU tensors, a CPU index.
-- Every wait for the device and every copy is counted, with its line. A copy waits, unless it is
-  non_blocking from or to pinned memory.
-- Operators that would start a kernel are counted, by name.
-- Triton kernels are compiled for an H100, and their PTX is executed (tests/kernels/ptx).
-- Files written by torch.save say "cuda:0", so torch.load needs a map_location elsewhere.
-
-Values are the CPU's, bit for bit, save those of Triton kernels: a run here must equal a run there.
+Operands on two devices are refused as CUDA refuses them. Waits for the device, copies and operators
+that would start a kernel are counted. Triton kernels are compiled for an H100, and their PTX is
+executed (tests/kernels/ptx). Files written by torch.save say "cuda:0". Values are the CPU's, bit
+for bit, save those of Triton kernels: a run here must equal a run there.
 
 It cannot show a GPU's rounding, speed, memory, streams and graphs, host memory that is read before
 a non_blocking copy has arrived, or which kernels cuBLAS and the attention take. Autocast converts
-what it converts on a CPU, and CPU tensors too. torch.compile and DistributedDataParallel do not run
-on it, nor do functions of C++ that make a tensor beside their arguments, as F.one_hot does.
-tests/test_second_device.py has its rules, and asks a real GPU the same where there is one.
+what it converts on a CPU, and CPU tensors too. torch.compile, DistributedDataParallel, torch.load
+to the device and functions of C++ that make a tensor beside their arguments, as F.one_hot does, do
+not run on it. tests/test_second_device.py has its rules, and asks them of a real GPU too.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +28,6 @@ import torch._dynamo  # before anything is patched: it makes tables of torch's f
 import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_map
 
 from .record import Record
 from .tensor import (
@@ -48,13 +38,9 @@ from .tensor import (
     SAVED,
     DeviceTensor,
     SecondDevice,
-    ToDevice,
-    ToHost,
+    is_pinned,
+    pinned,
 )
-
-NAME = "second device"
-LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
-NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
 
 
 @contextmanager
@@ -87,94 +73,65 @@ def _replacements() -> dict[Any, dict[str, Any]]:
             "autocast": Autocast,
             "is_autocast_enabled": _of_cpu(torch.is_autocast_enabled),
             "get_autocast_dtype": _of_cpu(torch.get_autocast_dtype),
-            "load": _load(torch.load),
-            "tensor": _then_moved(torch.tensor),
-            "as_tensor": _then_moved(torch.as_tensor),
-            **{name: _on_the_host_if_asked(getattr(torch, name)) for name in LIKE},
+            "tensor": _tensor(torch.tensor),
         },
-        torch.Tensor: {
-            "to": lambda x, *args, **options: _move(to, x, *args, **options),
-            "cuda": lambda x, device=GPU, non_blocking=False: x.to(GPU, non_blocking=non_blocking),
-            **{name: _on_the_host_if_asked(getattr(torch.Tensor, name)) for name in NEW},
-        },
+        torch.Tensor: {"to": lambda x, *args, **options: _move(to, x, *args, **options)},
         torch.nn.functional: {
             "scaled_dot_product_attention": _adopting(F.scaled_dot_product_attention)
         },
         torch.serialization: {"location_tag": _location(torch.serialization.location_tag)},
-        import_module("torch.optim.optimizer"): {
-            "_foreach_supported_types": [Tensor, torch.nn.Parameter, DeviceTensor]
-        },
         torch.cuda: _cuda(),
     }
 
 
 def _cuda() -> dict[str, Any]:
     """torch.cuda, as one GPU has it."""
-
-    def nothing(*_: Any, **__: Any) -> None:
-        pass
-
-    properties = SimpleNamespace(
-        name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
-    )
-    do_nothing = (
-        "_lazy_init", "_sleep", "empty_cache", "manual_seed", "manual_seed_all",
+    zero = (
+        "_exchange_device", "_lazy_init", "_maybe_exchange_device", "_sleep", "current_device",
+        "empty_cache", "manual_seed", "manual_seed_all", "max_memory_allocated", "memory_allocated",
         "reset_peak_memory_stats", "set_device",
     )  # fmt: skip
-    event = SimpleNamespace(record=nothing, elapsed_time=lambda end: 1.0)
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 1.0)
     return {
-        **dict.fromkeys(do_nothing, nothing),
-        "Event": lambda enable_timing=False: event,
+        **dict.fromkeys(zero, lambda *_, **__: 0),
+        "Event": lambda enable_timing: event,
         "is_available": lambda: True,
-        "is_initialized": lambda: True,
         "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "_exchange_device": lambda index: 0,
-        "_maybe_exchange_device": lambda index: 0,
-        "get_device_name": lambda device=None: NAME,
-        "get_device_properties": lambda device=None: properties,
-        "get_device_capability": lambda device=None: (9, 0),
-        "memory_allocated": lambda device=None: 0,
-        "max_memory_allocated": lambda device=None: 0,
-        "synchronize": lambda device=None: RECORD.add_wait("synchronize"),
+        "get_device_name": lambda device: "second device",
+        "synchronize": lambda device: RECORD.add_wait("synchronize"),
     }
 
 
 def _move(to: Any, x: Tensor, *args: Any, copy: bool = False, **options: Any) -> Tensor:
     """Tensor.to: convert where x is, then move."""
-    if args and isinstance(args[0], Tensor):
-        args = (args[0].device, args[0].dtype, *args[1:])
     device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **options)
-    here = x.device.type
-    if device is None or device.type == here or "cuda" not in (device.type, here):
-        device = None if isinstance(x, DeviceTensor) else device
+    on_gpu = isinstance(x, DeviceTensor)
+    if device is None or (device.type == "cuda") == on_gpu:
+        device = None if on_gpu else device
         return to(x, device, dtype, non_blocking, copy, memory_format=memory_format)
     if dtype is not None:
         x = to(x, dtype)
-    if device.type == "cuda":
-        return ToDevice.apply(x, non_blocking)
-    return to(ToHost.apply(x, non_blocking), device)
+    if not on_gpu:
+        RECORD.add_copy("device", waits=not (non_blocking and is_pinned(x)))
+        return Copy.apply(x)
+    RECORD.add_copy("host", waits=not non_blocking)
+    host = Copy.apply(x)
+    return to(pinned(host) if non_blocking else host, device)  # pinned, as CUDA has it
 
 
-def _then_moved(make: Any) -> Any:
-    """make(data, device=None): C++ asks for the device's own memory here, not for an operator."""
+class Copy(torch.autograd.Function):
+    """A tensor on the other device. It has no backward, so a gradient that crosses is an error."""
 
-    def call(data: Any, *, device: Any = None, requires_grad: bool = False, **options: Any) -> Any:
-        if device is None:
-            device = data.device if isinstance(data, Tensor) else torch.empty(0).device
-        made = make(data, device="cpu", **options).to(device)
-        return made.detach().requires_grad_() if requires_grad else made
-
-    return call
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.inner.clone() if isinstance(x, DeviceTensor) else DeviceTensor(x.clone())
 
 
-def _on_the_host_if_asked(make: Any) -> Any:
-    """make(x, ..., device=None): C++ takes its own default, x's device, for an explicit "cpu"."""
+def _tensor(make: Any) -> Any:
+    """torch.tensor: C++ asks for the device's own memory here, not for an operator."""
 
-    def call(x: Tensor, *args: Any, device: Any = None, **options: Any) -> Tensor:
-        if device is not None and torch.device(device).type == "cpu" and x.is_cuda:
-            x = x.inner
-        return make(x, *args, device=device, **options)
+    def call(data: Any, *, device: Any = "cpu", **options: Any) -> Tensor:
+        return make(data, **options).to(device)
 
     return call
 
@@ -207,8 +164,6 @@ class Autocast(torch.autocast):
     """Autocast for either device is the CPU's."""
 
     def __init__(self, device_type: str, dtype: Any = None, *args: Any, **options: Any) -> None:
-        if device_type == "cuda" and dtype is None:
-            dtype = torch.float16
         super().__init__("cpu" if device_type == "cuda" else device_type, dtype, *args, **options)
 
 
@@ -219,28 +174,6 @@ def _of_cpu(query: Any) -> Any:
 def _location(location: Any) -> Any:
     """The name of a storage's device, as torch.save writes it."""
     return lambda x: str(GPU) if StorageWeakRef(x) in SAVED else location(x)
-
-
-def _load(load: Any) -> Any:
-    """torch.load, which puts tensors where map_location says, else where they were saved."""
-
-    def call(file: Any, map_location: Any = None, **options: Any) -> Any:
-        ours: set[StorageWeakRef] = set()
-
-        def place(storage: torch.UntypedStorage, saved: str) -> torch.UntypedStorage:
-            if torch.device(saved if map_location is None else map_location).type == "cuda":
-                ours.add(StorageWeakRef(storage))
-            return storage
-
-        def wrap(x: Any) -> Any:
-            if not isinstance(x, Tensor) or StorageWeakRef(x.untyped_storage()) not in ours:
-                return x
-            RECORD.add_copy("device", waits=True)
-            return DeviceTensor(x).requires_grad_(x.requires_grad)
-
-        return tree_map(wrap, load(file, place, **options))
-
-    return call
 
 
 @contextmanager

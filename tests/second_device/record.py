@@ -22,39 +22,30 @@ class Record:
 
     def clear(self) -> None:
         """Count from zero."""
-        self._waits: Counter[str] = Counter()
-        self._copies: Counter[str] = Counter()
-        self._launches: Counter[str] = Counter()
+        self._counts = {what: Counter[str]() for what in ("waits", "copies", "launches")}
 
     def waits(self) -> Counter[str]:
-        """Return the waits so far."""
-        return Counter(self._waits)
+        return self._counts["waits"]
 
     def copies(self) -> Counter[str]:
-        """Return the copies so far."""
-        return Counter(self._copies)
+        return self._counts["copies"]
 
     def launches(self) -> Counter[str]:
-        """Return the launches so far."""
-        return Counter(self._launches)
-
-    def report(self, what: str) -> str:
-        """Return "waits", "copies" or "launches" as text, the most frequent first."""
-        return "\n".join(f"{n:6d}  {key}" for key, n in getattr(self, what)().most_common())
+        return self._counts["launches"]
 
     def add_wait(self, why: str) -> None:
         """Count a wait at the line of this project that runs."""
-        self._waits[f"{why}  {current_line()}"] += 1
+        self._counts["waits"][f"{why}  {current_line()}"] += 1
 
     def add_copy(self, where: str, waits: bool) -> None:
         """Count a copy to the "host" or to the "device" at that line, and a wait if it is one."""
-        self._copies[f"to the {where}  {current_line()}"] += 1
+        self._counts["copies"][f"to the {where}  {current_line()}"] += 1
         if waits:
             self.add_wait(f"copy to the {where}")
 
     def add_launch(self, operator: str) -> None:
         """Count an operator that starts a kernel."""
-        self._launches[operator] += 1
+        self._counts["launches"][operator] += 1
 
 
 def current_line() -> str:

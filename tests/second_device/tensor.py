@@ -1,9 +1,9 @@
 """Tensors of the second device, and what its operators refuse, wait for and launch.
 
 C++ takes a DeviceTensor for a CPU tensor, so autograd, autocast and fused optimizers work. Two
-things follow. Methods that move a tensor, or make another on "its" device, are overridden here,
-because C++ would not see a difference between the devices. And every other operator passes through
-SecondDevice, which checks it by CUDA's rules and runs it on the CPU tensors inside.
+things follow. Methods that move a tensor are overridden, because C++ would not see a difference
+between the devices. And every other operator passes through SecondDevice, which checks it by CUDA's
+rules and runs it on the CPU tensors inside.
 """
 
 from collections.abc import Callable
@@ -72,10 +72,6 @@ class DeviceTensor(torch.Tensor):
 
     device = property(lambda self: GPU)
     is_cuda = property(lambda self: True)
-    is_cpu = property(lambda self: False)
-
-    def get_device(self) -> int:
-        return 0
 
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
@@ -91,42 +87,15 @@ class DeviceTensor(torch.Tensor):
         return self.inner.tolist()
 
     def numpy(self, **_: Any) -> Any:
-        raise TypeError(
-            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor "
-            "to host memory first."
-        )
-
-    __array__ = numpy
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        if not isinstance(value, Tensor):
-            place = index if type(index) is tuple else (index,)
-            # One element is copied from pageable memory; several are filled.
-            if all(type(i) is int for i in place) and self.inner[index].dim() == 0:
-                RECORD.add_wait("a number set")
-            value = torch.full((), value, dtype=self.dtype, device=GPU)
-        super().__setitem__(index, value)
-
-    def new_tensor(self, data: Any, **options: Any) -> Tensor:
-        return torch.tensor(data, **{"dtype": self.dtype, "device": GPU} | options)
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
     def pin_memory(self, *_: Any) -> Tensor:
-        raise RuntimeError(
-            "cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceTensor":
-        made = self.detach().clone().requires_grad_(self.requires_grad)
-        made.__dict__ |= {k: v for k, v in self.__dict__.items() if k != "inner"}  # a Parameter's
-        return memo.setdefault(id(self), made)
+        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor'")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         RECORD.add_copy("host", waits=True)
         SAVED.add(StorageWeakRef(self.inner.untyped_storage()))
         return self.inner.__reduce_ex__(protocol)
-
-    def __format__(self, spec: str) -> str:
-        return format(repr(self) if self.dim() else self.item(), spec)
 
     def __repr__(self, **_: Any) -> str:
         RECORD.add_wait("repr")
@@ -153,7 +122,7 @@ class SecondDevice(TorchDispatchMode):
             with self:  # reached within an operator of ours, and in inference mode
                 return func.decompose(*args, **kwargs)
         if ours:
-            _refuse(func, args, kwargs, leaves)
+            _refuse(func, args, leaves)
         _count(func, args, kwargs)
         if "device" in kwargs:
             kwargs = kwargs | {"device": CPU}
@@ -173,8 +142,7 @@ def _outer(x: Any, known: dict[int, DeviceTensor]) -> Any:
     if not isinstance(x, Tensor):
         return x
     outer = known[id(x)] if id(x) in known else DeviceTensor(x)
-    if outer.shape != x.shape:
-        raise NotImplementedError("resizing a tensor of the second device in place")
+    assert outer.shape == x.shape, "resized in place, which the second device cannot do"
     return outer
 
 
@@ -212,7 +180,7 @@ def _refuse_generator_of(device: str, arguments: Any) -> None:
             raise RuntimeError(f"Expected a generator of another device type but found '{device}'")
 
 
-def _refuse(func: Any, args: Any, kwargs: dict[str, Any], leaves: list[Any]) -> None:
+def _refuse(func: Any, args: Any, leaves: list[Any]) -> None:
     """Raise as CUDA would for operands on two devices and for a generator of the other one."""
     _refuse_generator_of("cpu", leaves)
     packet = func.overloadpacket
@@ -223,9 +191,7 @@ def _refuse(func: Any, args: Any, kwargs: dict[str, Any], leaves: list[Any]) -> 
     if packet in INDEXING and not _is_host(args[0]):
         allowed = {id(x) for x in args[1]}  # a CPU index
     arguments = zip(func._schema.arguments, args, strict=False)
-    written = [x for argument, x in arguments if argument.is_write]
-    written += [kwargs[a.name] for a in func._schema.arguments if a.is_write and a.name in kwargs]
-    changed = {id(x) for x in tree_leaves(written)}
+    changed = {id(x) for argument, x in arguments if argument.is_write}
     for x in leaves:
         if not _is_host(x) or id(x) in allowed:
             continue
@@ -244,9 +210,6 @@ def _count(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         RECORD.add_copy(where, waits=not (non_blocking and is_pinned(host)))
         return
-    if packet is aten._to_copy and _is_host(args[0]):  # by C++, for a factory with data
-        RECORD.add_copy("device", waits=True)
-        return
     if packet in INDEXING and any(_is_host(x) for x in args[1]):
         RECORD.add_copy("device", waits=True)
     if packet in WAITING or (packet in INDEXING and _selects_by_mask(args)):
@@ -259,31 +222,3 @@ def _selects_by_mask(args: Any) -> bool:
     """Whether the positions are to be counted first; a number is filled in without."""
     masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
     return bool(masks) and not (len(args) > 2 and args[2].numel() == 1)
-
-
-class ToDevice(torch.autograd.Function):
-    """A copy on the second device; gradients come back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, non_blocking: bool) -> DeviceTensor:
-        RECORD.add_copy("device", waits=not (non_blocking and is_pinned(x)))
-        return DeviceTensor(x.detach().clone())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[Tensor, None]:
-        RECORD.add_copy("host", waits=True)
-        return grad.inner.clone(), None
-
-
-class ToHost(torch.autograd.Function):
-    """A copy on the CPU, in pinned memory if the host does not wait for it, as CUDA has it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: DeviceTensor, non_blocking: bool) -> Tensor:
-        RECORD.add_copy("host", waits=not non_blocking)
-        return pinned(x.inner.clone()) if non_blocking else x.inner.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[DeviceTensor, None]:
-        RECORD.add_copy("device", waits=True)
-        return DeviceTensor(grad.clone()), None

@@ -62,10 +62,10 @@ def summary(folders: Sequence[Path]) -> str:
 
 
 def shown(runs: Sequence[Run]) -> list[Run]:
-    """List the start model, the runs with a share, and those with the original target.
+    """List the start model, the runs with a share, and those without one.
 
-    A run ends where it is shown. The first one with the original target is the run that `compare`
-    found, cut at the step of the comparison.
+    A run ends where it is shown. The first one without a share is the run that `compare` found, cut
+    at the step of the comparison.
     """
     at = min(runs[0].evaluations)
     start = replace(runs[0], label="start model", share=None, limit=Evaluation(), colour="")
