@@ -34,7 +34,6 @@ Traffic of loss and gradients in float32, N C left out, for n = N / chunk_rows c
 F.linear and the unfused loss take 16 and 3. Each chunk more saves memory and costs V C.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ def fused_linear_kl_div(
         chunk_rows = CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS
     if not isinstance(chunk_rows, int) or chunk_rows < 1:
         raise ValueError(f"chunk_rows must be a whole number of at least 1, got {chunk_rows}")
-    rows = hidden.reshape(math.prod(leading), width)  # (N, C)
+    rows = hidden.reshape(-1, width)  # (N, C)
     parts: Any = target.parts
     if isinstance(parts, Teacher) and parts.weight is not None:
         teacher_dtype = arguments.product_dtype(parts.logits, parts.weight, "the teacher's ")

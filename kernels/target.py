@@ -174,7 +174,7 @@ class TeacherTarget:
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., V) as (N, V) with rows that are contiguous and apart, or one; copied if need be."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
     shared_or_apart = rows.shape[0] <= 1 or rows.stride(0) == 0 or rows.stride(0) >= rows.shape[1]
     return rows if rows.stride(1) == 1 and shared_or_apart else rows.contiguous()
 
