@@ -38,12 +38,7 @@ def resolve(
             f"the target must fit logits of shape {tuple(shape)} on {device}, got {target}; build "
             "it for them, or move a TwoLevelTarget once by target.to(device)"
         )
-    if impl is None:
-        impl = "triton" if device.type == "cuda" and dtype != torch.float64 else "torch"
-    if impl not in MODULES:
-        raise ValueError(f"impl must be one of {list(MODULES)} or None, got {impl!r}")
-    if impl != "torch" and dtype == torch.float64:
-        raise TypeError(f'impl={impl!r} takes no float64 logits; pass impl="torch"')
+    impl = resolve_impl(impl, device, dtype)
     if impl == "triton-simple" and isinstance(target, TeacherTarget):
         raise TypeError('impl="triton-simple" takes a TwoLevelTarget only; pass impl="triton"')
     if row_weights is None:
@@ -56,6 +51,17 @@ def resolve(
             f"weight per row; got {described(row_weights)}"
         )
     return target, impl, row_weights.reshape(-1).to(wide)
+
+
+def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Name the path for logits of this device and dtype; ValueError or TypeError if none."""
+    if impl is None:
+        return "triton" if device.type == "cuda" and dtype != torch.float64 else "torch"
+    if impl not in MODULES:
+        raise ValueError(f"impl must be one of {list(MODULES)} or None, got {impl!r}")
+    if impl != "torch" and dtype == torch.float64:
+        raise TypeError(f'impl={impl!r} takes no float64 logits; pass impl="torch"')
+    return impl
 
 
 def product_dtype(hidden: Tensor, weight: Tensor, whose: str = "") -> torch.dtype:

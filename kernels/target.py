@@ -67,7 +67,6 @@ class TwoLevelTarget:
 
     kind = "two_level"
 
-    @torch.inference_mode(False)  # an inference tensor could not be saved for backward
     def __init__(self, mask: Tensor, alpha: float = 1.0, beta: float = 0.0) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 1:
             raise TypeError(
@@ -96,7 +95,6 @@ class TwoLevelTarget:
         self.mask, self.index = mask, ids
         self.parts = TwoLevel(mask, bitmasks, ids, levels, levels[1].clone() if self.beta else None)
 
-    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> Self:
         """Return the target on another device; once, outside the loop, because the host waits."""
         there, (mask, bitmasks, ids, levels, _) = copy.copy(self), self.parts

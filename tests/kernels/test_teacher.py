@@ -164,9 +164,9 @@ def test_the_fused_head_computes_the_teachers_logits_by_chunks(path, reduction, 
 
 def test_a_teacher_run_in_inference_mode_trains_a_student():
     """Autograd refuses to save inference tensors: the target has copies."""
-    hidden, weight = hidden_and_head(3)
+    (hidden, weight), tilt = hidden_and_head(3), (two_level(211), 5.0)
     with torch.inference_mode():
-        teacher_hidden, tilt = hidden * 2, (two_level(211), 5.0)
+        teacher_hidden = hidden * 2
         logits = TeacherTarget(F.linear(teacher_hidden, weight), tilt)
         by_chunks = TeacherTarget.from_hidden(teacher_hidden, weight.detach(), tilt)
     for target in (logits, by_chunks):
