@@ -97,9 +97,9 @@ class TwoLevelTarget:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the target on another device; once, outside the loop, because the host waits."""
-        there, (mask, bitmasks, ids, levels, _) = copy.copy(self), self.parts
-        levels = levels.to(device, _widest(device))
-        there._hold(mask.to(device), bitmasks.to(device), ids.to(device), levels)
+        there, tokens = copy.copy(self), self.parts[:3]
+        mask, bitmasks, ids = (x.to(device) for x in tokens)
+        there._hold(mask, bitmasks, ids, self.parts.levels.to(device, _widest(device)))
         return there
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
