@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -64,19 +65,16 @@ def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> 
     return impl
 
 
-def product_dtype(hidden: Tensor, weight: Tensor, whose: str = "") -> torch.dtype:
-    """The dtype in which F.linear would multiply; TypeError if it would not."""
-    device = hidden.device.type
-    dtypes = [hidden.dtype, weight.dtype]
-    if device != "meta" and torch.is_autocast_enabled(device):  # "meta" would be an error
-        narrow = torch.get_autocast_dtype(device)
-        dtypes = [dtype if dtype == torch.float64 else narrow for dtype in dtypes]
-    if dtypes[0] != dtypes[1]:
-        raise TypeError(
-            f"{whose}hidden is {hidden.dtype}, weight {weight.dtype}: convert one, or use "
-            "torch.autocast (which leaves float64 as it is)"
-        )
-    return dtypes[0]
+def product_dtype(rows: Tensor, weight: Tensor, whose: str = "") -> torch.dtype:
+    """The dtype in which F.linear multiplies these (N, C) and (V, C); ValueError if it does not."""
+    try:
+        return F.linear(rows[:0].detach(), weight[:0].detach()).dtype
+    except RuntimeError as error:
+        raise ValueError(
+            f"{whose}hidden must be (..., C), weight (V, C), both of one dtype or under autocast "
+            f"(which leaves float64 alone), on one device; got {described(rows)}, "
+            f"{described(weight)}"
+        ) from error
 
 
 def refuse_forward_mode(name: str, *arguments: Tensor) -> None:

@@ -149,7 +149,8 @@ class TeacherTarget:
         hidden: (..., C) of the teacher's LM head, with the student's leading dimensions and a C of
         its own. weight: (V, C), with LoRA and bias merged as fused_linear_kl_div explains.
         """
-        check_head(hidden, weight, "the teacher's ")
+        check_floating("the teacher's hidden", hidden)
+        check_floating("the teacher's weight", weight)
         target, shape = cls.__new__(cls), torch.Size((*hidden.shape[:-1], len(weight)))
         target._complete(_constant(hidden), _constant(weight), shape, tilt)
         return target
@@ -189,17 +190,6 @@ def check_floating(name: str, x: Tensor) -> None:
     """TypeError unless x is a floating-point tensor of one or more dimensions."""
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.ndim == 0:
         raise TypeError(f"{name} must be a floating-point tensor (..., V), got {described(x)}")
-
-
-def check_head(hidden: Tensor, weight: Tensor, whose: str = "") -> None:
-    """TypeError or ValueError unless F.linear takes these hidden states and this weight."""
-    check_floating(f"{whose}hidden", hidden)
-    check_floating(f"{whose}weight", weight)
-    if weight.shape[1:] != hidden.shape[-1:] or hidden.device != weight.device:
-        raise ValueError(
-            f"{whose}hidden must be (..., C) and weight (V, C) on one device, as F.linear takes "
-            f"them; got {described(hidden)} and {described(weight)}"
-        )
 
 
 def _tilt_parts(tilt: Tilt, vocab: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -211,15 +211,15 @@ def test_bad_teachers_are_refused_by_name():
         (ValueError, "below \\+inf", lambda: TeacherTarget(logits, (tokens, INF))),
         (ValueError, "below \\+inf", lambda: TeacherTarget(logits, (tokens, float("nan")))),
         (ValueError, "a tensor \\(\\)", lambda: TeacherTarget(logits, (tokens, logits[0]))),
-        (ValueError, r"weight \(V, C\)", lambda: TeacherTarget.from_hidden(hidden, weight.t())),
+        (TypeError, "the teacher's weight", lambda: TeacherTarget.from_hidden(hidden, [weight])),
         (
             ValueError,
             "for fused_linear_kl_div",
             lambda: fused_kl_div(logits, TeacherTarget.from_hidden(hidden, weight)),
         ),
         (
-            TypeError,
-            "the teacher's hidden is torch.bfloat16",
+            ValueError,
+            "the teacher's hidden must be .* autocast .* got torch.bfloat16",
             lambda: fused_linear_kl_div(
                 hidden, weight, TeacherTarget.from_hidden(hidden.bfloat16(), weight)
             ),
