@@ -138,9 +138,15 @@ class TeacherTarget:
 
     kind = "teacher"
 
-    def __init__(self, logits: Tensor, tilt: Tilt | None = None) -> None:
-        check_floating("the teacher's logits", logits)
-        self._complete(_constant(logits), None, logits.shape, tilt)
+    def __init__(
+        self, logits: Tensor, tilt: Tilt | None = None, *, _weight: Tensor | None = None
+    ) -> None:
+        check_floating("the teacher's logits or hidden", logits)
+        vocab = logits.shape[-1] if _weight is None else _weight.shape[0]
+        self.shape, self.device = torch.Size((*logits.shape[:-1], vocab)), logits.device
+        self.tilt, tokens = tilt, () if tilt is None else _tilt_parts(tilt, vocab, logits.device)
+        weight = None if _weight is None else _constant(_weight)
+        self.parts = Teacher(as_rows(_constant(logits)), weight, *tokens)
 
     @classmethod
     def from_hidden(cls, hidden: Tensor, weight: Tensor, tilt: Tilt | None = None) -> Self:
@@ -149,17 +155,8 @@ class TeacherTarget:
         hidden: (..., C) of the teacher's LM head, with the student's leading dimensions and a C of
         its own. weight: (V, C), with LoRA and bias merged as fused_linear_kl_div explains.
         """
-        check_floating("the teacher's hidden", hidden)
         check_floating("the teacher's weight", weight)
-        target, shape = cls.__new__(cls), torch.Size((*hidden.shape[:-1], len(weight)))
-        target._complete(_constant(hidden), _constant(weight), shape, tilt)
-        return target
-
-    def _complete(self, rows: Tensor, weight: Any, shape: torch.Size, tilt: Tilt | None) -> None:
-        """Set what both kinds have; rows: the logits or the hidden states."""
-        self.shape, self.device, self.tilt = shape, rows.device, tilt
-        tokens = () if tilt is None else _tilt_parts(tilt, shape[-1], rows.device)
-        self.parts = Teacher(as_rows(rows), weight, *tokens)
+        return cls(hidden, tilt, _weight=weight)
 
     def whole_logits(self, dtype: torch.dtype) -> Tensor:
         """t, tilted, of all rows, (..., V), in this dtype: for the definition, which keeps them."""
