@@ -22,20 +22,17 @@ FLOOR = tl.constexpr(-1e38)  # below c z of the largest logit, and -inf - FLOOR 
 
 
 @triton.jit
-def prologue_of(row_ptr, vocab, VEC: tl.constexpr):
-    """Number of elements before the row's first 16-byte boundary."""
-    return tl.minimum(((-row_ptr.to(tl.int64)) & 15).to(tl.int32) // (16 // VEC), vocab)
-
-
-@triton.jit
-def row_layout(prologue, vectors, vocab, VEC: tl.constexpr):
-    """Columns of prologue and epilogue, and whether there are such, both (1, THREADS, 1).
+def row_layout(row_ptr, vocab, VEC: tl.constexpr):
+    """Elements before the row's first 16-byte boundary, and the number of vectors behind them; then
+    the columns of prologue and epilogue, and whether there are such, both (1, THREADS, 1).
 
     The first VEC threads have the prologue, the following ones what is left after the vectors.
     """
+    prologue = tl.minimum(((-row_ptr.to(tl.int64)) & 15).to(tl.int32) // (16 // VEC), vocab)
+    vectors = (vocab - prologue) // VEC
     thread = tl.arange(0, THREADS)[None, :, None]
     column = tl.where(thread < VEC, thread, prologue + vectors * VEC + thread - VEC)
-    return column, tl.where(thread < VEC, thread < prologue, column < vocab)
+    return prologue, vectors, column, tl.where(thread < VEC, thread < prologue, column < vocab)
 
 
 @triton.jit
@@ -51,9 +48,9 @@ def tile_layout(VEC: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, mask, OTHER: tl.constexpr):
-    """Load as float32; OTHER where the mask, if there is one, is false."""
-    return tl.load(ptr, mask, other=None if mask is None else OTHER).to(tl.float32)
+def load(ptr, mask):
+    """Load as float32; -inf where the mask, if there is one, is false."""
+    return tl.load(ptr, mask, other=None if mask is None else -float("inf")).to(tl.float32)
 
 
 @triton.jit

@@ -79,8 +79,8 @@ def backward_kernel(
         column = start + tl.arange(0, BLOCK)
         inside = column < vocab
         loaded = column < length
-        z = tl.load(logits_ptr + row * stride + column, loaded, other=0.0).to(tl.float32)
         target = tl.load(mask_ptr + column, loaded, other=0) != 0
+        z = tl.load(logits_ptr + row * stride + column, loaded, other=0.0).to(tl.float32)
         grad = grad_loss * (tl.exp(z - lse) - tl.where(target, alpha, beta))  # (2)
         tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), inside)
 
