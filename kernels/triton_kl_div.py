@@ -19,13 +19,12 @@ A row of ten float32 logits, the first of them 4 bytes before a 16-byte boundary
 Vectors are read 16 bytes at a time: thread 0 takes vector 0 and thread 1 vector 1. Prologue and
 epilogue, at most three logits each (seven in 16 bits), are read in one step, a logit per thread:
 thread 0 takes z0 and thread 4 takes z9. Which of its logits are target tokens, a thread sees in one
-word of the bitmask: thread 0 in 0b0010, where z2 is the second of its vector, thread 1 in 0b0010
-too, for z6. So thread 0 sums over z0 to z4, thread 1 over z5 to z8 and thread 4 over z9; then the
-three are joined.
+word of the bitmask: 0b0010 for thread 0, where z2 is the second of its vector, and for thread 1.
+So thread 0 sums over z0 to z4, thread 1 over z5 to z8 and thread 4 over z9; then they are joined.
 
-With V logits, a program of THREADS = 256 threads works on one row. Vectors are of `vec` elements: 4
-of float32, 8 of bfloat16 or float16. A tile is PER_THREAD = 16 elements of each thread, 4 or 2
-vectors. Whole tiles are read without a mask, then the last one, which is partial, with one.
+A program of THREADS = 256 threads works on one row, in tiles of PER_THREAD = 16 elements of each
+thread: 4 vectors of float32, 2 of bfloat16 or float16. The last tile is partial, and read with a
+mask.
 
 Derivation. For each row z of N rows of V logits, with P = alpha on the target tokens S and beta
 elsewhere, in nats,
@@ -34,8 +33,8 @@ elsewhere, in nats,
     dKL/dz = softmax(z) - P                                                                  (2)
 
 The forward pass reads the logits once and keeps three numbers per row: loss, lse, and norm (8). The
-backward pass reads them again, rebuilds softmax(z) from lse, and writes the gradient. No N x V
-matrix of log-probabilities, probabilities or targets exists. With r = beta / alpha,
+backward pass reads them again and writes the gradient. No N x V matrix of probabilities or targets
+exists. With r = beta / alpha,
 
     sum P z = alpha D,    D = sum w z,    w = 1 on S and r elsewhere                         (3)
 
@@ -76,13 +75,6 @@ rounding lse to float32 costs up to 4e-6. So the forward pass also stores by how
 where R - M - log2 L is formed in float64, once per row. c z - R is one fused
 multiply-add, spelt tl.fma: a compiler need not fuse what is behind a select.
 
-    symbol     variable            symbol       variable
-    m, l, u, d m, l, u, d          c            LOG2E
-    M          row_m               r            ratio
-    log2 L     log_l               g            grad_loss: upstream gradient of a row's loss
-    M + log2 L log_sum             g norm       scale
-                                   -g alpha     pull
-
 Traffic of loss and gradient, in N V elements, for P of shape (V,):
 
     unfused   log_softmax, P log q, P log P - that: each reads and writes one     6
@@ -102,9 +94,7 @@ Hazards.
 - softmax - P cancels near convergence: formed in float32 and rounded once, at the store.
 - Nothing is specialised on an argument: one compiled variant per dtype and kind of target,
   whatever N, V and strides are.
-
-What this does not do. No float64 logits, and no double backward. Rows are not split over programs:
-fewer rows than multiprocessors leave some idle.
+- Rows are not split over programs: fewer rows than multiprocessors leave some idle.
 """
 
 # Triton compiles the functions below, so they follow its rules and not Python's:
@@ -222,10 +212,10 @@ def forward_kernel(
 
 
 @triton.jit
-def _gradient(z, r, scale, target, pull, other_pull, dtype):
-    """g times (2) as dtype, rounded once. scale: g norm; pulls: -g alpha and -g beta."""
+def _gradient(z, r, scale, target, pull, other_pull):
+    """g times (2). scale: g norm; pulls: -g alpha and -g beta."""
     pull = tl.where(target, pull, other_pull)  # before 2^x: ptxas then tests seven bits at once
-    return (tl.exp2(tl.fma(z, LOG2E, -r)) * scale + pull).to(dtype)
+    return tl.exp2(tl.fma(z, LOG2E, -r)) * scale + pull
 
 
 @triton.jit(do_not_specialize=list(range(13)))
@@ -242,18 +232,17 @@ def backward_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     out_row_ptr = out_ptr + row * out_stride
-    if tl.load(grad_loss_ptr + row * grad_loss_stride) == 0:
+    grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    if grad_loss == 0:
         triton_row.zero_row(out_row_ptr, vocab)
         return
     prologue, vectors, z_ptr, bits_ptr, column, live, z_edge, edge = _open_row(
         row, logits_ptr, stride, vocab, mask_ptr, bits_ptr, bits_stride, VEC)  # fmt: skip
-    grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
     r = tl.load(lse_ptr + row) * LOG2E
     scale = grad_loss * tl.load(norm_ptr + row)
     pull = -grad_loss * tl.load(levels_ptr).to(tl.float32)
     other_pull = pull * tl.load(levels_ptr + 2).to(tl.float32)
-    dtype = out_ptr.dtype.element_ty
-    grad_edge = _gradient(z_edge, r, scale, edge, pull, other_pull, dtype)
+    grad_edge = _gradient(z_edge, r, scale, edge, pull, other_pull)
     tl.store(out_row_ptr + column, grad_edge, live)
 
     out_ptr = tl.multiple_of(out_row_ptr + prologue, 16)
@@ -261,9 +250,9 @@ def backward_kernel(
     tiles = tl.maximum(vectors, 0) // (TILE // VEC)  # it is not negative: fewer instructions
     for tile in range(0, tiles):
         z, target, _ = _load_tile(z_ptr, bits_ptr, tile, offsets, bit, None)
-        grad = _gradient(z, r, scale, target, pull, other_pull, dtype)
+        grad = _gradient(z, r, scale, target, pull, other_pull)
         tl.store(out_ptr + tile * TILE + offsets, grad)
     mask = offsets < (vectors - tiles * (TILE // VEC)) * VEC
     z, target, _ = _load_tile(z_ptr, bits_ptr, tiles, offsets, bit, mask)
-    grad = _gradient(z, r, scale, target, pull, other_pull, dtype)
+    grad = _gradient(z, r, scale, target, pull, other_pull)
     tl.store(out_ptr + tiles * TILE + offsets, grad, mask)

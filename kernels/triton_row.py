@@ -1,9 +1,8 @@
 """How a program of the fast kernels walks over its row (drawn in kernels/triton_kl_div.py).
 
-Alignment. V = 50,257 is odd. For a row at an odd offset, or a mask `column < V`, the compiler falls
-back on 2- or 4-byte accesses. Hence the prologue, masks of whole vectors only, and tl.multiple_of
-to tell the compiler. Any stride and any storage offset take this one path, and nothing outside a
-row is touched. For a gradient of another alignment, see kernels/triton_launch.py.
+V = 50,257 is odd. For a row at an odd offset, or a mask `column < V`, the compiler falls back on 2-
+or 4-byte accesses. Hence the prologue, masks of whole vectors only, and tl.multiple_of to tell the
+compiler. Any stride and storage offset take this one path; nothing outside a row is touched.
 """
 
 # Triton compiles the functions below, so they follow its rules and not Python's:
@@ -72,4 +71,4 @@ def zero_row(row_ptr, vocab):
     """The gradient of a row that is left out, whatever its logits are, NaN too."""
     for start in range(0, vocab, TILE):
         column = start + tl.arange(0, TILE)
-        tl.store(row_ptr + column, tl.zeros((TILE,), row_ptr.dtype.element_ty), column < vocab)
+        tl.store(row_ptr + column, 0.0, column < vocab)

@@ -1,8 +1,8 @@
 """KL(softmax(u) || softmax(z)) fused into two Triton kernels, u the logits of a teacher, tilted.
 
 Read kernels/triton_kl_div.py first: notation, work partitioning, alignment and masks are its own.
-t is the teacher's row; with a tilt, G nats are added to the logits of its tokens S, in all rows.
-With u for the result and P = softmax(u),
+u is the teacher's row t; with a tilt, plus G nats on the tokens S of the bitmask, in all rows: added
+before the maximum and before c, and rounded once, in both directions. With P = softmax(u),
 
     KL     = sum P (u - z) - lse(u) + lse(z)                                                 (1)
     dKL/dz = softmax(z) - P                                                                  (2)
@@ -24,9 +24,6 @@ Where z = u bit for bit, l = r and x = y, so loss and gradient are exactly 0. Th
 the rounding of lse as (8) of kernels/triton_kl_div.py does: with the R and 2^(R - ...) of z and u,
 
     dKL/dz = f (2^(c z - R_z) - (f_u / f) 2^(c u - R_u)),    norm = lse(u), f_u / f, f       (7)
-
-Tilt. S is one bit per token (kernels/bitmask.py). G is added before the maximum and before c, and
-rounded once, in both directions. G = -inf forbids the tokens.
 
 Alignment. Where t has the alignment of z, as contiguous logits of one dtype have, its vectors are
 read as those of z are, by 128 bits. A t of another alignment is read element by element.
@@ -154,11 +151,11 @@ def forward_kernel(
 
 
 @triton.jit
-def _gradient(z, u, r_z, r_u, ratio, scale, dtype):
-    """g times (2) as dtype, rounded once; scale: g f."""
+def _gradient(z, u, r_z, r_u, ratio, scale):
+    """g times (2); scale: g f."""
     q = tl.exp2(tl.fma(z, LOG2E, -r_z))
     p = tl.exp2(tl.fma(u, LOG2E, -r_u))
-    return ((q - p * ratio) * scale).to(dtype)  # (7)
+    return (q - p * ratio) * scale  # (7)
 
 
 @triton.jit(do_not_specialize=list(range(15)))
@@ -175,7 +172,8 @@ def backward_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     out_ptr += row * out_stride
-    if tl.load(grad_loss_ptr + row * grad_loss_stride) == 0:
+    grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    if grad_loss == 0:
         triton_row.zero_row(out_ptr, vocab)
         return
     prologue, vectors, of_row, column, live, z_edge, u_edge = _open_row(
@@ -183,9 +181,8 @@ def backward_kernel(
         bits_stride, strength_ptr, TILT, T_ALIGN, VEC)  # fmt: skip
     r_z, r_u = tl.load(lse_ptr + row) * LOG2E, tl.load(norm_ptr + 3 * row) * LOG2E
     ratio = tl.load(norm_ptr + 3 * row + 1)
-    scale = tl.load(grad_loss_ptr + row * grad_loss_stride) * tl.load(norm_ptr + 3 * row + 2)
-    dtype = out_ptr.dtype.element_ty
-    grad_edge = _gradient(z_edge, u_edge, r_z, r_u, ratio, scale, dtype)
+    scale = grad_loss * tl.load(norm_ptr + 3 * row + 2)
+    grad_edge = _gradient(z_edge, u_edge, r_z, r_u, ratio, scale)
     tl.store(out_ptr + column, grad_edge, live)
 
     out_ptr = tl.multiple_of(out_ptr + prologue, 16)
@@ -193,9 +190,9 @@ def backward_kernel(
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
         z, u = _load_tile(of_row, tile, offsets, bit, None, TILT, T_ALIGN)
-        grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
+        grad = _gradient(z, u, r_z, r_u, ratio, scale)
         tl.store(out_ptr + tile * TILE + offsets, grad)
     mask = offsets < (vectors - tiles * (TILE // VEC)) * VEC
     z, u = _load_tile(of_row, tiles, offsets, bit, mask, TILT, T_ALIGN)
-    grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
+    grad = _gradient(z, u, r_z, r_u, ratio, scale)
     tl.store(out_ptr + tiles * TILE + offsets, grad, mask)
