@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if not options.rows or min(*options.rows, *options.vocab, options.width) < 1:
         sys.exit("error: --rows, --vocab, --width: expected at least 1 each")
-    if options.device == "cuda" and not HAS_CUDA:
+    if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda: this machine has no CUDA device; pass --device cpu")
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     where = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

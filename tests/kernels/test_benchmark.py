@@ -134,7 +134,7 @@ def test_threads_of_the_command_spin_briefly():
 @pytest.mark.parametrize("arguments", [["--device", "cuda"], ["--rows", "0"], ["--rows"]])
 def test_what_cannot_be_measured_ends_in_one_line(arguments, monkeypatch):
     """Before anything is measured: a device that is not there, no rows."""
-    monkeypatch.setattr(benchmark, "HAS_CUDA", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=f"^error: {arguments[0]}.*: .*"):
         benchmark.main(arguments)
 
