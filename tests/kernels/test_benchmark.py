@@ -28,10 +28,6 @@ def two_heads(hidden, teacher, weight, teacher_weight):
 
 
 LIBRARIES = {  # what each module of another library offers, by definition
-    "liger_kernel.transformers.kl_div": {"LigerKLDIVLoss": torch.nn.KLDivLoss},
-    "liger_kernel.transformers.fused_linear_kl_div": {
-        "LigerFusedLinearKLDivLoss": lambda: lambda h, w, p: kl_div(F.linear(h, w), p)
-    },
     "liger_kernel.transformers.fused_linear_jsd": {
         "LigerFusedLinearJSD": lambda jsd_beta: lambda h, w, t, v, labels: two_heads(h, t, w, v)
     },
