@@ -16,9 +16,7 @@ from train.report.runs import compare, read_runs
 START = (0.0, 100.0)
 
 
-def test_the_sentence_compares_the_middle_share_with_the_nearest_measurement(
-    tmp_path: Path,
-) -> None:
+def test_the_sentence_compares_the_middle_share_with_the_nearest_measurement(tmp_path) -> None:
     """Of three shares and two paths there and back, an infinite perplexity and a mass below 1
     aside; without paths, or with none within a quarter, the limit of the highest share; of paths
     alone the highest R."""

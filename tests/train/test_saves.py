@@ -6,14 +6,13 @@ A run on a small vocabulary, in this process or forks of one; commands are in te
 import copy
 import errno
 import os
-import pkgutil
 import signal
 import stat
 import sys
 from contextlib import ExitStack
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
 from unittest.mock import DEFAULT, patch
 
 import pytest
@@ -107,12 +106,6 @@ def test_both_logs_are_on_the_disk_before_each_state(tmp_path: Path) -> None:
     assert '"passage_perplexity": null' in (tmp_path / "run" / "log.jsonl").read_text()
 
 
-def failing(name: str, after: int, error: Exception) -> Any:
-    """Let a function raise an error after some calls."""
-    effects = chain(repeat(DEFAULT, after), repeat(error))
-    return patch(name, wraps=pkgutil.resolve_name(name), side_effect=effects)
-
-
 ALL = ["os.open", "os.mkdir", "os.replace", "os.fsync", "os.unlink", "os.rmdir", "os.chmod"]
 FULL = SafetensorError("No space left on device")  # of safetensors, for the model's file
 
@@ -135,7 +128,9 @@ def test_an_error_of_the_disk_is_one_line_and_keeps_what_was_saved(
     for name in ("new", "old"):
         with ExitStack() as stack:
             for function in functions:
-                stack.enter_context(failing(function, after, error))
+                effects = chain(repeat(DEFAULT, after), repeat(error))
+                wrapped = patch(function, wraps=resolve_name(function), side_effect=effects)
+                stack.enter_context(wrapped)
             with pytest.raises(ValueError, match=r"^cannot write to .*") as raised:
                 run(tmp_path / name)
         assert error.args[-1] in str(raised.value)

@@ -79,39 +79,27 @@ LOSSES = {
 }
 
 
-def count_traffic(name: str, rows: int, vocab: int, width: int) -> list[int]:
-    """Count tensors of (rows, vocab) and of (vocab, width) moved by a loss and its gradients."""
-    counts = []
-    for elements in (rows * vocab, vocab * width):
-        shapes = (rows, vocab), (rows, width), (vocab, width)
-        tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
-        with Traffic(elements) as traffic:
-            LOSSES[name](*tensors, TwoLevelTarget(torch.arange(vocab) % 3 == 0)).backward()
-        counts.append(traffic.tensors)
-    return counts
+@pytest.mark.parametrize("rows", [6, 513])  # one chunk of fused_linear_kl_div and two
+@pytest.mark.parametrize("name", LOSSES)
+def test_traffic_is_what_the_operators_read_and_write(name, rows, monkeypatch) -> None:
+    """The tensors of N V and of V C elements of every operator in forward and backward.
 
-
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "fused_linear_kl_div"])
-def test_traffic_is_what_the_operators_read_and_write(name: str) -> None:
-    """The large tensors of every operator in forward and backward are counted."""
-    assert count_traffic(name, rows=6, vocab=101, width=64) == list(traffic(6)[name])
-
-
-@pytest.mark.parametrize("rows", [6, 513])
-def test_traffic_of_the_fused_head_grows_by_the_chunk(
-    rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Reads and writes of V C elements, counted alike; 513 rows are two chunks.
-
-    The counter cannot see inside a custom operator, so its body is called instead. The logits are
-    read in tiles, which are not counted.
+    The counter cannot see inside a custom operator, so the body of the fused head is called
+    instead. It reads the logits in tiles, which are not counted.
     """
     module = import_module("kernels.fused_linear_kl_div")  # the package's name is the function
     body = functools.partial(module.loss_and_gradients, "two_level")
     monkeypatch.setitem(module.OPERATORS, "two_level", body)
     monkeypatch.setattr(module, "scale_", module.scale_._init_fn)
-    counted = count_traffic("fused_linear_kl_div", rows, vocab=101, width=64)
-    assert counted[1] == traffic(rows)["fused_linear_kl_div"][1]
+    counted, (vocab, width) = [], (101, 64)
+    for elements in (rows * vocab, vocab * width):
+        shapes = (rows, vocab), (rows, width), (vocab, width)
+        tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        with Traffic(elements) as moved:
+            LOSSES[name](*tensors, TwoLevelTarget(torch.arange(vocab) % 3 == 0)).backward()
+        counted.append(moved.tensors)
+    in_tiles = name == "fused_linear_kl_div"
+    assert counted[in_tiles:] == [*traffic(rows)[name]][in_tiles:]
 
 
 def number(printed: str, name: str) -> float:
