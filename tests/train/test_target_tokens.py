@@ -1,6 +1,7 @@
 """The tokens that a pattern chooses, and the target's probabilities."""
 
 import re
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -49,8 +50,9 @@ def test_the_time_limit_is_that_of_the_whole_vocabulary(monkeypatch) -> None:
     """A token gets what those before it left."""
     compiled = Mock(**{"search.return_value": None})
     monkeypatch.setattr(target_tokens.regex, "compile", lambda pattern: compiled)
+    few = SimpleNamespace(eot=99, token_bytes=lambda i: b"a")
     with pytest.raises(ValueError, match="a pattern that some token matches"):
-        matching(TOKENIZER, "x")
+        matching(few, "x")
     limits = [call.kwargs["timeout"] for call in compiled.search.call_args_list]
     assert limits == sorted(limits, reverse=True)
     assert target_tokens.TIME_LIMIT > limits[0] > limits[-1]
