@@ -74,7 +74,7 @@ def test_the_page_stands_alone_and_tells_what_was_measured(undrawn, runs, tmp_pa
         "original target writes 21.0 ± 1.3 % at 155,000.",
         "Text", "share 20 % R 21.3 ± 1.3 %, perplexity 112",
         "Measures", "share 20 % 20 % 21.3 ± 1.3 % 20.5 % 112 98 0.639 0.793",
-        "lr 1e-4, step 60 21.0 ± 1.3 % 155,000",
+        "lr 1e-4, step 60 21.0 ± 1.3 % 155,000", "lr 1e-3 99.2 ± 0.3 % 3.87e8",
         "Curves", "Configuration", "lr 0.001 0.0001 0.001",
     ):  # fmt: skip
         at = flat.find(expected, at)

@@ -196,14 +196,8 @@ def test_a_folder_that_holds_something_else_is_refused(name: str, tmp_path: Path
     assert after == before
 
 
-def test_an_error_before_the_first_file_leaves_no_folder(tmp_path: Path) -> None:
-    """Neither the folder nor its new parents."""
-    with pytest.raises(KeyError), folder.open_folder(tmp_path / "a" / "b"):
-        raise KeyError
+def test_a_folder_is_of_one_command_and_goes_if_that_leaves_nothing_in_it(tmp_path: Path) -> None:
+    """A second one is refused; after an error the folder goes, with its new parents."""
+    with pytest.raises(ValueError, match="locked by another"), folder.open_folder(tmp_path / "a/b"):
+        run(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_second_command_in_a_folder_is_refused(tmp_path: Path) -> None:
-    """While the first is at work."""
-    with folder.open_folder(tmp_path), pytest.raises(ValueError, match="locked by another"):
-        run(tmp_path)
