@@ -70,6 +70,8 @@ def test_a_bad_option_is_refused(option: str) -> None:
         sample.sample(Options(**{option: BAD[option]}))
 
 
-def test_a_folder_of_runs_names_them(whole_run: Path) -> None:
-    with pytest.raises(ValueError, match=r"^--model .*: expected one of the runs in it: \['run'\]"):
-        sample.sample(Options(str(whole_run.parent)))
+def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run" / "config.json").touch()
+    with pytest.raises(ValueError, match=r"^--model .*: expected one of the runs in it: .'a run'."):
+        sample.sample(Options(str(tmp_path)))
