@@ -38,8 +38,8 @@ MOMENTS = {  # the call of a function at which the signal comes, and the step th
     "loading": (SIGINT, signalled("train.inputs.load_start", 1, SIGINT), None),
     "the first evaluation": (SIGTERM, signalled("train.run.evaluate", 1, SIGTERM), None),
     "a log": (SIGHUP, signalled("train.folder.append", 3, SIGHUP), 1),
-    "a step, long before the next log":
-        (SIGINT, signalled("train.xfactor.get_batch", 1, SIGINT, LOG_EVERY=10), 1),
+    "a step, long before the next log and save":
+        (SIGINT, signalled("train.xfactor.get_batch", 1, SIGINT, LOG_EVERY=10, SAVE_EVERY=60), 1),
     "an evaluation": (SIGTERM, signalled("train.run.evaluate", 2, SIGTERM), 2),
     "the last save": (SIGTERM, signalled("torch.save", 4, SIGTERM), 4),
     "the model's file": (SIGTERM, signalled("train.run.save_file", 1, SIGTERM), None),
