@@ -123,7 +123,7 @@ class SecondDevice(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if ours:
             _refuse(func, args, leaves)
-        _count(func, args, kwargs)
+        _count(func, args)
         if "device" in kwargs:
             kwargs = kwargs | {"device": CPU}
         known = {id(x.inner): x for x in ours}  # in place: the same object
@@ -202,12 +202,12 @@ def _refuse(func: Any, args: Any, leaves: list[Any]) -> None:
             )
 
 
-def _count(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _count(func: Any, args: Any) -> None:
     """Record the wait, the copy or the launch that this operator is."""
     packet = func.overloadpacket
     if packet is aten.copy_ and _is_host(args[0]) != _is_host(args[1]):
         host, where = (args[0], "host") if _is_host(args[0]) else (args[1], "device")
-        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        non_blocking = args[2:] == (True,)
         RECORD.add_copy(where, waits=not (non_blocking and is_pinned(host)))
         return
     if packet in INDEXING and any(_is_host(x) for x in args[1]):
