@@ -1,7 +1,5 @@
 """Both losses on the second device, where the dispatch takes Triton, against the CPU."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -20,29 +18,26 @@ def two_level(beta=0.0):
     return TwoLevelTarget(torch.arange(VOCAB) % 3 == 0, 3.0, beta)
 
 
-def teacher(device, dtype, **options):
-    return TeacherTarget(drawn(ROWS, VOCAB, seed=3, scale=3.0).to(device, dtype), **options)
+def teacher(device, tilt=None):
+    return TeacherTarget(drawn(ROWS, VOCAB, seed=3, scale=3.0).to(device), tilt)
 
 
-def from_hidden(device, dtype, **options):
+def from_hidden(device, tilt=None):
     hidden, weight = drawn(ROWS, WIDTH, seed=4), drawn(VOCAB, WIDTH, seed=5, scale=0.5)
-    return TeacherTarget.from_hidden(hidden.to(device, dtype), weight.to(device, dtype), **options)
+    return TeacherTarget.from_hidden(hidden.to(device), weight.to(device), tilt=tilt)
 
 
-def tilted(make, *where):
-    return make(*where, tilt=(two_level(), 2.0))
-
-
-TARGETS = {  # of either loss, for a device and a dtype of the logits
-    "two-level": lambda *_: two_level(),
-    "two-level with beta": lambda *_: two_level(0.5),
+TARGETS = {  # for a device; the last two of the loss with the LM head only
+    "two-level": lambda device: two_level(),
+    "two-level with beta": lambda device: two_level(0.5),
     "teacher": teacher,
-    "tilted teacher": partial(tilted, teacher),
-    "probabilities": lambda device, _: drawn(ROWS, VOCAB, seed=6).softmax(-1).to(device),
+    "tilted teacher": lambda device: teacher(device, (two_level(), 2.0)),
+    "probabilities": lambda device: drawn(ROWS, VOCAB, seed=6).softmax(-1).to(device),
+    "by hidden states": from_hidden,
+    "tilted, by hidden states": lambda device: from_hidden(device, (two_level(), 2.0)),
 }
-CASES = [(loss, kind) for loss in (fused_kl_div, fused_linear_kl_div) for kind in TARGETS]
-TARGETS |= {"by hidden states": from_hidden, "tilted, by them": partial(tilted, from_hidden)}
-CASES += [(fused_linear_kl_div, kind) for kind in list(TARGETS)[-2:]]
+CASES = [(fused_kl_div, kind) for kind in list(TARGETS)[:-2]]
+CASES += [(fused_linear_kl_div, kind) for kind in TARGETS]
 
 
 def inputs(loss, device, dtype):
@@ -54,8 +49,7 @@ def inputs(loss, device, dtype):
     return [x.to(device, dtype).requires_grad_() for x in tensors]
 
 
-def row_weights(device):
-    return torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0]).to(device)
+WEIGHTS = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0])  # of the rows
 
 
 def distance(x, y):
@@ -71,8 +65,8 @@ def test_loss_and_gradients_are_those_of_the_cpu_without_a_wait(gpu, loss, kind,
     moves its bits."""
 
     def compute(device):
-        tensors, weights = inputs(loss, device, torch.float32), row_weights(device)
-        target = TARGETS[kind](device, torch.float32)
+        tensors, weights = inputs(loss, device, torch.float32), WEIGHTS.to(device)
+        target = TARGETS[kind](device)
         loss(*tensors, target, impl=impl).backward()
         gpu.clear()
         value = loss(*tensors, target, impl=impl, row_weights=weights)
@@ -92,11 +86,11 @@ def test_loss_and_gradients_are_those_of_the_cpu_without_a_wait(gpu, loss, kind,
 def test_operands_on_two_devices_are_refused_in_one_line(gpu, loss):
     """By a check of the loss, before an operator of PyTorch's would."""
     tensors = inputs(loss, "cuda", torch.float32)
-    for target in (teacher("cpu", torch.float32), torch.full((ROWS, VOCAB), 1 / VOCAB)):
+    for target in (teacher("cpu"), torch.full((ROWS, VOCAB), 1 / VOCAB)):
         with pytest.raises(ValueError, match="cuda:0"):
             loss(*tensors, target)
     with pytest.raises(ValueError, match="row_weights"):
-        loss(*tensors, two_level(), row_weights=row_weights("cpu"))
+        loss(*tensors, two_level(), row_weights=WEIGHTS)
 
 
 def test_a_triton_kernel_takes_no_tensor_of_the_cpu(gpu, monkeypatch):
