@@ -1,94 +1,64 @@
 """Argument checks of the two public losses."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .reference import compute_dtype
-from .target import Target, TeacherTarget, TwoLevelTarget
+from .reference import check_reduction, compute_dtype
+from .target import TeacherTarget, TwoLevelTarget, described
 
-IMPLS = ("triton", "triton-simple", "torch")
-REDUCTIONS = ("batchmean", "sum", "none")
+MODULES = {"triton": "triton_launch", "triton-simple": "triton_simple", "torch": "torch_kl_div"}
 
 
-def resolve_target(
-    target: Target, shape: torch.Size, device: torch.device, dtype: torch.dtype, reduction: str
-) -> TwoLevelTarget | TeacherTarget:
-    """Return the target on the device of logits of this shape (..., V) and dtype; probabilities as
-    a teacher's logits. TypeError or ValueError if it cannot be theirs, or for the reduction."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f'reduction must be one of {REDUCTIONS}, got {reduction!r}; pass "batchmean" for the '
-            "mean over all rows (of logits (B, T, V), F.kl_div's own divides by B alone)"
-        )
-    vocab = shape[-1]
+def resolve(
+    target: Any, reduction: str, impl: str | None, row_weights: Any,
+    shape: torch.Size, device: torch.device, dtype: torch.dtype,
+) -> tuple[TwoLevelTarget | TeacherTarget, str, Tensor | None]:  # fmt: skip
+    """Check the arguments for logits of this shape (..., V), device and dtype. Return the target,
+    probabilities as a teacher's logits; the name of the path; the weights as (N,), in the dtype of
+    the loss."""
+    check_reduction(reduction)
+    wide, is_dense = compute_dtype(dtype), getattr(target, "layout", None) == torch.strided
+    if is_dense and target.is_floating_point():
+        log_p = target.detach().to(wide).log()
+        target = TeacherTarget(log_p.expand(shape) if log_p.shape == shape[-1:] else log_p)
     if isinstance(target, TwoLevelTarget):
-        if target.vocab_size != vocab:
-            raise ValueError(
-                f"the target's vocabulary must be that of the logits, {vocab}; "
-                f"got a mask of {target.vocab_size} tokens"
-            )
-        return target.to(device)
-    if isinstance(target, TeacherTarget):
-        if target.shape != shape or target.device != device:
-            raise ValueError(
-                f"a teacher's logits must have the shape of the student's, {tuple(shape)} on "
-                f"{device}; got {tuple(target.shape)} on {target.device}"
-            )
-        return target
-    if not isinstance(target, Tensor) or not target.is_floating_point():
-        got = getattr(target, "dtype", type(target).__name__)
+        fits = target.vocab_size == shape[-1] and target.mask.device == device
+    elif isinstance(target, TeacherTarget):
+        fits = target.shape == shape and target.device == device
+    else:
         raise TypeError(
-            "target must be a TwoLevelTarget, a TeacherTarget or a floating-point tensor of "
-            f"probabilities, got {got}; wrap a mask as TwoLevelTarget(mask)"
+            "target must be a TwoLevelTarget(mask), a TeacherTarget or a dense floating-point "
+            f"tensor of probabilities (see .to_dense()), got {described(target)}"
         )
-    if target.layout != torch.strided:
-        raise TypeError(f"target is {target.layout}; pass target.to_dense()")
-    if target.shape not in ((vocab,), shape):
+    if not fits:
         raise ValueError(
-            f"probabilities must have shape ({vocab},) or that of the logits, {tuple(shape)}; "
-            f"got {tuple(target.shape)}"
+            f"the target must fit logits of shape {tuple(shape)} on {device}, got {target}; build "
+            "it for them, or move a TwoLevelTarget once by target.to(device)"
         )
-    if target.device != device:
-        raise ValueError(
-            f"target is on {target.device}, logits on {device}; move it once, outside the loop"
-        )
-    log_p = target.detach().to(compute_dtype(dtype)).log()
-    return TeacherTarget(log_p.expand(shape))
-
-
-def resolve_row_weights(
-    weights: Tensor | None, leading: torch.Size, device: torch.device, dtype: torch.dtype
-) -> Tensor | None:
-    """Check the weights of rows of this shape (...); return them as (N,), in the loss's dtype."""
-    if weights is None:
-        return None
-    if not isinstance(weights, Tensor) or weights.shape != leading or weights.device != device:
-        got = getattr(weights, "shape", type(weights).__name__)
-        raise ValueError(
-            f"row_weights must be a tensor {tuple(leading)} on {device}, one weight per row; "
-            f"got {got if isinstance(got, str) else f'{tuple(got)} on {weights.device}'}"
-        )
-    if weights.requires_grad:
-        raise ValueError("row_weights requires grad, but no gradient flows to it; detach it")
-    return weights.reshape(-1).to(compute_dtype(dtype))
-
-
-def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """Name the path for logits of this device and dtype; ValueError or TypeError if none."""
     if impl is None:
         impl = "triton" if device.type == "cuda" and dtype != torch.float64 else "torch"
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {IMPLS} or None, got {impl!r}")
-    allowed = [torch.float32, torch.bfloat16, torch.float16]
-    if impl == "torch":
-        allowed.append(torch.float64)
-    if dtype not in allowed:
-        raise TypeError(f"impl={impl!r} takes logits of {allowed}, got {dtype}")
-    return impl
+    if impl not in MODULES:
+        raise ValueError(f"impl must be one of {list(MODULES)} or None, got {impl!r}")
+    if impl != "torch" and dtype == torch.float64:
+        raise TypeError(f'impl={impl!r} takes no float64 logits; pass impl="torch"')
+    if impl == "triton-simple" and isinstance(target, TeacherTarget):
+        raise TypeError('impl="triton-simple" takes a TwoLevelTarget only; pass impl="triton"')
+    if row_weights is None:
+        return target, impl, None
+    is_real = isinstance(row_weights, Tensor) and not row_weights.is_complex()
+    placed = is_real and row_weights.shape == shape[:-1] and row_weights.device == device
+    if not placed or row_weights.requires_grad:
+        raise ValueError(
+            f"row_weights must be a real, detached tensor {tuple(shape[:-1])} on {device}, one "
+            f"weight per row; got {described(row_weights)}"
+        )
+    return target, impl, row_weights.reshape(-1).to(wide)
 
 
-def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor, weight: Tensor, whose: str = "") -> torch.dtype:
     """The dtype in which F.linear would multiply; TypeError if it would not."""
     device = hidden.device.type
     dtypes = [hidden.dtype, weight.dtype]
@@ -97,8 +67,8 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
         dtypes = [dtype if dtype == torch.float64 else narrow for dtype in dtypes]
     if dtypes[0] != dtypes[1]:
         raise TypeError(
-            f"hidden is {hidden.dtype}, weight {weight.dtype}: convert one, or use torch.autocast "
-            "(which leaves float64 as it is)"
+            f"{whose}hidden is {hidden.dtype}, weight {weight.dtype}: convert one, or use "
+            "torch.autocast (which leaves float64 as it is)"
         )
     return dtypes[0]
 

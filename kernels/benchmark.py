@@ -4,44 +4,52 @@
     python -m kernels.benchmark --rows 256 1024 4096 --dtype bfloat16 --json
     python -m kernels.benchmark --rows 64 --vocab 128256 151936 262144
 
-Times are medians over interleaved repetitions, +- half the interquartile range; forward runs
-without gradients. On CUDA they are the device's, its queue filled and its L2 cache emptied
-beforehand. "host" is the CPU's time to launch forward + backward: where it exceeds the device's,
-the host sets the pace, unless a CUDA graph holds the launches.
+    forward_ms  median of 3 to 50 repetitions, without gradients; on CUDA the device's time, its
+                queue filled and its L2 cache emptied beforehand
+    fwd_bwd_ms  likewise of forward + backward
+    host_ms     the CPU's time to launch these, on CUDA: where it exceeds the device's, the host
+                sets the pace, unless a CUDA graph holds the launches
+    gb_per_s    over fwd_bwd_ms: the logits (and a teacher's) read twice, the gradient written; or
+                with the LM head hidden states and weight (and a teacher's) read, gradients written
+    of_copy     its share of the speed of a large copy; with the head arithmetic limits it
+    peak_mb     peak memory of forward + backward above the inputs: of CUDA's allocator, or on Linux
+                of the resident set (VmHWM)
+    error       RMS error of the gradient of the logits or hidden states over the RMS of that
+                gradient in float64, in the first 16 rows: rounding the exact gradient to its dtype
+                leaves 2e-8 in float32 and 1.6e-3 in bfloat16
 
-GB/s is what a forward and a backward that each read the logits move, over the time of both: without
-the LM head the logits (and a teacher's) read twice and the gradient written; with it, hidden states
-and weight (and a teacher's) read once and their gradients written. "of copy" is its share of the
-speed of copying a large tensor on the same device; with the head arithmetic limits it.
-
-Memory is the peak of one forward + backward above its inputs: of CUDA's allocator, or on Linux of
-the resident set (VmHWM). Error is the RMS error of the gradient of the logits or hidden states over
-the RMS of that gradient in float64, in the first 16 rows: rounding the exact gradient to its dtype
-leaves 2e-8 in float32 and 1.6e-3 in bfloat16. One token in 51 is a target token, at beta = 0: GPT-2
-has 984 with an x among 50,257. Losses of other libraries take a dense P or one label per row. A
-loss that fails is a row that says why.
+One token in 51 is a target token, at beta = 0: GPT-2 has 984 with an x among 50,257. A loss that
+fails is a row that says why. The JSON has the times of every repetition.
 """
 
-import gc
+import itertools
 import json
 import os
-import re
-import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import tyro
+from torch import Tensor
 
-from .benchmark_losses import LOSSES, Case, Loss, Size, make_inputs, make_target
-from .measure import aligned, copy_bandwidth, device_name, milliseconds, peak_megabytes
+from . import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+from .measure import copy_bandwidth, format_table, milliseconds, peak_megabytes
+from .reference import kl_div
 
 HAS_CUDA = torch.cuda.is_available()
+ERROR_ROWS = 16
+COLUMNS = {
+    "loss": "", "forward_ms": ".4g", "fwd_bwd_ms": ".4g", "host_ms": ".4g", "gb_per_s": ".4g",
+    "of_copy": ".0%", "peak_mb": ".1f", "error": ".1e", "failed": "",
+}  # fmt: skip
+compiled = cache(lambda: torch.compile(kl_div, dynamic=False))  # imports much: on first use
 
 
 @dataclass(frozen=True)
@@ -51,127 +59,131 @@ class Options:
     rows: tuple[int, ...] = (256, 1024, 4096) if HAS_CUDA else (256, 1024)
     """numbers of rows N; one table each"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of logits or hidden states
-    device: str = "cuda" if HAS_CUDA else "cpu"  # cpu, cuda or cuda:N
+    device: Literal["cpu", "cuda"] = "cuda" if HAS_CUDA else "cpu"
     vocab: tuple[int, ...] = (50257,)  # sizes V of the vocabulary; tables for each
     width: int = 1024  # C, of the hidden states
     seconds: float = 15.0  # to measure, per table
     json: bool = False  # end with one line of JSON
 
 
-@dataclass
-class Row:
-    """One loss at one size; with a reason where it was not measured."""
+class Size(NamedTuple):
+    """Of the inputs: rows N, vocabulary V, width C of the hidden states."""
 
-    name: str
     rows: int
     vocab: int
-    skip_reason: str = ""
-    forward: list[float] = field(default_factory=list)  # ms, one per repetition
-    fwd_bwd: list[float] = field(default_factory=list)
-    host: list[float] = field(default_factory=list)  # of forward + backward, on CUDA
-    gb_per_s: float | None = None
-    of_copy: float | None = None
-    peak_mb: float | None = None
-    error: float | None = None
+    width: int
+    dtype: torch.dtype
+    device: torch.device
 
 
-def timing(times: list[float]) -> str:
-    """Median and half the interquartile range."""
-    if not times:
-        return "-"
-    low, middle, high = statistics.quantiles(times, n=4)
-    return f"{middle:.4g} +- {(high - low) / 2:.2g}"
+@dataclass(frozen=True)
+class Loss:
+    """A loss to be measured: run(logits, target), or run(hidden, weight, target)."""
+
+    run: Callable[..., Tensor]
+    target: str = "two-level"  # what it takes: see make_target
+    head: bool = False  # whether it takes hidden states and weight
+    in_place: bool = False  # whether it overwrites the logits
 
 
-def format_table(table: list[Row]) -> str:
-    """The rows in aligned columns under a head; without the host's times if there are none."""
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    columns = {
-        "loss": [row.name for row in table],
-        "forward ms": [timing(row.forward) for row in table],
-        "fwd+bwd ms": [timing(row.fwd_bwd) for row in table],
-        "host ms": [timing(row.host) for row in table] if any(r.host for r in table) else [],
-        "GB/s": [cell(row.gb_per_s, ".4g") for row in table],
-        "of copy": [cell(row.of_copy, ".0%") for row in table],
-        "peak MB": [cell(row.peak_mb, ".1f") for row in table],
-        "error": [cell(row.error, ".1e") for row in table],
-        "": [row.skip_reason for row in table],
-    }
-    return aligned({head: cells for head, cells in columns.items() if cells})
+def liger(module: str, name: str) -> Any:
+    """A class of Liger's; like flash-linear-attention, it needs CUDA."""
+    return getattr(import_module(f"liger_kernel.transformers.{module}"), name)
 
 
-def skip_reason(name: str, loss: Loss, device: torch.device) -> str:
-    """Why a loss cannot be measured here; "" if it can be tried."""
-    if loss.needs and device.type != "cuda":
-        return "needs CUDA"
-    if "compiled" in name and device.type == "cpu":
-        if not shutil.which("g++"):
-            return "torch.compile needs g++"
-        if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-            return "torch.compile needs vector instructions"  # its C++ does not compile without
-    return ""
+LOSSES = {
+    "unfused": Loss(kl_div),
+    "unfused, compiled": Loss(lambda z, target: compiled()(z, target)),
+    "fused": Loss(fused_kl_div),
+    "fused, in place": Loss(partial(fused_kl_div, inplace_backward=True), in_place=True),
+    "fused, simple kernels": Loss(partial(fused_kl_div, impl="triton-simple")),
+    "Liger log_softmax + KL": Loss(
+        lambda z, p: liger("kl_div", "LigerKLDIVLoss")(reduction="batchmean")(z.log_softmax(-1), p),
+        "dense"),
+    "linear + unfused": Loss(lambda h, w, target: kl_div(F.linear(h, w), target), head=True),
+    "fused linear": Loss(fused_linear_kl_div, head=True),
+    "Liger fused linear KL": Loss(
+        lambda h, w, p: liger("fused_linear_kl_div", "LigerFusedLinearKLDivLoss")()(h, w, p),
+        "dense", head=True),
+    "flash-linear-attention, teacher": Loss(
+        lambda h, w, t: import_module("fla.modules.fused_kl_div").fused_kl_div_loss(
+            h, t.parts.logits, w, t.parts.weight),
+        "teacher", head=True),
+    "Liger fused linear JSD, teacher": Loss(  # which is KL(P || softmax(z)) at beta = 0
+        lambda h, w, t: liger("fused_linear_jsd", "LigerFusedLinearJSD")(jsd_beta=0.0)(
+            h, w, *t.parts[:2], None),
+        "teacher", head=True),
+}  # fmt: skip
+for _name in ("unfused", "unfused, compiled", "fused", "linear + unfused", "fused linear"):
+    LOSSES[f"{_name}, teacher"] = replace(LOSSES[_name], target="teacher")
 
 
-def attempt(row: Row, device: torch.device, step: Callable[[], object]) -> None:
-    """Run a step of a loss; where it fails, the row says why."""
-    try:
-        step()
-    except Exception as error:  # a library's, or a lack of memory: the other losses go on
-        row.skip_reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-    if row.skip_reason:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+def make_inputs(size: Size, head: bool, seed: int = 0) -> list[Tensor]:
+    """Random logits, or hidden states and weight."""
+    shapes = [((size.rows, size.vocab), 3.0)]
+    if head:
+        shapes = [((size.rows, size.width), 1.0), ((size.vocab, size.width), 0.05)]
+    draw = torch.Generator(size.device).manual_seed(seed)
+    tensors = [torch.randn(s, generator=draw, device=size.device).mul_(x) for s, x in shapes]
+    return [x.to(size.dtype) for x in tensors]
 
 
-def measure(size: Size, bandwidth: float, losses: Mapping[str, Loss], seconds: float) -> list[Row]:
-    """These losses at this size, repetitions interleaved, for so many seconds."""
-    device = size.device
-    inputs, targets = cache(make_inputs), cache(make_target)
-    cases: dict[str, Case] = {}
+def make_target(size: Size, kind: str, head: bool) -> tuple[Any, Any]:
+    """A two-level target, its probabilities for each row ("dense"), or a teacher; and the same for
+    the first rows, as kl_div takes it for logits in float64."""
+    if kind == "teacher":
+        make: Any = TeacherTarget.from_hidden if head else TeacherTarget
+        first, *rest = make_inputs(size, head, seed=1)
+        return make(first, *rest), make(first[:ERROR_ROWS].double(), *(x.double() for x in rest))
+    target = TwoLevelTarget(torch.arange(size.vocab, device=size.device) % 51 == 0)
+    dense = kind == "dense"
+    return target.dense().expand(size.rows, -1).contiguous() if dense else target, target
 
-    def start(row: Row, loss: Loss) -> None:
-        target = targets(size, loss.target, loss.head)
-        case = Case(loss, inputs(size, loss.head), target)
-        case.forward()
-        case.fwd_bwd()
-        case.prepare()
-        row.peak_mb = peak_megabytes(case.fwd_bwd, device)
-        row.error = case.error()
-        case.prepare()
-        cases[row.name] = case
 
-    def repeat(row: Row, case: Case) -> None:
-        row.forward.append(milliseconds(case.forward, device)[0])
-        on_device, on_host = milliseconds(case.fwd_bwd, device)
-        row.fwd_bwd.append(on_device)
-        if device.type == "cuda":
-            row.host.append(on_host)
-        case.prepare()
+def relative_error(got: Tensor, inputs: list[Tensor], target: Any) -> float:
+    """Of the gradient of the logits or hidden states, over the first rows."""
+    exact = inputs[0][:ERROR_ROWS].double().requires_grad_()
+    logits = F.linear(exact, inputs[1].double()) if inputs[1:] else exact
+    (true,) = torch.autograd.grad(kl_div(logits, target, "sum") / len(got), exact)
+    return ((got[:ERROR_ROWS].double() - true).norm() / true.norm()).item()
 
-    table = [
-        Row(name, size.rows, size.vocab, skip_reason(name, loss, device))
-        for name, loss in losses.items()
-    ]
-    for i, row in enumerate(table, start=1):
-        if not row.skip_reason:
-            print(f"... {row.name} ({i} of {len(table)})", file=sys.stderr, flush=True)
-            attempt(row, device, partial(start, row, losses[row.name]))
+
+def measure(loss: Loss, size: Size, bandwidth: float, seconds: float) -> dict[str, Any]:
+    """The numbers of a loss by column of the table; of times, a list of all repetitions."""
+    device, inputs = size.device, make_inputs(size, loss.head)
+    target, exact_target = make_target(size, loss.target, loss.head)
+
+    def prepare() -> list[Tensor]:
+        """Drop the last gradients, and copy logits that are to be overwritten; not timed."""
+        return [(x.clone() if loss.in_place else x).detach().requires_grad_() for x in inputs]
+
+    def forward() -> None:
+        with torch.no_grad():
+            loss.run(*inputs, target)
+
+    def fwd_bwd() -> None:
+        loss.run(*leaves, target).backward()
+
+    leaves = prepare()
+    forward()
+    fwd_bwd()
+    leaves = prepare()
+    peak_mb = peak_megabytes(fwd_bwd, device)
+    assert leaves[0].grad is not None
+    error = relative_error(leaves[0].grad, inputs, exact_target)
+    times: list[tuple[float, float, float]] = []
     end = time.perf_counter() + seconds
-    for repetition in range(50):
-        if repetition >= 3 and time.perf_counter() > end:
-            break
-        for row in table:
-            if not row.skip_reason:
-                attempt(row, device, partial(repeat, row, cases[row.name]))
-    for row in table:
-        if not row.skip_reason:
-            bytes_per_second = cases[row.name].bytes / (statistics.median(row.fwd_bwd) / 1e3)
-            row.gb_per_s, row.of_copy = bytes_per_second / 1e9, bytes_per_second / bandwidth
-    return table
+    while len(times) < 3 or (len(times) < 50 and time.perf_counter() < end):
+        leaves = prepare()
+        times.append((milliseconds(forward, device)[0], *milliseconds(fwd_bwd, device)))
+    forward_ms, fwd_bwd_ms, host_ms = map(list, zip(*times, strict=True))
+    teacher = loss.target == "teacher"  # as large as the student
+    passes = 2 + teacher if loss.head else 3 + 2 * teacher
+    moved = passes * sum(x.nbytes for x in inputs)
+    speed = moved / statistics.median(fwd_bwd_ms) * 1e3  # bytes per second
+    row = {"forward_ms": forward_ms, "fwd_bwd_ms": fwd_bwd_ms, "peak_mb": peak_mb, "error": error}
+    row |= {"gb_per_s": speed / 1e9, "of_copy": speed / bandwidth}
+    return row | ({"host_ms": host_ms} if device.type == "cuda" else {})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -185,33 +197,34 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if not options.rows or min(*options.rows, *options.vocab, options.width) < 1:
         sys.exit("error: --rows, --vocab, --width: expected at least 1 each")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
-        sys.exit(f"error: --device {options.device}: expected cpu, cuda or cuda:N")
-    device = torch.device(options.device)
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            sys.exit(f"error: --device {device}: got {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(device.index or 0)
-    title = (
-        f"{device_name(device)}, {options.dtype}, C = {options.width}, torch {torch.__version__}"
-    )
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: this machine has no CUDA device; pass --device cpu")
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    where = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    if options.device == "cuda":
+        where = torch.cuda.get_device_name(device)
+    title = f"{where}, {options.dtype}, C = {options.width}, torch {torch.__version__}"
     print(title, flush=True)
     bandwidth = copy_bandwidth(device)
     print(f"copy {bandwidth / 1e9:.1f} GB/s", flush=True)
-    results: list[Row] = []
-    for vocab in options.vocab:
-        for rows in options.rows:
-            size = Size(rows, vocab, options.width, getattr(torch, options.dtype), device)
-            torch.compiler.reset()  # after eight sizes and modes it would run eagerly, in silence
-            table = []
-            for head in (False, True):  # apart: see kernels/torch_kl_div.py on idle pages
-                losses = {name: loss for name, loss in LOSSES.items() if loss.head == head}
-                table += measure(size, bandwidth, losses, options.seconds / 2)
-            print(f"\n{rows} rows, V = {vocab}\n{format_table(table)}", flush=True)
-            results += table
+    results = []
+    for vocab, rows in itertools.product(options.vocab, options.rows):
+        torch.compiler.reset()  # after eight sizes and modes it would run eagerly, in silence
+        table = []
+        for name, loss in LOSSES.items():
+            print(f"... {name}", file=sys.stderr, flush=True)
+            row: dict[str, Any] = {"loss": name, "rows": rows, "vocab": vocab}
+            try:
+                size = Size(rows, vocab, options.width, dtype, device)
+                row |= measure(loss, size, bandwidth, options.seconds / len(LOSSES))
+            except Exception as error:  # a library's, or a lack of memory: the other losses go on
+                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+            table.append(row)
+        print(f"\n{rows} rows, V = {vocab}\n{format_table(table, COLUMNS)}", flush=True)
+        results += table
     if options.json:
         result = {"setting": title, "copy_gb_per_s": bandwidth / 1e9}
-        print(json.dumps(result | {"table": [asdict(row) for row in results]}))
+        print(json.dumps(result | {"table": results}))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ No kernel runs, so this needs no GPU. A row per kernel, target and dtype:
 
     regs, spill       registers per thread, and bytes of them spilled to memory
     instr             machine instructions of the main loop per logit
-    special           of these, operations of the special-function unit (2^x, log2)
     waits             round trips to DRAM per pass of the main loop (dram_waits)
-    cross             shuffles and barriers in the main loop
-    ld128, ld_rest    loads from global memory in the main loop: of 128 bits, and narrower ones
-    st128, st_rest    stores likewise
+    cross             shuffles and barriers in it
+    ld128, ld_rest    its loads from global memory: of 128 bits, and narrower ones
+    st128             its stores of 128 bits
 
-Padded, contiguous and misaligned logits share one compiled variant, because the kernels are
-specialised on no argument.
+The simple kernels are for comparison, in float32. "by element" is a teacher of another alignment
+than the logits, here with a tilt, where it takes the most instructions. Padded, contiguous and
+misaligned logits share one compiled variant, because the kernels are specialised on no argument.
 """
 
-import itertools
 import json
 import re
 import subprocess
@@ -37,11 +36,17 @@ except ImportError:
     sys.exit("error: Triton is not installed; run: pip install triton")
 
 from . import bitmask, triton_kl_div, triton_launch, triton_simple, triton_teacher
-from .measure import aligned
+from .measure import format_table
 
 # From a T4 to a B200; an MI300X and an RX 7900.
 GPU = Literal["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# As NVIDIA's or AMD's assembly spells them.
+LOAD, STORE = r"(LDG|(global|buffer|flat)_load)", r"(STG|(global|buffer|flat)_store)"
+WIDE, CROSS = r".*(\.128|dwordx4|_b128)", r"SHFL|BAR|REDUX|WARPSYNC|ds_|_dpp|s_barrier"
+LABEL, JUMP = r"(\.L\w+):", r"(BRA|branch).*?(\.L\w+)"
+INSTRUCTION = r"\s+(?:/\*\w+\*/\s+)?([@A-Z].*|(?:s|v|ds|global|buffer|flat)_.*)"
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,14 @@ def variants(gpu: GPUTarget, dtype: torch.dtype) -> Iterator[tuple[str, str, Any
     for beta in (False, True):
         constants = triton_launch.meta(dtype, gpu, BETA=beta)
         yield "forward", "two-level" + ", beta" * beta, triton_kl_div.forward_kernel, constants
-    constants = triton_launch.meta(dtype, gpu)
-    yield "backward", "two-level", triton_kl_div.backward_kernel, constants
-    simple = {"BLOCK": triton_simple.BLOCK, "num_warps": 4}
-    yield "forward", "two-level, simple", triton_simple.forward_kernel, simple
-    yield "backward", "two-level, simple", triton_simple.backward_kernel, simple
-    for tilt, t_align in itertools.product((False, True), (16, dtype.itemsize)):
-        target = "teacher" + ", tilt" * tilt + ", by element" * (t_align < 16)
-        constants = triton_launch.meta(dtype, gpu, TILT=tilt, T_ALIGN=t_align)
+    yield "backward", "two-level", triton_kl_div.backward_kernel, triton_launch.meta(dtype, gpu)
+    if dtype == torch.float32:
+        simple = {"BLOCK": triton_simple.BLOCK, "num_warps": 4}
+        yield "forward", "two-level, simple", triton_simple.forward_kernel, simple
+        yield "backward", "two-level, simple", triton_simple.backward_kernel, simple
+    teachers = {"teacher": 16, "teacher, tilt": 16, "teacher, tilt, by element": dtype.itemsize}
+    for target, t_align in teachers.items():
+        constants = triton_launch.meta(dtype, gpu, TILT="tilt" in target, T_ALIGN=t_align)
         yield "forward", target, triton_teacher.forward_kernel, constants
         yield "backward", target, triton_teacher.backward_kernel, constants
 
@@ -95,39 +100,20 @@ def report(
     """Compile one variant and read its numbers off the machine code, counts off its main loop."""
     gpu = gpu_target(name)
     compiled = compile_kernel(gpu, function, dtype, constants)
-    if gpu.backend == "cuda":
-        registers, spill, loops = _nvidia(compiled.asm["cubin"])
-        special, cross = r"MUFU", r"SHFL|BAR|REDUX|WARPSYNC"
-        load, store = r"LDG", r"STG"
-    else:
-        registers, spill, loops = _amd(compiled.asm["amdgcn"])
-        special, cross = r"v_(exp|log)_", r"ds_|_dpp|s_barrier"
-        load, store = r"(global|buffer|flat)_load", r"(global|buffer|flat)_store"
-    loop = max(loops, key=lambda lines: sum(bool(re.search(load, line)) for line in lines))
-    wide = [line for line in loop if re.search(r"\.128|dwordx4|_b128", line)]
+    regs, spill = registers_and_spill(compiled)
+    loop = max(loops(compiled), key=lambda lines: len(re.findall(LOAD, "\n".join(lines))))
 
-    def count(pattern: str, lines: list[str] = loop) -> int:
-        return sum(bool(re.search(pattern, line)) for line in lines)
+    def count(pattern: str) -> int:
+        return sum(bool(re.search(pattern, line)) for line in loop)
 
     elements = bitmask.PER_THREAD
     if "simple" in target:
         elements = triton_simple.BLOCK // (compiled.metadata.num_warps * gpu.warp_size)
-    return {
-        "gpu": name,
-        "kernel": kernel,
-        "target": target,
-        "dtype": dtype,
-        "regs": registers,
-        "spill": spill,
-        "instr": round(len(loop) / elements, 2),
-        "special": round(count(special) / elements, 2),
-        "waits": dram_waits(loop),
-        "cross": count(cross),
-        "ld128": count(load, wide),
-        "ld_rest": count(load) - count(load, wide),
-        "st128": count(store, wide),
-        "st_rest": count(store) - count(store, wide),
-    }
+    row: dict[str, Any] = {"gpu": name, "kernel": kernel, "target": target, "dtype": dtype}
+    row |= {"regs": regs, "spill": spill, "instr": round(len(loop) / elements, 2)}
+    row |= {"waits": dram_waits(loop), "cross": count(CROSS)}
+    row |= {"ld128": count(LOAD + WIDE), "ld_rest": count(f"{LOAD}(?!{WIDE})")}
+    return row | {"st128": count(STORE + WIDE)}
 
 
 def dram_waits(loop: list[str]) -> int:
@@ -150,46 +136,45 @@ def dram_waits(loop: list[str]) -> int:
             if filled:
                 width = 4 if ".128" in opcode else 2 if ".64" in opcode else 1
                 under_way |= {filled[0] + i for i in range(width)}
-            elif re.match(r"(global|buffer|flat)_load", opcode):
+            elif re.match(LOAD, opcode):
                 under_way.add(0)
     return waits
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int, list[list[str]]]:
-    """Registers, spilled bytes, and the instructions of each loop, by Triton's cuobjdump."""
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", sass))
-    spill = int(numbers["STACK"]) + int(numbers["LOCAL"])
-    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
-    place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
-    code = [text for _, text in lines]
-    jumps = [(i, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for i, text in enumerate(code)]
-    starts = [(place[int(jump.group(1), 16)], end) for end, jump in jumps if jump]
-    # The last instruction of every kernel is a jump to itself.
-    loops = [code[start : end + 1] for start, end in starts if start < end]
-    return int(numbers["REG"]), spill, loops
+def registers_and_spill(compiled: Any) -> tuple[int, int]:
+    """Registers per thread, and bytes spilled: of stack and local memory, or of AMD's scratch."""
+    names, text = ["vgpr_count", "private_segment_fixed_size"], compiled.asm.get("amdgcn")
+    if text is None:
+        names = ["REG", "STACK", "LOCAL"]
+        text = _dump(compiled, "cuobjdump", "--dump-resource-usage")
+    registers, *spill = (int(n) for name in names for n in re.findall(rf"\b{name}:\s*(\d+)", text))
+    return registers, sum(spill)
 
 
-def _amd(assembly: str) -> tuple[int, int, list[list[str]]]:
-    """The same of an AMD kernel, whose spills are its scratch memory."""
-    numbers = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly))
+def loops(compiled: Any) -> list[list[str]]:
+    """The machine instructions of each loop: from a label to a jump back to it."""
+    text = compiled.asm.get("amdgcn") or _dump(compiled, "nvdisasm", "--print-code")
     code: list[str] = []
     labels: dict[str, int] = {}
-    loops = []
-    for line in assembly.split("s_endpgm")[0].splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label.group(1)] = len(code)
-        elif re.match(r"\s+(s|v|ds|global|buffer|flat)_", line):
-            code.append(line.strip())
-            jump = re.search(r"branch\w*\s+(\.LBB\w+)", line)
-            if jump and jump.group(1) in labels:
-                loops.append(code[labels[jump.group(1)] :])
-    return int(numbers["vgpr_count"]), int(numbers["private_segment_fixed_size"]), loops
+    found = []
+    for line in text.splitlines():
+        if label := re.match(LABEL, line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(INSTRUCTION, line):
+            code.append(instruction[1])
+            jump = re.search(JUMP, line)
+            if jump and jump[2] in labels:
+                found.append(code[labels[jump[2]] :])
+    return found
+
+
+def _dump(compiled: Any, tool: str, option: str) -> str:
+    """What a tool that comes with Triton prints of an NVIDIA kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [getattr(triton.knobs.nvidia, tool).path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
@@ -210,11 +195,8 @@ def main() -> None:
         for dtype in DTYPES
         for variant in variants(gpu_target(name), DTYPES[dtype])
     ]
-    if options.json:
-        print(json.dumps(rows))
-        return
-    forms = {"instr": ".2f", "special": ".2f"}
-    print(aligned({k: [format(row[k], forms.get(k, "")) for row in rows] for k in rows[0]}))
+    forms = dict.fromkeys(rows[0], "") | {"instr": ".2f"}
+    print(json.dumps(rows) if options.json else format_table(rows, forms))
 
 
 if __name__ == "__main__":

@@ -8,22 +8,24 @@ Each kind of target has three operators, on logits of shape (N, V):
 
 They are registered with torch.library, each with a fake kernel (shapes only), so torch.compile sees
 one opaque call instead of breaking the graph, and losses run on the meta device. An operator takes
-tensors and plain values, so a target travels as its parts (TwoLevel or Teacher of target.py) with
-the name of the path behind them.
+tensors and plain values: a target's parts (TwoLevel or Teacher of target.py) and the path's name.
 """
 
 from importlib import import_module
-from types import ModuleType
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import arguments, torch_kl_div, torch_teacher
+from . import arguments, torch_kl_div
 from .reference import compute_dtype
-from .target import Target, Teacher, TeacherTarget, TwoLevel, as_rows, check_floating
+from .target import Target, Teacher, TwoLevel, as_rows, check_floating
 
 KINDS: dict[str, type[TwoLevel] | type[Teacher]] = {"two_level": TwoLevel, "teacher": Teacher}
+SCHEMAS = {  # the last arguments of each operator: a target's parts, and the path
+    "two_level": "Tensor mask, Tensor bitmasks, Tensor ids, Tensor levels, Tensor? beta, str impl",
+    "teacher": "Tensor t, Tensor? t_weight, Tensor? mask, Tensor? bitmasks, Tensor? tilt, str impl",
+}
 NAMESPACE = str(__package__).replace(".", "__")  # a copy under another name has its own operators
 
 
@@ -48,7 +50,7 @@ def fused_kl_div(
         reduction: "batchmean" (mean over all rows: of logits (B, T, V) B T of them, where
             F.kl_div's own divides by B alone), "sum", or "none" (one value per row, (...)).
         inplace_backward: write the gradient over the logits in the backward, which saves a tensor
-            of their size. The logits are destroyed, so a second backward pass raises.
+            of their size unless they are copied. They are destroyed: a second backward pass raises.
         impl: "triton" (the default on CUDA), "torch" (the default elsewhere, and for float64), or
             "triton-simple" (the lesson, kernels/triton_simple.py; two-level targets only).
         row_weights: (...), a factor per row; 0 leaves a row out (padding), whatever is in it.
@@ -60,119 +62,71 @@ def fused_kl_div(
 
     Raises:
         TypeError, ValueError: a bad argument.
-        RuntimeError: the path asked for cannot run here (nothing falls back silently), or a second
-            or a forward-mode derivative is asked for.
+        RuntimeError: the path cannot run here (nothing falls back silently), or another derivative.
     """
     check_floating("logits", logits)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     arguments.refuse_forward_mode("fused_kl_div", logits)
-    shape, device, dtype = logits.shape, logits.device, logits.dtype
-    target = arguments.resolve_target(target, shape, device, dtype, reduction)
-    if isinstance(target, TeacherTarget) and target.logits is None:
+    shape, like = logits.shape, (logits.shape, logits.device, logits.dtype)
+    target, impl, weights = arguments.resolve(target, reduction, impl, row_weights, *like)
+    if isinstance(target.parts, Teacher) and target.parts.weight is not None:
         raise ValueError(
-            "got TeacherTarget.from_hidden(...), which is for fused_linear_kl_div; pass "
-            "TeacherTarget(teacher_logits)"
+            "TeacherTarget.from_hidden(...) is for fused_linear_kl_div; pass TeacherTarget(logits)"
         )
-    weights = arguments.resolve_row_weights(row_weights, shape[:-1], device, dtype)
-    impl = arguments.resolve_impl(impl, device, dtype)
-    rows = _rows_to_overwrite(logits) if inplace_backward else as_rows(logits)
+    rows = as_rows(logits)
     if rows.shape[0] > 1 and rows.stride(0) == 0:  # the gradient's rows would lie in one place
         rows = rows.contiguous()
-    if torch.is_grad_enabled() and logits.requires_grad:
-        loss, *_ = _KlDiv.apply(rows, inplace_backward, target.kind, *target.parts, impl)
-    else:
-        loss, *_ = OPERATORS[target.kind][0](rows, *target.parts, impl)
-    loss = weighted(loss, weights)
+    differentiable = torch.is_grad_enabled() and logits.requires_grad
+    run = _KlDiv.apply if differentiable else _KlDiv.forward
+    loss, *_ = run(rows, inplace_backward, target.kind, *target.parts, impl)
+    loss = reduced(loss, weights, reduction)
+    return loss.view(shape[:-1]) if reduction == "none" else loss
+
+
+def reduced(loss: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """The loss of each row (N,) times its weight, 0 where that is 0, whatever the loss is; reduced.
+    Not by mean(): the gradient of a sum is one number, which the backward reads as such."""
+    if weights is not None:
+        loss = torch.where(weights == 0, 0.0, loss * weights)
     if reduction == "none":
-        return loss.view(shape[:-1])
-    # Not loss.mean(): the gradient of a sum is one number, which the backward reads as such.
-    return mean_of(loss.sum(), reduction, loss.shape[0], weights)
+        return loss
+    divisor = (loss.shape[0] if weights is None else weights.sum()) if reduction != "sum" else 1
+    return loss.sum() / divisor
 
 
-def weighted(loss: Tensor, weights: Tensor | None) -> Tensor:
-    """The loss of each row times its weight; 0 where that is 0, whatever the loss is."""
-    return loss if weights is None else torch.where(weights == 0, 0.0, loss * weights)
-
-
-def mean_of(total: Tensor, reduction: str, rows: int, weights: Tensor | None) -> Tensor:
-    """Divide the summed loss by what "batchmean" divides by: the rows, or the sum of weights."""
-    if reduction == "sum":
-        return total
-    return total / (rows if weights is None else weights.sum())
-
-
-def factors(
-    hidden: Tensor, dtype: torch.dtype, row_weights: Tensor | None, reduction: str
-) -> Tensor:
-    """g of (1), (N,): what the loss of each row counts, of stride 0 without weights. 0 for a row of
-    weight 0, whatever the sum of weights is."""
-    n = hidden.shape[0]
-    if row_weights is None:
-        one = hidden.new_ones(1, dtype=compute_dtype(dtype))
-        return (one / n if reduction == "batchmean" else one).expand(n)
-    if reduction != "batchmean":
-        return row_weights
-    return torch.where(row_weights == 0, 0.0, row_weights / row_weights.sum())
-
-
-def _rows_to_overwrite(logits: Tensor) -> Tensor:
-    """(N, V), a view of the logits; ValueError if there is none."""
-    vocab = logits.shape[-1]
-    if logits.stride(-1) == 1 and all(stride >= vocab for stride in logits.stride()[:-1]):
-        try:
-            return logits.view(logits.numel() // vocab, vocab)
-        except RuntimeError:  # leading dimensions that no single stride spans
-            pass
-    raise ValueError(
-        "inplace_backward=True needs logits with a contiguous last dimension and rows at one "
-        f"stride, got shape {tuple(logits.shape)} with strides {logits.stride()}"
-    )
-
-
-def launchers(impl: str, device: torch.device, kind: str) -> ModuleType:
-    """The module whose forward and backward run this path; TypeError or RuntimeError if none."""
-    if impl == "torch":
-        return torch_teacher if kind == "teacher" else torch_kl_div
-    if impl == "triton-simple" and kind != "two_level":
-        raise TypeError(
-            f'impl="triton-simple" takes a TwoLevelTarget, got a {kind}; pass impl="triton"'
-        )
-    name = "triton_simple" if impl == "triton-simple" else "triton_launch"
-    try:
-        import triton  # here and not above: the package works without it
-
-        module = import_module(f".{name}", __package__)
+def launchers(impl: str, device: torch.device) -> Any:
+    """The module whose forward and backward run this path; RuntimeError if it cannot run."""
+    try:  # here and not above: the package works without Triton
+        module: Any = import_module(f".{arguments.MODULES[impl]}", __package__)
     except ImportError as error:
+        raise RuntimeError(f'impl="{impl}" needs Triton: install it, or pass "torch"') from error
+    if not (impl == "torch" or device.type == "cuda" or module.triton.knobs.runtime.interpret):
         raise RuntimeError(
-            'impl="triton" needs Triton, which is not installed; install it or pass impl="torch"'
-        ) from error
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            f'impl="triton" needs CUDA tensors, got {device}; pass impl="torch", or set '
+            f'impl="{impl}" needs CUDA tensors, got {device}; pass "torch", or set '
             "TRITON_INTERPRET=1 before Triton is imported to interpret the kernels"
         )
     return module
 
 
-def parts_schema(kind: str) -> str:
-    """The arguments of an operator that are a target's parts, as torch.library writes them."""
-    names = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool"}
-    return ", ".join(f"{names[t]} target_{name}" for name, t in get_type_hints(KINDS[kind]).items())
-
-
-def unpack(kind: str, parts: Any, device: torch.device) -> tuple[ModuleType, Any]:
+def unpack(kind: str, parts: Any, device: torch.device) -> tuple[Any, Any]:
     """The module that runs this path, and the target as it takes it, of an operator's arguments."""
     *target, impl = parts
-    return launchers(impl, device, kind), KINDS[kind](*target)
+    return launchers(impl, device), KINDS[kind](*target)
 
 
 def _operators(kind: str) -> tuple[Any, Any, Any]:
     """Register the operators of a kind of target: forward, backward, backward_."""
-    name, parts = f"{NAMESPACE}::kl_div_{kind}", f"{parts_schema(kind)}, str impl"
-    saved = f"Tensor lse, Tensor norm, Tensor grad_loss, {parts}"
+    name = f"{NAMESPACE}::kl_div_{kind}"
+    saved = f"Tensor lse, Tensor norm, Tensor grad_loss, {SCHEMAS[kind]}"
     custom_op = torch.library.custom_op
-    schema = f"(Tensor logits, {parts}) -> (Tensor loss, Tensor lse, Tensor norm)"
+
+    def write_gradient(
+        out: Tensor, logits: Tensor, lse: Tensor, norm: Tensor, g: Tensor, *parts: Any
+    ) -> Tensor:
+        kernels, target = unpack(kind, parts, logits.device)
+        kernels.backward(logits, lse, norm, target, g, out)
+        return out
+
+    schema = f"(Tensor logits, {SCHEMAS[kind]}) -> (Tensor loss, Tensor lse, Tensor norm)"
 
     @custom_op(f"{name}_forward", mutates_args=(), schema=schema)
     def forward(logits: Tensor, *parts: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,11 +140,8 @@ def _operators(kind: str) -> tuple[Any, Any, Any]:
         return loss, torch.empty_like(loss), loss.new_empty(norm)
 
     @custom_op(f"{name}_backward", mutates_args=(), schema=f"(Tensor logits, {saved}) -> Tensor")
-    def backward(logits: Tensor, lse: Tensor, norm: Tensor, g: Tensor, *parts: Any) -> Tensor:
-        kernels, target = unpack(kind, parts, logits.device)
-        out = torch_kl_div.empty_gradient(logits)
-        kernels.backward(logits, lse, norm, target, g, out)
-        return out
+    def backward(logits: Tensor, *others: Any) -> Tensor:
+        return write_gradient(torch_kl_div.empty_gradient(logits), logits, *others)
 
     @backward.register_fake
     def _(logits: Tensor, *_: Any) -> Tensor:
@@ -199,9 +150,8 @@ def _operators(kind: str) -> tuple[Any, Any, Any]:
     schema = f"(Tensor(a!) logits, {saved}) -> ()"
 
     @custom_op(f"{name}_backward_", mutates_args=("logits",), schema=schema)
-    def backward_(logits: Tensor, lse: Tensor, norm: Tensor, g: Tensor, *parts: Any) -> None:
-        kernels, target = unpack(kind, parts, logits.device)
-        kernels.backward(logits, lse, norm, target, g, logits)
+    def backward_(logits: Tensor, *others: Any) -> None:
+        write_gradient(logits, logits, *others)
 
     return forward, backward, backward_
 
@@ -220,51 +170,47 @@ class _KlDiv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, ctx.inplace, ctx.kind, *parts = inputs
-        ctx.options = [x for x in parts if isinstance(x, bool | str)]  # behind the tensors
-        ctx.save_for_backward(logits, *output[1:], *parts[: len(parts) - len(ctx.options)])
+        logits, ctx.inplace, ctx.kind, *target, ctx.impl = inputs
+        ctx.save_for_backward(logits, *output[1:], *target)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        logits, lse, norm, *tensors = ctx.saved_tensors
-        others = lse, norm, grad_loss, *tensors, *ctx.options
+        logits, lse, norm, *target = ctx.saved_tensors
+        others = lse, norm, grad_loss, *target, ctx.impl
+        nothing = (None,) * (3 + len(target))
         _, new, over = OPERATORS[ctx.kind]
         if not ctx.inplace:
-            grad = first_derivative("fused_kl_div", new, logits, *others)
-        elif torch.is_grad_enabled():  # the graph would keep logits that are overwritten here
-            refuse_second_derivative("fused_kl_div")
-        else:
-            grad = logits.detach()
-            over(grad, *others)
-        return grad, *(None,) * (2 + len(tensors) + len(ctx.options))
+            return first_derivative(new, logits, *others), *nothing
+        if torch.is_grad_enabled():  # the graph would keep logits that are overwritten here
+            raise RuntimeError(
+                "inplace_backward=True has no create_graph=True and no torch.func.grad, which keep "
+                "the logits that it overwrites; pass inplace_backward=False"
+            )
+        grad = logits.detach()
+        over(grad, *others)
+        return grad, *nothing
 
 
-def first_derivative(name: str, operator: Any, *inputs: Any) -> Any:
+def first_derivative(operator: Any, *inputs: Any) -> Any:
     """The results of an operator that computes a derivative; theirs is refused, not 0."""
-    if torch.is_grad_enabled():  # create_graph=True, or torch.func.grad
-        return _FirstDerivative.apply(name, operator, *inputs)
-    return operator(*inputs)
+    needs_graph = torch.is_grad_enabled()  # create_graph=True, or torch.func.grad
+    return _FirstDerivative.apply(operator, *inputs) if needs_graph else operator(*inputs)
 
 
 class _FirstDerivative(torch.autograd.Function):
+    """Not the operator's register_autograd, which breaks torch.func.grad and vmap."""
+
     generate_vmap_rule = True
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
 
     @staticmethod
-    def forward(name: str, operator: Any, *inputs: Any) -> Any:
+    def forward(operator: Any, *inputs: Any) -> Any:
         return operator(*inputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.name = inputs[0]
-
-    @staticmethod
     def backward(ctx: Any, *_: Tensor) -> NoReturn:
-        refuse_second_derivative(ctx.name)
-
-
-def refuse_second_derivative(name: str) -> NoReturn:
-    raise RuntimeError(
-        f"{name} has first derivatives only, got a request for a second one (create_graph=True); "
-        "use kernels.reference.kl_div, which has all"
-    )
+        raise RuntimeError(
+            "the fused losses have first derivatives only, got a request for a second one "
+            "(create_graph=True); use kernels.reference.kl_div, which has all"
+        )

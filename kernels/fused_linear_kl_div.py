@@ -6,26 +6,23 @@ For hidden states h (N, C), the head's weight W (V, C), a target P and a factor 
     dz = g (softmax(z) - P)                                                            (2)
     dh = dz W,    dW = dz^T h                                                          (3)
 
-A chunk's logits lie in one buffer that all chunks reuse; the loss's backward writes dz over them,
-and two matrix products make dh and add to dW. A teacher that is given by its hidden states has a
-second buffer. (The idea is that of Liger's fused linear cross-entropy; Cut Cross-Entropy, Wijmans
-et al. 2024, goes further and keeps no chunk.)
+All chunks share one buffer for z; the loss's backward writes dz over it, and two matrix products
+make dh and add to dW. A teacher that is given by its hidden states has a second buffer. (Liger's
+fused linear cross-entropy had the idea; Cut Cross-Entropy, Wijmans et al. 2024, keeps no chunk.)
 
 When the gradients are formed. For "batchmean" and "sum" the upstream gradient is one number, so the
-forward computes (2) and (3) while it has the chunk's logits, with all of g that it knows: 1 / N, or
-the row's weight over the sum of weights. The upstream gradient of loss.backward() is then 1, and
-the results are the gradients. Another one (gradient accumulation, a gradient scaler, a sum of two
-losses) scales them in place in the first backward. Three cases compute the logits once more in the
-backward instead, at the price of one more product, or two with a teacher's head: "none", where each
-row has an upstream gradient of its own; float16, whose range would lose dz before the gradient
-scaler's factor reaches it; and a second backward over a retained graph.
+forward computes (2) and (3) while it has the chunk's logits, with 1 / N, or the row's weight over
+the sum of weights, in g. That number is 1 for loss.backward(); any other (gradient accumulation, a
+gradient scaler, a sum of two losses) scales the results in place. Three cases compute the logits
+again in the backward, one more product, or two with a teacher's head: "none", where each row has an
+upstream gradient of its own; float16, whose range would lose dz before the gradient scaler's factor
+reaches it; and a second backward over a retained graph.
 
-Precision. Products run in the dtype of the arguments, or autocast's, and the loss in float32. On
-CUDA, the products of (3) return their float32 sums where they would round to 16 bits, because
-cuBLAS splits the sum over V of dh and would add the parts in 16 bits. The CPU's products round
-once. dW is accumulated over chunks in float32 (float64 for float64). Rows of the buffer are a
-multiple of 64 elements long, so that every row starts on an aligned address: 50,304 for 50,257. The
-columns between are zero, because oneDNN's products on AMX read them.
+Precision. Products run in the dtype of the arguments, or autocast's; the loss and dW's sum over
+chunks in float32 (float64 for float64). On CUDA, the products of (3) return float32 sums that would
+be rounded to 16 bits: cuBLAS splits the sum over V of dh and would add its parts in 16 bits. Rows
+of the buffer are 64 n elements long, 50,304 for 50,257, so that each starts on an aligned address;
+the columns between are zero, because oneDNN's products on AMX read them.
 
 Traffic of loss and gradients in float32, N C left out, for n = N / chunk_rows chunks, rounded up:
 
@@ -34,8 +31,7 @@ Traffic of loss and gradients in float32, N C left out, for n = N / chunk_rows c
                    dW written by the first chunk, read and written by the others       2 n - 1
                    dW read and written if the upstream gradient is not 1                     2
 
-F.linear and the unfused loss take 16 and 3. With more rows than one chunk, chunks save memory; each
-costs V C.
+F.linear and the unfused loss take 16 and 3. Each chunk more saves memory and costs V C.
 """
 
 import math
@@ -46,18 +42,15 @@ from torch import Tensor
 
 from . import arguments
 from .fused_kl_div import (
-    KINDS,
     NAMESPACE,
-    factors,
+    SCHEMAS,
     first_derivative,
     launchers,
-    mean_of,
-    parts_schema,
+    reduced,
     unpack,
-    weighted,
 )
 from .reference import compute_dtype
-from .target import Target, TeacherTarget, check_head
+from .target import Target, Teacher, check_head
 from .torch_kl_div import zero_padded
 
 CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
@@ -88,37 +81,29 @@ def fused_linear_kl_div(
         target, reduction, impl, row_weights: as in fused_kl_div, for logits (..., V).
         chunk_rows: rows whose logits exist at a time; None: 2,048 on CUDA, 512 elsewhere.
 
-    Returns:
-        The loss, a tensor in float32 (float64 for float64 arguments), first derivatives in reverse
-        mode only.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as fused_kl_div.
+    Returns and raises as fused_kl_div.
     """
     check_head(hidden, weight)
     dtype = arguments.product_dtype(hidden, weight)
     arguments.refuse_forward_mode("fused_linear_kl_div", hidden, weight)
-    leading, vocab = hidden.shape[:-1], weight.shape[0]
-    shape = torch.Size((*leading, vocab))
-    target = arguments.resolve_target(target, shape, hidden.device, dtype, reduction)
-    weights = arguments.resolve_row_weights(row_weights, leading, hidden.device, dtype)
-    impl = arguments.resolve_impl(impl, hidden.device, dtype)
+    leading, (vocab, width) = hidden.shape[:-1], weight.shape
+    like = torch.Size((*leading, vocab)), hidden.device, dtype
+    target, impl, weights = arguments.resolve(target, reduction, impl, row_weights, *like)
     if chunk_rows is None:
         chunk_rows = CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    rows = hidden.reshape(math.prod(leading), hidden.shape[-1])  # (N, C)
+    if not isinstance(chunk_rows, int) or chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be a whole number of at least 1, got {chunk_rows}")
+    rows = hidden.reshape(math.prod(leading), width)  # (N, C)
     parts: Any = target.parts
-    if isinstance(target, TeacherTarget) and target.hidden is not None:
-        teacher_dtype = arguments.product_dtype(target.hidden, target.weight)
+    if isinstance(parts, Teacher) and parts.weight is not None:
+        teacher_dtype = arguments.product_dtype(parts.logits, parts.weight, "the teacher's ")
         parts = parts._replace(logits=parts.logits.to(teacher_dtype))
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     early = grad and reduction != "none" and dtype != torch.float16
     needs = early and hidden.requires_grad, early and weight.requires_grad
-    apply = _LinearKlDiv.apply if grad else _LinearKlDiv.forward
-    loss, *_ = apply(
-        rows, weight, weights, reduction, *needs, chunk_rows, dtype, target.kind, *parts, impl
-    )
+    run = _LinearKlDiv.apply if grad else _LinearKlDiv.forward
+    options = *needs, chunk_rows, dtype, *parts, impl
+    loss, *_ = run(rows, weight, weights, reduction, target.kind, *options)
     return loss.view(leading) if reduction == "none" else loss
 
 
@@ -126,7 +111,7 @@ def _operator(kind: str) -> Any:
     """Register the operator of a kind of target."""
     schema = (
         "(Tensor hidden, Tensor weight, Tensor g, bool need_hidden, bool need_weight, "
-        f"SymInt chunk_rows, ScalarType dtype, {parts_schema(kind)}, str impl) "
+        f"SymInt chunk_rows, ScalarType dtype, {SCHEMAS[kind]}) "
         "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)"
     )
 
@@ -136,8 +121,8 @@ def _operator(kind: str) -> Any:
 
     @operator.register_fake
     def _(hidden: Tensor, weight: Tensor, g: Tensor, *options: Any) -> tuple[Tensor, ...]:
-        need_hidden, need_weight, _, dtype, *_ = options
-        loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(dtype))
+        need_hidden, need_weight, *_ = options
+        loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
         grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
         return loss, grad_hidden, weight.new_empty(weight.shape if need_weight else 0)
 
@@ -150,51 +135,47 @@ def loss_and_gradients(
     """Loss of each row, (N,); dh and dW of (3) if needed, else (0,).
 
     hidden: (N, C). g: that of (2), (N,); a row where it is 0 reaches no gradient, whatever is in
-    it, and is left out on the CPU, where nobody waits for g. dtype: of the products.
+    it. dtype: of the products.
     """
     need_hidden, need_weight, chunk_rows, dtype, *parts = options
     kernels, target = unpack(kind, parts, hidden.device)
-    (n, width), vocab = hidden.shape, weight.shape[0]
-    size = min(chunk_rows, n), (vocab + 63) // 64 * 64
-    buffer = zero_padded(hidden.new_empty(size, dtype=dtype), vocab)
-    loss = hidden.new_empty(n, dtype=compute_dtype(dtype))
-    grad_hidden = hidden.new_empty((n, width) if need_hidden else 0)
+    n, vocab = len(hidden), len(weight)
+    loss = hidden.new_empty(n, dtype=compute_dtype(hidden.dtype))
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     # Unwritten until the first chunk; zero if there are no rows.
-    grad_weight = (loss.new_empty if n else loss.new_zeros)((vocab, width) if need_weight else 0)
-    chunks: Any = [slice(start, min(start + chunk_rows, n)) for start in range(0, n, chunk_rows)]
-    on_cpu = hidden.device.type == "cpu"
-    if on_cpu and not g.all():
-        chunks = g.nonzero().squeeze(1).split(chunk_rows)
-        loss.zero_()
-        grad_hidden.zero_()
-    teacher_weight = target.weight if kind == "teacher" else None
+    grad_weight = (loss.new_empty if n else loss.new_zeros)(weight.shape if need_weight else 0)
+
+    def head(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        buffer = hidden.new_empty(min(chunk_rows, n), (vocab + 63) // 64 * 64, dtype=dtype)
+        return weight.to(dtype), zero_padded(buffer, vocab)
+
     with torch.autocast(hidden.device.type, enabled=False):
-        w = weight.to(dtype)  # (V, C)
+        w, buffer = head(weight, dtype)
+        teacher_weight = target.weight if kind == "teacher" else None
         if teacher_weight is not None:
-            wide = target.logits.dtype
-            teacher_weight = teacher_weight.to(wide)
-            teacher_buffer = zero_padded(hidden.new_empty(size, dtype=wide), vocab)
-        for i, rows in enumerate(chunks):
-            h = hidden[rows].to(dtype)  # (R, C)
+            teacher_weight, teacher_buffer = head(teacher_weight, target.logits.dtype)
+        for start in range(0, n, chunk_rows):
+            rows = slice(start, min(start + chunk_rows, n))
+            h, of_rows = hidden[rows].to(dtype), target  # (R, C)
             z = torch.mm(h, w.t(), out=buffer[: len(h)])  # (1): (R, V)
             if kind == "teacher":
                 t = target.logits[rows]
                 if teacher_weight is not None:  # (R, C) -> (R, V)
                     t = torch.mm(t, teacher_weight.t(), out=teacher_buffer[: len(h)])
-            of_rows = target._replace(logits=t) if kind == "teacher" else target
+                of_rows = target._replace(logits=t)
             loss[rows], lse, norm = kernels.forward(z, of_rows)
             if need_hidden or need_weight:  # (2), over z
                 kernels.backward(z, lse, norm, of_rows, g[rows], z)
             if need_hidden:
                 grad_hidden[rows] = _product(z, w).to(hidden.dtype)  # (3): (R, C)
             if need_weight:
-                if g.stride(0) != 0 and not on_cpu:  # 0 * NaN would be NaN
+                if g.stride(0) != 0:  # 0 * NaN would be NaN
                     h = h.masked_fill(g[rows, None] == 0, 0.0)
-                _add_product(grad_weight, z, h, first=i == 0)  # (3): (V, C)
+                _add_product(grad_weight, z, h, first=start == 0)  # (3): (V, C)
     return loss, grad_hidden, grad_weight.to(weight.dtype)
 
 
-OPERATORS = {kind: _operator(kind) for kind in KINDS}
+OPERATORS = {kind: _operator(kind) for kind in SCHEMAS}
 
 
 @torch.library.custom_op(f"{NAMESPACE}::scale_", mutates_args=("x",))
@@ -202,7 +183,7 @@ def scale_(x: Tensor, factor: Tensor, impl: str) -> None:
     """x times a number (), in place. If it is 1, x is neither read nor written; on CUDA the kernel
     reads the number, so that nobody waits for it."""
     if impl != "torch":
-        launchers("triton", x.device, "").scale_(x, factor)
+        launchers("triton", x.device).scale_(x, factor)
     elif x.device.type != "cpu" or factor != 1:
         x.mul_(factor)
 
@@ -238,49 +219,48 @@ class _LinearKlDiv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, row_weights: Tensor | None, reduction: str, *options: Any
-    ) -> tuple[Tensor, ...]:
-        *needs, chunk_rows, dtype, kind = options[:5]
-        g = factors(hidden, dtype, row_weights, reduction)
-        operator = OPERATORS[kind]
-        loss, *gradients = operator(hidden, weight, g, *needs, chunk_rows, dtype, *options[5:])
-        loss = weighted(loss, row_weights)
-        if reduction != "none":
-            loss = mean_of(loss.sum(), reduction, hidden.shape[0], row_weights)
-        return loss, *gradients
+        hidden: Tensor, weight: Tensor, row_weights: Tensor | None, reduction: str, kind: str,
+        *options: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        g = _factors(hidden, row_weights, reduction)
+        loss, *gradients = OPERATORS[kind](hidden, weight, g, *options)
+        return reduced(loss, row_weights, reduction), *gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        hidden, weight, row_weights, ctx.reduction, *needs = inputs[:6]
-        ctx.chunk_rows, ctx.dtype, ctx.kind, *parts = inputs[6:]
-        ctx.options = [x for x in parts if isinstance(x, bool | str)]  # behind the tensors
-        tensors = parts[: len(parts) - len(ctx.options)]
-        ctx.save_for_backward(hidden, weight, row_weights, *tensors)
-        ctx.is_early, ctx.early = any(needs), output[1:]
+        hidden, weight, row_weights, ctx.reduction, ctx.kind, *needs = inputs[:7]
+        ctx.chunk_rows, ctx.dtype, *target, ctx.impl = inputs[7:]
+        ctx.save_for_backward(hidden, weight, row_weights, *target)
+        ctx.early = output[1:] if any(needs) else None
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else backward gets zeros, as large as dW
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        hidden, weight, row_weights, *tensors = ctx.saved_tensors
-        nothing = (None,) * (7 + len(tensors) + len(ctx.options))
+        hidden, weight, row_weights, *target = ctx.saved_tensors
+        nothing = (None,) * (8 + len(target))
         if grad_loss is None:  # nothing depends on the loss
             return None, None, *nothing
         needs = ctx.needs_input_grad[:2]
+        g = _factors(hidden, row_weights, ctx.reduction)
         grads, ctx.early = ctx.early, None  # scaled in place, so one backward alone may have them
-        late = torch.is_grad_enabled() or not ctx.is_early
-        g = factors(hidden, ctx.dtype, row_weights, ctx.reduction)
-        if late:
-            g = torch.where(g == 0, 0.0, g * grad_loss)  # a mean over no rows: 0 * inf is NaN
-        elif row_weights is not None or len(hidden) == 0:
-            grad_loss = torch.where(g.any(), grad_loss, 0.0)  # likewise
-        if late or grads is None:
-            _, *grads = first_derivative(
-                "fused_linear_kl_div", OPERATORS[ctx.kind], hidden, weight, g, *needs,
-                ctx.chunk_rows, ctx.dtype, *tensors, *ctx.options,
-            )  # fmt: skip
-        if not late:
-            for grad, need in zip(grads, needs, strict=True):
-                if need:
-                    scale_(grad, grad_loss, ctx.options[-1])
+        if grads is None or torch.is_grad_enabled():
+            g = torch.where(g == 0, 0.0, g * grad_loss)  # of a mean over no rows: 0 * inf is NaN
+            inputs = hidden, weight, g, *needs, ctx.chunk_rows, ctx.dtype, *target, ctx.impl
+            _, *grads = first_derivative(OPERATORS[ctx.kind], *inputs)
+        else:
+            factor = torch.where(g.any(), grad_loss, 0.0)  # likewise
+            for grad in grads:
+                scale_(grad, factor, ctx.impl)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
+
+
+def _factors(hidden: Tensor, row_weights: Tensor | None, reduction: str) -> Tensor:
+    """g of (1), (N,): what the loss of each row counts, of stride 0 without weights. 0 for a row of
+    weight 0, whatever the sum of weights is."""
+    n, is_mean = hidden.shape[0], reduction == "batchmean"
+    if row_weights is None:
+        one = hidden.new_ones(1, dtype=compute_dtype(hidden.dtype))
+        return (one / n if is_mean else one).expand(n)
+    total = row_weights.sum() if is_mean else 1
+    return torch.where(row_weights == 0, 0.0, row_weights / total)

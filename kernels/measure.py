@@ -2,29 +2,16 @@
 
 import ctypes
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
 SLEEP_CYCLES = 10_000_000  # 5 ms at 2 GHz, several times what a loss takes on the host
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name; or the processor's, with the threads that PyTorch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        name = next(
-            (value.strip() for key, _, value in fields if key.strip() == "model name"), name
-        )
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -81,8 +68,15 @@ def _resident(name: str) -> int:
     return next(int(line.split()[1]) for line in status if line.startswith(name))
 
 
-def aligned(columns: dict[str, list[str]]) -> str:
-    """Lay the columns out side by side under their heads."""
-    whole = [[head, *cells] for head, cells in columns.items()]
-    padded = [[text.ljust(max(map(len, column))) for text in column] for column in whole]
+def format_table(rows: list[dict[str, Any]], forms: dict[str, str]) -> str:
+    """Columns of these keys in these forms: of a list the median, and "-" where a row has nothing;
+    a key that no row has is left out."""
+
+    def cell(value: Any, form: str) -> str:
+        value = statistics.median(value) if isinstance(value, list) else value
+        return "-" if value is None else format(value, form)
+
+    keys = [key for key in forms if any(key in row for row in rows)]
+    columns = [[key, *(cell(row.get(key), forms[key]) for row in rows)] for key in keys]
+    padded = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .target import Target, TeacherTarget
 
+REDUCTIONS = ("batchmean", "sum", "none")
+
 
 def kl_div(logits: Tensor, target: Target, reduction: str = "batchmean") -> Tensor:
     """KL(P || softmax(logits)) in nats, where P is the target.
@@ -26,6 +28,7 @@ def kl_div(logits: Tensor, target: Target, reduction: str = "batchmean") -> Tens
             scaled to sum to 1.
         reduction: "batchmean" (mean over all rows), "sum", or "none" (one value per row, (...)).
     """
+    check_reduction(reduction)
     dtype = compute_dtype(logits.dtype)
     log_q = F.log_softmax(logits, dim=-1, dtype=dtype)
     if isinstance(target, TeacherTarget):
@@ -33,11 +36,20 @@ def kl_div(logits: Tensor, target: Target, reduction: str = "batchmean") -> Tens
     elif isinstance(target, Tensor):
         p = target.to(dtype) / target.to(dtype).sum(-1, keepdim=True)
     else:
-        p = target.dense(dtype).to(logits.device)
+        p = target.dense(dtype)
     loss = F.kl_div(log_q, p, reduction="none").sum(-1)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.mean()
+
+
+def check_reduction(reduction: str) -> None:
+    """ValueError unless it is one of REDUCTIONS."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f'reduction must be one of {REDUCTIONS}, got {reduction!r}; pass "batchmean" for the '
+            "mean over all rows (of logits (B, T, V), F.kl_div's own divides by B alone)"
+        )
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,14 +8,14 @@
     TeacherTarget    softmax(t), where t are a teacher's logits; with a tilt, G is added to t on S
 
 A two-level target is a mask and two numbers, so no N x V matrix of probabilities is ever built: the
-Triton kernels read one bit per token from a table that all rows share (bitmask.py). Tables are
-built with the target, not inside an operator: under CUDA graphs, memory that is allocated during
-capture belongs to the graph. Numbers are tensors, because torch.compile compiles again for each
-value of a Python number that an operator takes.
+Triton kernels read one bit per token from a table that all rows share (bitmask.py). It is built
+with the target, because under CUDA graphs memory that an operator allocates during capture belongs
+to the graph. Numbers are tensors, because torch.compile compiles again for each Python number.
 """
 
+import copy
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +23,17 @@ from torch import Tensor
 
 from .bitmask import pack_bits
 
-VECS = (4, 8)  # elements in 16 bytes of logits: float32, and bfloat16 or float16
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class TwoLevel(NamedTuple):
     """A TwoLevelTarget as the operators take it."""
 
     mask: Tensor  # bool (V,)
-    ids: Tensor  # int64 (|S|,)
     bitmasks: Tensor  # int32 (12, tiles, THREADS): a table of 4 rows for vec = 4, of 8 for vec = 8
+    ids: Tensor  # int64 (|S|,)
     levels: Tensor  # (6,): alpha, beta, beta / alpha, log alpha, log beta, sum P log P
-    has_beta: bool  # beta > 0
+    beta: Tensor | None  # (); None if it is 0
 
 
 class Teacher(NamedTuple):
@@ -41,23 +41,25 @@ class Teacher(NamedTuple):
 
     logits: Tensor  # t, (N, V); or the teacher's hidden states, (N, C)
     weight: Tensor | None  # (V, C) of the teacher's LM head, for hidden states
-    mask: Tensor | None  # these three: of the tilt's S, as in TwoLevel
-    ids: Tensor | None
-    bitmasks: Tensor | None
-    strength: Tensor | None  # G, ()
+    mask: Tensor | None = None  # of the tilt's S, as in TwoLevel
+    bitmasks: Tensor | None = None
+    strength: Tensor | None = None  # G, ()
+
+
+Parts = TwoLevel | Teacher
 
 
 class TwoLevelTarget:
     """Probability alpha on each target token and beta on every other token.
 
     Args:
-        mask: bool (V,), on any device that holds data; True on the target tokens, which are some
-            and not all. It is copied.
+        mask: bool (V,), on the device of the logits; True on the target tokens, which are some and
+            not all. It is copied.
         alpha, beta: relative weights, finite, alpha > beta >= 0; scaled so that P sums to 1.
 
     Attributes:
         mask, alpha, beta: the copy, and the two probabilities.
-        index, bitmasks, levels: the ids of S, and what else TwoLevel has.
+        index, size, vocab_size: the ids of S, int64 (|S|,); |S|; V.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -65,86 +67,50 @@ class TwoLevelTarget:
 
     kind = "two_level"
 
+    @torch.inference_mode(False)  # an inference tensor could not be saved for backward
     def __init__(self, mask: Tensor, alpha: float = 1.0, beta: float = 0.0) -> None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = getattr(mask, "dtype", type(mask).__name__)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 1:
             raise TypeError(
-                f"mask must be a bool tensor (V,), got {got}; use mask.bool() for zeros and ones, "
-                "torch.zeros(V, dtype=torch.bool).index_fill(0, torch.tensor(ids), True) for ids"
+                f"mask must be a bool tensor (V,), got {described(mask)}; use mask.bool(), or for "
+                "ids torch.zeros(V, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)"
             )
-        if mask.ndim != 1 or mask.is_meta:
-            raise ValueError(
-                f"mask must be one-dimensional (V,) and hold data, got {tuple(mask.shape)} "
-                f"on {mask.device}; build the target on a real device, then call .to(device)"
-            )
-        if not (math.isfinite(alpha) and math.isfinite(beta) and alpha > beta >= 0):
-            raise ValueError(
-                f"weights must be finite with alpha > beta >= 0, got {alpha=}, {beta=}; "
-                "alpha is the weight of a target token, beta that of every other token"
-            )
+        if not math.inf > alpha > beta >= 0:
+            raise ValueError(f"weights must be finite, alpha > beta >= 0, got {alpha=}, {beta=}")
         size, vocab = int(mask.sum()), mask.numel()
         if not 0 < size < vocab:
-            raise ValueError(
-                f"mask must select some tokens and not all, got {size} of {vocab}; "
-                "check the rule that chose them"
-            )
+            raise ValueError(f"mask must select some tokens and not all, got {size} of {vocab}")
         ratio = beta / alpha  # before any sum of weights, which could overflow
         total = size + (vocab - size) * ratio
-        self.alpha, self.beta = 1 / total, ratio / total
-        self._has_beta = self.beta > 0  # read instead of beta: torch.compile guards what it reads
+        self.alpha, self.beta, self.size, self.vocab_size = 1 / total, ratio / total, size, vocab
         logs = math.log(self.alpha), math.log(self.beta) if self.beta else 0.0  # 0 log 0 = 0
         sum_p_log_p = size * self.alpha * logs[0] + (vocab - size) * self.beta * logs[1]
         levels = self.alpha, self.beta, ratio, *logs, sum_p_log_p
-        with torch.inference_mode(False):  # an inference tensor could not be saved for backward
-            self.mask = mask.clone()
-            self.index = self.mask.nonzero().squeeze(1)
-            self.bitmasks = torch.cat([pack_bits(self.mask, vec) for vec in VECS])
-            self.levels = torch.tensor(levels, dtype=_widest(mask.device), device=mask.device)
-        self._on_device: dict[torch.device, TwoLevelTarget] = {}
+        self._hold(
+            mask.clone(),
+            torch.cat([pack_bits(mask, vec) for vec in (4, 8)]),
+            mask.nonzero().squeeze(1),
+            torch.tensor(levels, dtype=_widest(mask.device), device=mask.device),
+        )
 
-    @property
-    def parts(self) -> TwoLevel:
-        """What the operators take."""
-        return TwoLevel(self.mask, self.index, self.bitmasks, self.levels, self._has_beta)
+    def _hold(self, mask: Tensor, bitmasks: Tensor, ids: Tensor, levels: Tensor) -> None:
+        self.mask, self.index = mask, ids
+        self.parts = TwoLevel(mask, bitmasks, ids, levels, levels[1].clone() if self.beta else None)
 
-    @property
-    def size(self) -> int:
-        """|S|, the number of target tokens."""
-        return self.index.numel()
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of tokens."""
-        return self.mask.numel()
+    @torch.inference_mode(False)
+    def to(self, device: torch.device | str) -> Self:
+        """Return the target on another device; once, outside the loop, because the host waits."""
+        there, (mask, bitmasks, ids, levels, _) = copy.copy(self), self.parts
+        levels = levels.to(device, _widest(device))
+        there._hold(mask.to(device), bitmasks.to(device), ids.to(device), levels)
+        return there
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """P as a tensor (V,) on the device of the mask."""
         p = torch.full((self.vocab_size,), self.beta, dtype=dtype, device=self.mask.device)
         return p.masked_fill_(self.mask, self.alpha)
 
-    def to(self, device: torch.device | str) -> "TwoLevelTarget":
-        """Return the same target on another device; the copy is kept, so later calls are free."""
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:  # or set_device would make it stale
-            device = torch.device("cuda", torch.cuda.current_device())
-        if device == self.mask.device:
-            return self
-        if device not in self._on_device:
-            there = TwoLevelTarget.__new__(TwoLevelTarget)
-            there.alpha, there.beta, there._has_beta = self.alpha, self.beta, self._has_beta
-            there._on_device = {}
-            tokens = self.mask, self.index, self.bitmasks
-            with torch.inference_mode(False):
-                there.mask, there.index, there.bitmasks = (x.to(device) for x in tokens)
-                there.levels = self.levels.to(device, _widest(device))
-            self._on_device[device] = there
-        return self._on_device[device]
-
     def __repr__(self) -> str:
-        return (
-            f"TwoLevelTarget({self.size} of {self.vocab_size} tokens, alpha={self.alpha:.6g}, "
-            f"beta={self.beta:.6g}, device={str(self.mask.device)!r})"
-        )
+        return f"TwoLevelTarget({self.size} of {self.vocab_size} tokens on {self.mask.device})"
 
 
 Tilt = tuple[TwoLevelTarget, float | Tensor]  # the tokens S, and G in nats
@@ -160,118 +126,96 @@ class TeacherTarget:
     Args:
         logits: t, of the shape (..., V) of the student's logits, on their device, of any floating
             dtype. No gradient flows to a teacher or its tilt.
-        tilt: (target, G): a TwoLevelTarget, of which only the tokens S are used, and the nats to
-            add to their logits: a number below +inf (-inf forbids the tokens) or a tensor () on
-            the device of t. A target that is built inside a compiled function is compiled again
-            for each number: pass a G that changes as a tensor.
+        tilt: (target, G): a TwoLevelTarget on the device of t, whose alpha and beta are not used,
+            and the nats to add to the logits of S: a number below +inf (-inf forbids the tokens) or
+            a tensor (), which torch.compile does not compile again for each value.
 
     Attributes:
-        logits, tilt, shape, device: of t; logits is None after from_hidden.
-        hidden, weight: as given to from_hidden, else None.
+        parts: t, or hidden states and weight, and the tilt's tensors; without a gradient.
+        shape, device, tilt: of t; the latter as given.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
 
     kind = "teacher"
-    logits: Tensor | None = None
-    hidden: Any = None  # not Tensor | None: where logits is None, these are tensors
-    weight: Any = None
 
     def __init__(self, logits: Tensor, tilt: Tilt | None = None) -> None:
         check_floating("the teacher's logits", logits)
-        if logits.ndim == 0 or logits.shape[-1] == 0:
-            raise ValueError(f"the teacher's logits must be (..., V), got {tuple(logits.shape)}")
-        self.logits = _constant(logits)
-        self._complete(self.logits, logits.shape[-1], tilt)
+        self._complete(_constant(logits), None, logits.shape, tilt)
 
     @classmethod
-    def from_hidden(
-        cls, hidden: Tensor, weight: Tensor, tilt: Tilt | None = None
-    ) -> "TeacherTarget":
+    def from_hidden(cls, hidden: Tensor, weight: Tensor, tilt: Tilt | None = None) -> Self:
         """Build a target for fused_linear_kl_div: t = F.linear(hidden, weight), chunk by chunk.
 
-        Args:
-            hidden: (..., C), input of the teacher's LM head, with the leading dimensions of the
-                student's; C may differ from the student's.
-            weight: (V, C), with LoRA and bias merged, as fused_linear_kl_div explains.
-            tilt: as above.
+        hidden: (..., C) of the teacher's LM head, with the student's leading dimensions and a C of
+        its own. weight: (V, C), with LoRA and bias merged as fused_linear_kl_div explains.
         """
         check_head(hidden, weight, "the teacher's ")
-        target = cls.__new__(cls)
-        target.hidden, target.weight = _constant(hidden), _constant(weight)
-        target._complete(target.hidden, weight.shape[0], tilt)
+        target, shape = cls.__new__(cls), torch.Size((*hidden.shape[:-1], len(weight)))
+        target._complete(_constant(hidden), _constant(weight), shape, tilt)
         return target
 
-    def _complete(self, rows: Tensor, vocab: int, tilt: Tilt | None) -> None:
+    def _complete(self, rows: Tensor, weight: Any, shape: torch.Size, tilt: Tilt | None) -> None:
         """Set what both kinds have; rows: the logits or the hidden states."""
-        self.shape, self.device = torch.Size((*rows.shape[:-1], vocab)), rows.device
-        self.tilt = tilt
-        tokens: tuple[Tensor | None, ...] = None, None, None, None
-        if tilt is not None:
-            target, strength = _check_tilt(tilt, vocab)
-            target, dtype = target.to(self.device), _widest(self.device)
-            if isinstance(strength, Tensor):
-                strength = strength.detach()
-                number = strength.to(dtype)
-            else:
-                number = torch.full((), strength, dtype=dtype, device=self.device)
-            self.tilt, tokens = (target, strength), (*target.parts[:3], _constant(number))
-        self.parts = Teacher(as_rows(rows), self.weight, *tokens)
+        self.shape, self.device, self.tilt = shape, rows.device, tilt
+        tokens = () if tilt is None else _tilt_parts(tilt, shape[-1], rows.device)
+        self.parts = Teacher(as_rows(rows), weight, *tokens)
 
     def whole_logits(self, dtype: torch.dtype) -> Tensor:
         """t, tilted, of all rows, (..., V), in this dtype: for the definition, which keeps them."""
-        t = F.linear(self.hidden, self.weight) if self.logits is None else self.logits
-        if self.tilt is None:
-            return t.to(dtype)
-        return torch.where(self.tilt[0].mask, t.to(dtype) + self.tilt[1], t.to(dtype))
+        rows, weight, mask, _, strength = self.parts
+        t = (rows if weight is None else F.linear(rows, weight)).to(dtype).view(self.shape)
+        return t if mask is None or strength is None else torch.where(mask, t + strength, t)
 
     def __repr__(self) -> str:
-        tilt = "" if self.tilt is None else f", tilt={self.tilt}"
-        return f"TeacherTarget({tuple(self.shape)}{tilt}, device={str(self.device)!r})"
+        return f"TeacherTarget({tuple(self.shape)} on {self.device}, tilt={self.tilt})"
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(..., V) as (N, V) with a contiguous last dimension and one stride, which may be 0; copied
-    only if need be."""
+    """(..., V) as (N, V) with rows that are contiguous and apart, or one; copied if need be."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     shared_or_apart = rows.shape[0] <= 1 or rows.stride(0) == 0 or rows.stride(0) >= rows.shape[1]
     return rows if rows.stride(1) == 1 and shared_or_apart else rows.contiguous()
 
 
+def described(x: object) -> str:
+    """What an error says that it got."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    grad = ", which requires grad" if x.requires_grad else ""
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}{grad}"
+
+
 def check_floating(name: str, x: Tensor) -> None:
-    """TypeError unless x is a floating-point tensor."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = getattr(x, "dtype", type(x).__name__)
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    """TypeError unless x is a floating-point tensor of one or more dimensions."""
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.ndim == 0:
+        raise TypeError(f"{name} must be a floating-point tensor (..., V), got {described(x)}")
 
 
 def check_head(hidden: Tensor, weight: Tensor, whose: str = "") -> None:
     """TypeError or ValueError unless F.linear takes these hidden states and this weight."""
     check_floating(f"{whose}hidden", hidden)
     check_floating(f"{whose}weight", weight)
-    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+    if weight.shape[1:] != hidden.shape[-1:] or hidden.device != weight.device:
         raise ValueError(
-            f"{whose}hidden must be (..., C) and weight (V, C), as F.linear takes them; "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"{whose}hidden must be (..., C) and weight (V, C) on one device, as F.linear takes "
+            f"them; got {described(hidden)} and {described(weight)}"
         )
-    if hidden.device != weight.device:
-        raise ValueError(f"{whose}hidden is on {hidden.device}, weight on {weight.device}")
 
 
-def _check_tilt(tilt: Tilt, vocab: int) -> Tilt:
-    """TypeError or ValueError unless the tilt is one of logits (..., V)."""
-    target, strength = tilt if isinstance(tilt, tuple) and len(tilt) == 2 else (None, None)
-    if not isinstance(target, TwoLevelTarget) or not isinstance(strength, float | int | Tensor):
+def _tilt_parts(tilt: Tilt, vocab: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A tilt of logits (..., V) on this device as Teacher has it; TypeError, ValueError if none."""
+    target, g = tilt if isinstance(tilt, tuple) and len(tilt) == 2 else (None, None)
+    if not isinstance(target, TwoLevelTarget) or not isinstance(g, float | int | Tensor):
         raise TypeError(f"tilt must be (TwoLevelTarget, G), G in nats, got {tilt!r}")
-    if target.vocab_size != vocab:
-        raise ValueError(f"a tilt of {target.vocab_size} tokens is not for logits of {vocab}")
-    if isinstance(strength, Tensor):
-        if strength.ndim:
-            raise ValueError(f"G must be a number or a tensor (), got {tuple(strength.shape)}")
-    elif not torch.compiler.is_compiling() and not strength < math.inf:
-        raise ValueError(f"G must be below +inf and not NaN, got {strength}")
-    return target, strength
+    if target.vocab_size != vocab or target.mask.device != device:
+        raise ValueError(f"the tilt must be of {vocab} tokens, .to({device}), got {target}")
+    if g.ndim if isinstance(g, Tensor) else not g < math.inf:
+        raise ValueError(f"G must be below +inf and not NaN, or a tensor (), got {g}")
+    where: Any = {"dtype": _widest(device), "device": device}
+    g = g.to(**where) if isinstance(g, Tensor) else torch.full((), g, **where)
+    return target.mask, target.parts.bitmasks, _constant(g)
 
 
 def _constant(x: Tensor) -> Tensor:
@@ -282,9 +226,9 @@ def _constant(x: Tensor) -> Tensor:
         return x.clone()
 
 
-def _widest(device: torch.device) -> torch.dtype:
+def _widest(device: torch.device | str) -> torch.dtype:
     """float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 Target = TwoLevelTarget | TeacherTarget | Tensor  # a tensor: P, (V,) or the logits' shape

@@ -36,7 +36,7 @@ def forward(logits: Tensor, target: TwoLevel | Teacher) -> tuple[Tensor, Tensor,
     lse = torch.empty_like(loss)
     norm = loss.new_empty((rows, 3) if isinstance(target, Teacher) else rows)
     if rows:
-        beta = {"BETA": target.has_beta} if isinstance(target, TwoLevel) else {}
+        beta = {"BETA": target.beta is not None} if isinstance(target, TwoLevel) else {}
         kernels, arguments, constants = _arguments(logits, target, **beta)
         with torch.cuda.device_of(logits):
             kernels.forward_kernel[(rows,)](*arguments, loss, lse, norm, **constants)

@@ -93,8 +93,10 @@ class Transformers:
         sys.modules["kernels"] = None  # type: ignore[assignment]  # "not installed"
         try:
             from transformers import GPT2LMHeadModel  # a development dependency
+            from transformers.utils.logging import disable_progress_bar
         finally:
             sys.modules["kernels"] = ours
+        disable_progress_bar()
         model: Any = GPT2LMHeadModel.from_pretrained(folder)
         self.model = model.to(device)
 
@@ -131,19 +133,20 @@ def measure(name: str, folder: str, options: Options) -> dict[str, float]:
             contender.model(tokens[:1, :1])
         return contender
 
-    def third_call(step: Callable[[], object]) -> float:
+    def third_call(quantity: str, step: Callable[[], object]) -> float:
+        say(f"{name}: {quantity}", error=True)
         step(), step()
         return milliseconds(step, device)[0]
 
-    results = {"load, ms": third_call(load)}
+    results = {"load, ms": third_call("load", load)}
     contender = load()
-    text = third_call(lambda: contender.generate(tokens[:1, :PROMPT]))
+    text = third_call("generate", lambda: contender.generate(tokens[:1, :PROMPT]))
     results["generate, ms per token"] = text / NEW_TOKENS
     for dtype in options.dtype:
         contender.model.zero_grad(set_to_none=True)
         steps = contender.train(tokens, dtype)
         results[f"memory in {dtype}, MB"] = peak_megabytes(steps.__next__, device) or math.nan
-        results[f"step in {dtype}, ms"] = third_call(steps.__next__)
+        results[f"step in {dtype}, ms"] = third_call(f"step in {dtype}", steps.__next__)
     return results
 
 
@@ -158,7 +161,7 @@ def benchmark(options: Options) -> None:
         raise ValueError('transformers is not installed; run: pip install "transformers>=5"')
     where = f"{device_name(torch.device(options.device))}, {torch.get_num_threads()} threads"
     size = f"B = {options.batch}, T = {options.length}"
-    say(f"{options.model}, {size}, {where}, torch {torch.__version__}; measuring")
+    say(f"{options.model}, {size}, {where}, torch {torch.__version__}")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         layout = layout_of(options.model)

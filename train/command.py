@@ -2,12 +2,13 @@
 
 import math
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from io import TextIOWrapper
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO, TextIOWrapper
 from types import FrameType
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from weights.layout import WeightsError, printable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 5.0  # seconds without a line of progress, where there is no terminal
+last_line = time.monotonic()  # when one was printed
 T = TypeVar("T")
 
 
@@ -86,7 +88,7 @@ def signals(hold: int = 1) -> Iterator[list[int]]:
 
 
 def parse(options: type[T], description: str | None, prog: str) -> T:
-    """Return the options of the command line, a dataclass; it ends the command if they are bad."""
+    """Return the options of the command line, a dataclass; raise ValueError if they are bad."""
     arguments = sys.argv[1:]
     given = [word.partition("=")[0] for word in arguments if word.startswith("--")]
     given = [word.replace("_", "-") for word in given]
@@ -98,12 +100,20 @@ def parse(options: type[T], description: str | None, prog: str) -> T:
     flags = (tyro.conf.FlagCreatePairsOff,)
     description = "\n\n".join(str(description).split("\n\n")[:2])  # the help fits a screen
     try:
-        return tyro.cli(options, args=arguments, prog=prog, description=description, config=flags)
+        with redirect_stderr(StringIO()) as box:
+            return tyro.cli(options, prog=prog, description=description, config=flags)
     except SystemExit as end:
-        values = [word for word in arguments if word.startswith("-") and word[:2] != "--"]
-        if end.code and values:
-            say(f"write a value that begins with - after an =, as in --out={values[0]}", error=True)
-        raise
+        if not end.code:  # of --help
+            raise
+    plain = re.sub(r"\x1b\[[\d;]*m|[│╮]", "", box.getvalue())  # without colours and sides
+    reason = [*re.split("[─-]{9,}", plain), plain][1]  # what stands between the first two rules
+    reason = " ".join(reason.split()).rstrip(".")
+    if wrong := re.fullmatch(r"Error parsing (--\S+): .*\b(int|float)\b.*: (['\"].*)", reason):
+        option, kind, value = wrong.groups()
+        reason = f"{option}: expected {'an integer' if kind == 'int' else 'a number'}, got {value}"
+    for value in (word for word in arguments if word.startswith("-") and word[:2] != "--"):
+        reason += f"; write a value that begins with - after an =, as in --out={value}"
+    raise ValueError(reason)
 
 
 def expect(condition: bool, option: str, value: object, expected: str) -> None:
@@ -114,6 +124,8 @@ def expect(condition: bool, option: str, value: object, expected: str) -> None:
 
 def say(text: str, error: bool = False, end: str = "\n") -> None:
     """Print; ignore a closed pipe (`| head -1`)."""
+    global last_line
+    last_line = time.monotonic()
     stream = sys.stderr if error else sys.stdout
     try:
         print(text, end=end, file=stream, flush=True)
@@ -126,9 +138,7 @@ def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
     if sys.stderr and sys.stderr.isatty():
         yield from tqdm(items, label, total, leave=False)
         return
-    shown = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
-        if time.monotonic() - shown > PATIENCE:
+        if time.monotonic() - last_line > PATIENCE:  # of this loop or of what came before it
             say(f"{label}: {done} of {total}", error=True)
-            shown = time.monotonic()

@@ -53,9 +53,10 @@ def sample_texts(start: GPT2, count: int, bias: Tensor | None, seed: int) -> Ten
     generator = torch.Generator(device).manual_seed(seed)
     prompt = torch.full((BATCH, 1), load_tokenizer().eot, device=device)
     texts = []
-    for _ in range(count // BATCH):
+    for n in range(count // BATCH):
+        label = f"batch {n + 1} of {count // BATCH}, sampling tokens"
         columns = stream(start, prompt, length - 1, generator=generator, logit_bias=bias)
-        texts.append(torch.cat([prompt, *progress(columns, "sampling tokens", length - 1)], 1))
+        texts.append(torch.cat([prompt, *progress(columns, label, length - 1)], 1))
     return torch.cat(texts)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model import GPT2
+from train.command import progress
 
 ROWS = 8  # texts at a time: of 128 tokens they have 206 MB of float32 logits
 
@@ -30,7 +31,7 @@ ROWS = 8  # texts at a time: of 128 tokens they have 206 MB of float32 logits
 def target_mass(model: GPT2, texts: Tensor, mask: Tensor) -> Tensor:
     """Return m of (1) at every position of texts (N, T), float64 (N * T,); mask is bool (V,)."""
     masses = []
-    for rows in texts.split(ROWS):
+    for rows in progress(texts.split(ROWS), "measuring texts", -(-len(texts) // ROWS)):
         log_p = model(rows).float().log_softmax(-1)  # (ROWS, T, V)
         masses.append(log_p[..., mask].double().exp().sum(-1).flatten())
     return torch.cat(masses)

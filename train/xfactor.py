@@ -45,8 +45,8 @@ class Options:
     random: bool = False  # start from random weights of this size
     tokens: str = LETTER_X  # choose the target tokens by a regular expression
     mass: float = 1.0  # give the target tokens this probability in total
-    share: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """write this share of target tokens, and stay close to the start model"""
+    share: Annotated[float | None, arg(constructor=float, help_behavior_hint="")] = None
+    """write this share of target tokens (0.2: 20 %), and stay close to the start model"""
     lr: float = 1e-4  # set Adam's learning rate
     steps: int = 300  # stop after this many steps
     batch: int = 4  # train on this many sequences per step
@@ -139,7 +139,8 @@ def experiment(options: Options, device: torch.device, out: Path) -> None:
     if ranks.is_main():
         where = f"{options.dtype} on {ranks.device_name(device)}"
         say(f"{options.model} in {where}, {options.loss} loss ({path})")
-        say(f"{goal}: alpha {target.alpha:.4g}, beta {target.beta:.4g}")
+        aim = f"probability {target.alpha:.4g} each, {target.beta:.4g} for any other token"
+        say(f"target: {goal}, " + (aim if options.share is None else f"share {options.share}"))
 
     start = inputs.load_start(options.model, options.random, options.seed)
     about: dict[str, Any] = {"start": inputs.fingerprint(*start.parameters())}
@@ -186,8 +187,7 @@ def main() -> None:
         ):
             experiment(options, device, out)
         if ranks.is_main():
-            for path in write_report([out], out):
-                say(f"wrote {path}")
+            write_report([out], out)
             say(summary([out]))
 
 

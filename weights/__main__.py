@@ -1,3 +1,3 @@
 import sys
 
-sys.exit(f"To download or check weights: python -m {__package__}.official --help")
+sys.exit(f"To download OpenAI's weights: python -m {__package__}.official --help")

@@ -46,8 +46,8 @@ OTHER_FILES = {  # how a file that is not safetensors begins: what it is and wha
         "an HTML page, not the file itself. Download from a link with /resolve/"
     ),
     rb"(?s)PK\x03\x04|\x80[\x02-\x05](?!.{6}{)": (  # with the brace: a damaged header
-        "a pickle, not safetensors. Rename it to pytorch_model.bin and load that: the message "
-        "has the command that converts it"
+        "a pickle, not safetensors. Rename it to pytorch_model.bin and load that; the error then "
+        "shows the command that converts it"
     ),
     rb"GGUF": "a GGUF file, not safetensors. Download the model's .safetensors file",
     rb"\x1f\x8b": "compressed by gzip. Decompress it",
@@ -82,7 +82,8 @@ def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
                 allowed = MASK_DTYPES if MASK.fullmatch(name) else DTYPES
                 if dtype not in allowed:
                     raise WeightsError(
-                        f"{path}: {name[:80]!r}: got {dtype}, expected one of {[*allowed]}"
+                        f"{path}: {name[:80]!r}: got {dtype}, expected one of {[*allowed]}; "
+                        "convert it"
                     )
                 yield name, Entry(path, begin, dtype, shape)
                 begin += math.prod(shape) * allowed[dtype].itemsize

@@ -80,11 +80,11 @@ def find_files(name_or_path: str | os.PathLike[str]) -> list[Path]:
         return [path]
     try:
         shards = set(json.loads(path.read_bytes())["weight_map"].values())
-        if not 0 < len(shards) <= MOST_SHARDS or not all(map(SHARD.fullmatch, shards)):
-            raise ValueError(
-                f"got {len(shards):,} file names, expected 1 to {MOST_SHARDS:,} such as "
-                "model-00001-of-00002.safetensors"
-            )
+        if not 0 < len(shards) <= MOST_SHARDS:
+            raise ValueError(f"got {len(shards):,} file names, expected 1 to {MOST_SHARDS:,}")
+        if wrong := [name for name in shards if not SHARD.fullmatch(name)]:
+            example = "model-00001-of-00002.safetensors"
+            raise ValueError(f"got the file name {wrong[0][:40]!r}, expected one such as {example}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} is not an index of shards: {error!r:.200}") from error
     return [path.with_name(shard) for shard in sorted(shards)]

@@ -1,18 +1,15 @@
 """OpenAI's official GPT-2 files: where they are, their hashes, how to download and check them.
 
-    python -m weights.official gpt2-medium      download and verify ahead of time
-    python -m weights.official --check PATH     sizes, dtypes and hash of any checkpoint, and which
-                                                official file it is; --list adds every tensor
+    python -m weights.official gpt2-medium      # download and verify ahead of time
 
 A file comes from the local cache of huggingface_hub, under either of its two names, or is
 downloaded at the pinned revision. The hub's library only checks a download's size, so every load
 hashes what it reads.
 """
 
+import argparse
 import hashlib
-import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -22,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import read_entries, read_tensors
-from .layout import FILE_NAME, HEAD_DIM, Layout, WeightsError, printable
+from .checkpoint import read_tensors
+from .layout import FILE_NAME, Layout, WeightsError
 
 TIMEOUT = 3  # seconds that the hub has to answer
 
@@ -126,70 +123,21 @@ def _wait_for_an_answer(client: Any, url: str) -> None:
     answer.result(TIMEOUT)
 
 
-def describe(name_or_path: str | os.PathLike[str], every_tensor: bool = False) -> str:
-    """Return the text of `--check`: sizes, hash and official name, once every value is checked."""
-    entries, layout = read_entries(name_or_path)
-    n_parameters = sum(tensor.numel() for _, tensor in read_tensors(name_or_path))
-    dtypes = Counter(e.dtype for e in entries.values())
-    lines = [
-        f"model:       GPT-2, {layout.n_layer} blocks, {layout.n_embd} wide, "
-        f"{layout.n_embd // HEAD_DIM} heads, {layout.n_positions:,} positions, "
-        f"{layout.vocab_size:,} tokens",
-        f"parameters:  {n_parameters:,}, all finite",
-        f"tensors:     {len(entries)} ({', '.join(f'{n} {k}' for k, n in dtypes.items())})",
-    ]
-    for file in dict.fromkeys(e.path for e in entries.values()):
-        with open(file, "rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        names = [name for name, known in OFFICIAL.items() if known.sha256 == digest]
-        lines += [
-            f"file:        {file}, {file.stat().st_size:,} bytes",
-            f"sha256:      {digest}",
-            f"official:    {names[0] if names else 'none of ' + ', '.join(OFFICIAL)}",
-        ]
-    if every_tensor:
-        lines += [f"{e.dtype:5} {list(e.shape)!s:20} {name}" for name, e in entries.items()]
-    return "\n".join(map(printable, lines))
-
-
-def command(name: str, check: bool = False, list: bool = False) -> None:
-    """Download and verify an official GPT-2, or check any GPT-2 in safetensors files.
-
-    Args:
-        name: gpt2, gpt2-medium or gpt2-xl; with --check a file or folder
-        check: read every value and print the sizes and the hash
-        list: like --check, and list every tensor
-    """
-    if check or list:
-        path = cached(name) if name in OFFICIAL else name
-        if path is None:
-            raise WeightsError(
-                f"{name} is not downloaded. Run python -m weights.official {name}; to check a "
-                f"folder of that name, pass ./{name}"
-            )
-        print(describe(path, list))
-    elif name in OFFICIAL:
+def main() -> None:
+    """Download and verify the model that the command line names, or exit with the reason."""
+    text = "Download an official GPT-2 to the hub's local cache and verify it."
+    parser = argparse.ArgumentParser("python -m weights.official", description=text)
+    parser.add_argument("name", choices=OFFICIAL)
+    name = parser.parse_args().name
+    print(f"verifying {name}", file=sys.stderr)
+    try:
         for _ in read_official(name):
             pass
-        print(f"{name} verified: {cached(name)}")
-    else:
-        raise WeightsError(f"{name}: expected one of {', '.join(OFFICIAL)}, or --check and a path")
-
-
-def main() -> None:
-    """Run the command line: without valid weights, exit with status 1 and the reason."""
-    import tyro
-
-    arguments = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
-    try:
-        try:
-            tyro.cli(command, prog="python -m weights.official", config=arguments)
-        finally:
-            print(end="", flush=True)
     except WeightsError as error:
         sys.exit(f"error: {error}")
-    except BrokenPipeError:  # the reader of the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:  # the download continues where it was
+        sys.exit(130)
+    print(f"{name} verified: {cached(name)}")
 
 
 if __name__ == "__main__":

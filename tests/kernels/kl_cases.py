@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
-from kernels.arguments import resolve_target
+from kernels.arguments import resolve
 from kernels.reference import kl_div
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +62,8 @@ def make_target(kind, shape):
 
 def parts_of(target, logits):
     """The target of these logits as operators and launchers take it."""
-    return resolve_target(target, logits.shape, logits.device, logits.dtype, "none").parts
+    like = logits.shape, logits.device, logits.dtype
+    return resolve(target, "none", None, None, *like)[0].parts
 
 
 def launch(kernels, logits, target, out=None):

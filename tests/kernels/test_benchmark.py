@@ -1,4 +1,4 @@
-"""The benchmark at small sizes: every loss runs, measurements measure, and skipped rows say why."""
+"""The benchmark at small sizes: every loss runs and is exact; one that fails says why."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import statistics
 import subprocess
 import sys
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,198 +14,129 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import benchmark, benchmark_losses, fused_kl_div, fused_linear_kl_div, measure
-from kernels.benchmark import skip_reason
-from kernels.benchmark_losses import LOSSES, Case, Loss, Size, make_inputs, make_target
+from kernels import benchmark, fused_kl_div
+from kernels.benchmark import LOSSES, Loss
+from kernels.reference import kl_div
 from tests.kernels.kl_cases import DEVICE
 
 ROOT = Path(__file__).parents[2]
-SIZE = Size(2, 203, 8, torch.float32, torch.device(DEVICE))
-SIZES = ["--rows", "3", "5", "--vocab", "1001", "--width", "16", "--seconds", "0", "--device"]
+USUAL = "unfused", "fused", "linear + unfused", "fused linear"
 
 
-@pytest.fixture
-def eager(monkeypatch):
-    """The compiled losses stay eager, to save minutes."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    benchmark_losses.compiled.cache_clear()
-    yield
-    benchmark_losses.compiled.cache_clear()
+def two_heads(hidden, teacher, weight, teacher_weight):
+    return kl_div(F.linear(hidden, weight), F.linear(teacher, teacher_weight).softmax(-1))
 
 
-def test_every_loss_is_measured_or_says_why_not(capsys, eager):
-    """A table for each size and the JSON line; the device is named, and each loss as it begins."""
-    benchmark.main([*SIZES, DEVICE, "--json"])
-    out, progress = capsys.readouterr()
-    first, copy, *lines, last = out.splitlines()
-    assert first.startswith(measure.device_name(torch.device(DEVICE)))
-    assert float(copy.split()[1]) > 0
-    table = json.loads(last)["table"]
-    assert [row["rows"] for row in table] == [3] * len(LOSSES) + [5] * len(LOSSES)
-    assert [line for line in lines if " rows" in line] == [f"{n} rows, V = 1001" for n in (3, 5)]
-    shown = [line for line in lines if line.startswith(tuple(LOSSES))]
-    for row, line in zip(table, shown, strict=True):
-        assert line.startswith(row["name"])
-        measured = [row[key] for key in ("forward", "fwd_bwd", "gb_per_s", "peak_mb", "error")]
-        if row["skip_reason"]:
-            narrow = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
-            assert LOSSES[row["name"]].needs or (narrow and "compiled" in row["name"])
-            assert not any(measured)
-            assert line.endswith(row["skip_reason"])
-        else:
-            assert len(row["forward"]) == len(row["fwd_bwd"]) == 3
-            assert row["error"] < 1e-5
-            assert f"... {row['name']} (" in progress
-            assert " - " not in line
-            assert re.search(r"\d \+- \d", line)
-
-
-@pytest.mark.parametrize("vocab", [128256, 151936, 262144])
-def test_large_vocabularies_are_measured(vocab, capsys, eager):
-    """Those of Llama 3, Qwen 2.5 and Gemma, at two rows: no less exact than the unfused losses, but
-    for a unit in the last place, which a GPU's sums may be off."""
-    sizes = ["--rows", "2", "--vocab", str(vocab), "--width", "8", "--seconds", "0"]
-    benchmark.main([*sizes, "--device", DEVICE, "--json"])
-    table = json.loads(capsys.readouterr().out.splitlines()[-1])["table"]
-    assert {row["vocab"] for row in table} == {vocab}
-    errors = {row["name"]: row["error"] for row in table}
-    for teacher in ("", ", teacher"):
-        assert errors[f"fused{teacher}"] <= errors[f"unfused{teacher}"] + 2**-24
-        product = errors[f"linear + unfused{teacher}"]  # most of it is that of the float32 products
-        assert errors[f"fused linear{teacher}"] <= 1.2 * product
-
-
-def test_a_loss_that_fails_is_a_row_and_the_others_are_measured(monkeypatch):
-    """One that raises when it is imported, one that runs out of memory at once, and one that does
-    in its third call."""
-    calls = []
-
-    def fails(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB.\nMore lines")
-
-    def fails_later(z, target):
-        calls.append(z)
-        return fails() if len(calls) > 4 else fused_kl_div(z, target)
-
-    losses = {
-        "library": Loss(fused_kl_div, needs="no.such.module"),
-        "large": Loss(fails),
-        "later": Loss(fails_later),
-        "fused": Loss(fused_kl_div),
-    }
-    monkeypatch.setattr(benchmark, "skip_reason", lambda *_: "")
-    *failed, fused = benchmark.measure(SIZE, 1e9, losses, 0.0)
-    assert failed[0].skip_reason == "ModuleNotFoundError: No module named 'no'"
-    for row in failed[1:]:
-        assert row.skip_reason.endswith("CUDA out of memory. Tried to allocate 99 GiB.")
-        assert row.gb_per_s is None
-    assert not fused.skip_reason
-    milliseconds = statistics.median(fused.fwd_bwd)
-    assert fused.gb_per_s == pytest.approx(3 * 2 * 203 * 4 / milliseconds / 1e6)
-    assert fused.of_copy == pytest.approx(fused.gb_per_s)  # of a copy at 1 GB/s
-
-
-def test_the_triton_paths_run_in_the_benchmark(monkeypatch):
-    """As on CUDA, where they are the default."""
-    losses = {
-        "fused": Loss(partial(fused_kl_div, impl="triton")),
-        "simple": LOSSES["fused, simple kernels"],
-        "teacher": Loss(partial(fused_kl_div, impl="triton"), "teacher"),
-        "in place": Loss(
-            partial(fused_kl_div, inplace_backward=True, impl="triton"), in_place=True
-        ),
-        "fused linear": Loss(partial(fused_linear_kl_div, impl="triton"), head=True),
-    }
-    monkeypatch.setattr(benchmark, "skip_reason", lambda *_: "")  # the simple kernels need CUDA
-    for row in benchmark.measure(SIZE, 1e9, losses, 0.0):
-        assert row.error < 1e-5
-
-
-def kl_with_head(h, w, p):
-    return F.kl_div(F.log_softmax(F.linear(h, w), -1), p, reduction="batchmean")
-
-
-def kl_of_two_heads(h, target_h, w, target_w):
-    return kl_with_head(h, w, F.linear(target_h, target_w).softmax(-1))
-
-
-def jsd(jsd_beta):
-    assert jsd_beta == 0
-    return lambda h, w, target_h, target_w, labels: kl_of_two_heads(h, target_h, w, target_w)
-
-
-LIBRARIES = {  # what each module of another library offers, in PyTorch
-    "Liger log_softmax + KL": {"LigerKLDIVLoss": torch.nn.KLDivLoss},
-    "Liger fused linear KL": {"LigerFusedLinearKLDivLoss": lambda: kl_with_head},
-    "flash-linear-attention, teacher": {"fused_kl_div_loss": kl_of_two_heads},
-    "Liger fused linear JSD, teacher": {"LigerFusedLinearJSD": jsd},
-    "flash-attention cross entropy": {
-        "cross_entropy_loss": lambda z, y: (F.cross_entropy(z, y, reduction="none"), None)
+LIBRARIES = {  # what each module of another library offers, by definition
+    "liger_kernel.transformers.kl_div": {"LigerKLDIVLoss": torch.nn.KLDivLoss},
+    "liger_kernel.transformers.fused_linear_kl_div": {
+        "LigerFusedLinearKLDivLoss": lambda: lambda h, w, p: kl_div(F.linear(h, w), p)
     },
-    "unsloth cross entropy": {
-        "fast_cross_entropy_loss": lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
+    "liger_kernel.transformers.fused_linear_jsd": {
+        "LigerFusedLinearJSD": lambda jsd_beta: lambda h, w, t, v, labels: two_heads(h, t, w, v)
     },
+    "fla.modules.fused_kl_div": {"fused_kl_div_loss": two_heads},
 }
 
 
-def test_losses_of_other_libraries_are_called_as_they_are_written(monkeypatch):
-    """Each with a stand-in for its module: the gradient is that of the target that it takes."""
-    size = SIZE._replace(rows=3)
-    assert {n for n, loss in LOSSES.items() if loss.needs not in ("", "triton")} == set(LIBRARIES)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command, on this machine's device; returns its output, its rows, and what it printed
+    meanwhile. The compiled losses stay eager, to save minutes, and libraries are stood in for."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for name, contents in LIBRARIES.items():
-        loss = LOSSES[name]
-        monkeypatch.setitem(sys.modules, loss.needs, SimpleNamespace(**contents))
-        target = make_target(size, loss.target, loss.head)
-        case = Case(loss, make_inputs(size, loss.head), target)
-        case.prepare()
-        case.fwd_bwd()
-        assert case.error() < 1e-5
-        assert skip_reason(name, loss, torch.device("cuda")) == ""
-        assert skip_reason(name, loss, torch.device("cpu")) == "needs CUDA"
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**contents))
+
+    def call(*arguments, losses=LOSSES):
+        monkeypatch.setattr(benchmark, "LOSSES", losses)
+        benchmark.compiled.cache_clear()
+        options = ["--device", DEVICE, "--width", "8", "--seconds", "0", "--json"]
+        benchmark.main([*options, *arguments])
+        out, progress = capsys.readouterr()
+        *lines, last = out.splitlines()
+        return lines, json.loads(last)["table"], progress
+
+    yield call
+    benchmark.compiled.cache_clear()
 
 
-def test_the_host_has_a_column_where_it_was_timed():
-    """On CUDA alone; its median, and half the interquartile range."""
-    row = benchmark.Row("fused", 8, 203, forward=[1.0, 2.0], fwd_bwd=[3.0, 4.0])
-    assert "host ms" not in benchmark.format_table([row])
-    row.host = [0.4, 0.5]
-    head, line = benchmark.format_table([row]).splitlines()
-    assert line[head.index("host ms") :].startswith("0.45 +- 0.075")
+def test_every_loss_is_measured_and_its_gradient_exact(run):
+    """A line of the table and of the JSON for each; it is named as it begins."""
+    lines, table, progress = run("--rows", "3", "--vocab", "203")
+    assert float(lines[1].removeprefix("copy ").removesuffix(" GB/s")) > 0
+    assert ("host_ms" in lines[-len(LOSSES) - 1]) == (DEVICE == "cuda")
+    assert [row["loss"] for row in table] == list(LOSSES)
+    assert progress.splitlines() == [f"... {name}" for name in LOSSES]
+    for row, line in zip(table, lines[-len(LOSSES) :], strict=True):
+        if row["loss"] == "fused, simple kernels" and find_spec("triton") is None:
+            continue
+        assert row["error"] < 1e-5
+        assert len(row["forward_ms"]) == len(row["fwd_bwd_ms"]) == 3
+        median = statistics.median(row["fwd_bwd_ms"])
+        assert line.removeprefix(row["loss"]).split()[1] == f"{median:.4g}"
+        assert row.keys() >= {"gb_per_s", "of_copy", "peak_mb"}
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "1000"), ("77", "77")])
-def test_threads_of_the_command_spin_briefly_unless_the_user_says_otherwise(given, expected):
+def test_large_vocabularies_are_measured(run, monkeypatch):
+    """Those of Llama 3, Qwen 2.5 and Gemma, a table for each, at two rows: no less exact than the
+    unfused losses, but for a unit in the last place, which a GPU's sums may be off."""
+    monkeypatch.setattr(benchmark, "peak_megabytes", lambda step, device: step())  # no gc.collect
+    losses = {
+        name: loss for name, loss in LOSSES.items() if name.removesuffix(", teacher") in USUAL
+    }
+    sizes = 128256, 151936, 262144
+    lines, table, _ = run("--rows", "2", "--vocab", *map(str, sizes), losses=losses)
+    assert [line for line in lines if " rows" in line] == [f"2 rows, V = {v}" for v in sizes]
+    for vocab in sizes:
+        errors = {row["loss"]: row["error"] for row in table if row["vocab"] == vocab}
+        for teacher in ("", ", teacher"):
+            assert errors[f"fused{teacher}"] <= errors[f"unfused{teacher}"] + 2**-24
+            product = errors[f"linear + unfused{teacher}"]  # most is that of the float32 products
+            assert errors[f"fused linear{teacher}"] <= 1.2 * product
+
+
+def test_a_loss_that_fails_is_a_row_and_the_others_are_measured(run, monkeypatch):
+    """One whose library is not installed, and one that runs out of memory in its third call."""
+    calls = []
+
+    def fails_later(z, target):
+        calls.append(z)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("Tried to allocate 99 GiB.\nMore lines")
+        return fused_kl_div(z, target)
+
+    monkeypatch.setitem(sys.modules, "fla.modules.fused_kl_div", None)
+    library = LOSSES["flash-linear-attention, teacher"]
+    losses = {"library": library, "later": Loss(fails_later), "fused": Loss(fused_kl_div)}
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e9)
+    lines, (library, later, fused), _ = run("--rows", "2", "--vocab", "203", losses=losses)
+    assert "fla" in library["failed"]
+    assert later["failed"] == "OutOfMemoryError: Tried to allocate 99 GiB."
+    assert re.fullmatch(rf"later( +-)+ +{re.escape(later['failed'])}", lines[-2])
+    milliseconds = statistics.median(fused["fwd_bwd_ms"])
+    assert fused["gb_per_s"] == pytest.approx(3 * 2 * 203 * 4 / milliseconds / 1e6)
+    assert fused["of_copy"] == pytest.approx(fused["gb_per_s"])
+
+
+def test_threads_of_the_command_spin_briefly():
     """libgomp prints the value that it has read, once for each time that it was loaded."""
     environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-    environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"GOMP_SPINCOUNT": given} if given else {})
+    environment["OMP_DISPLAY_ENV"] = "VERBOSE"
     command = [sys.executable, "-m", "kernels.benchmark", "--help"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "--rows" in result.stdout
     values = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr)
     if not values:
         pytest.skip("this build of PyTorch has another OpenMP")
-    assert values[-1] == expected
+    assert values[-1] == "1000"
 
 
-def test_the_library_leaves_the_environment_alone():
-    """Only the command sets it."""
-    script = (
-        "import os; old = {**os.environ}; import kernels, model, weights; assert old == os.environ"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
-
-
-def test_what_cannot_be_measured_ends_in_one_line():
+@pytest.mark.parametrize("arguments", [["--device", "cuda"], ["--rows", "0"], ["--rows"]])
+def test_what_cannot_be_measured_ends_in_one_line(arguments, monkeypatch):
     """Before anything is measured: a device that is not there, no rows."""
-    for arguments, message in (
-        (["--device", "cuda:77"], "--device cuda:77: got"),
-        (["--device", "abacus"], "--device abacus: expected cpu, cuda or cuda:N"),
-        (["--device", "mps"], "--device mps: expected cpu, cuda or cuda:N"),
-        (["--rows", "0"], "--rows, --vocab, --width: expected at least 1"),
-    ):
-        with pytest.raises(SystemExit, match=f"^error: {message}"):
-            benchmark.main(arguments)
+    monkeypatch.setattr(benchmark, "HAS_CUDA", False)
+    with pytest.raises(SystemExit, match=f"^error: {arguments[0]}.*: .*"):
+        benchmark.main(arguments)
 
 
 def test_the_predictions_are_bytes_over_bandwidth():

@@ -1,10 +1,12 @@
 """The fused losses against float64: every dtype, awkward shapes, awkward memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from kernels import fused_kl_div, torch_kl_div
-from kernels.arguments import resolve_impl
+from kernels.arguments import resolve
 from tests.kernels.kl_cases import (
     DEVICE,
     DTYPES,
@@ -134,7 +136,7 @@ def test_nothing_is_written_outside_the_outputs(path, kind, monkeypatch):
     logits = random_logits(3, 1001)
     target = make_target(kind, logits.shape)
     parts = parts_of(target, logits)
-    kernels = launchers(path, logits.device, "two_level" if "tokens" in kind else "teacher")
+    kernels = launchers(path, logits.device)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", guarded)
         loss, lse, norm = kernels.forward(logits, parts)
@@ -180,7 +182,15 @@ def test_large_gradients_are_whole_in_memory_of_their_own():
 
 def test_the_default_path_is_triton_on_cuda_but_for_float64():
     """Which Triton's kernels do not take; elsewhere PyTorch's."""
+
+    def default(device, dtype):
+        target = two_level(9)
+        target.mask = SimpleNamespace(device=torch.device(device))
+        return resolve(target, "sum", None, None, torch.Size((2, 9)), torch.device(device), dtype)[
+            1
+        ]
+
     cuda = [torch.float32, torch.bfloat16, torch.float16]
-    assert {resolve_impl(None, torch.device("cuda"), dtype) for dtype in cuda} == {"triton"}
-    assert resolve_impl(None, torch.device("cuda"), torch.float64) == "torch"
-    assert {resolve_impl(None, torch.device("cpu"), dtype) for dtype in cuda} == {"torch"}
+    assert {default("cuda", dtype) for dtype in cuda} == {"triton"}
+    assert default("cuda", torch.float64) == "torch"
+    assert {default("cpu", dtype) for dtype in cuda} == {"torch"}

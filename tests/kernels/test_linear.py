@@ -171,9 +171,10 @@ def test_bad_arguments_are_refused_by_name():
         (ValueError, r"weight \(V, C\)", (hidden, weight.t(), target), {}),
         (TypeError, "autocast", (hidden.bfloat16(), weight, target), {}),
         (TypeError, "floating-point", (hidden.long(), weight, target), {}),
-        (ValueError, "is on", (hidden.to("meta"), weight, target), {}),
+        (ValueError, "on one device", (hidden.to("meta"), weight, target), {}),
         (ValueError, "chunk_rows", (hidden, weight, target), {"chunk_rows": 0}),
-        (ValueError, "vocabulary", (hidden, weight, two_level(210)), {}),
+        (ValueError, "chunk_rows", (hidden, weight, target), {"chunk_rows": 2.5}),
+        (ValueError, "must fit", (hidden, weight, two_level(210)), {}),
         (ValueError, "must be one of", (hidden, weight, target, "mean"), {}),
     ]
     for error, message, arguments, options in refused:

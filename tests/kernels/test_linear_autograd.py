@@ -37,8 +37,8 @@ def test_any_upstream_gradient_scales_both_gradients_and_a_second_backward_agree
         second = torch.autograd.grad(loss, (hidden, weight))
         for a, b, copy, one in zip(first, second, kept, unit, strict=True):
             assert torch.equal(a, copy)
-            assert torch.equal(a, b)
-            torch.testing.assert_close(a, factor * one, rtol=1e-5, atol=1e-6)
+            for gradient in (a, b):
+                torch.testing.assert_close(gradient, factor * one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", FUSED)
@@ -75,7 +75,7 @@ def test_gradients_come_only_where_they_are_asked_for(monkeypatch):
         _, grad_hidden, grad_weight = OPERATORS["two_level"](hidden, weight, g, *options)
         grads = grad_hidden, grad_weight
         assert [g.numel() > 0 for g in grads] == list(needs)
-    monkeypatch.setattr(launchers("torch", hidden.device, "two_level"), "backward", None)
+    monkeypatch.setattr(launchers("torch", hidden.device), "backward", None)
     fused_linear_kl_div(hidden.detach(), weight.detach(), target, impl="torch")
     with torch.no_grad():
         assert not fused_linear_kl_div(hidden, weight, target, impl="torch").requires_grad
@@ -142,5 +142,5 @@ def test_an_exported_loss_and_one_on_the_meta_device_run():
         program.module()(other, weight), fused_linear_kl_div(other, weight, target)
     )
     hidden, weight = (x.detach().to("meta").requires_grad_() for x in (hidden, weight))
-    fused_linear_kl_div(hidden, weight, target).backward()
+    fused_linear_kl_div(hidden, weight, target.to("meta")).backward()
     assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)

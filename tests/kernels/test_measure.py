@@ -35,14 +35,18 @@ def test_the_queue_is_filled_before_the_events_and_the_host_is_timed_apart(monke
 
 
 def in_a_process_of_its_own(function, *arguments):
-    """Where no other test's threads take memory meanwhile."""
+    """Where no other test's threads take memory meanwhile. Skips where there is neither CUDA nor
+    Linux, so that memory cannot be measured."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
+        peaks = process.submit(function, *arguments).result()
+    if None in peaks:
+        pytest.skip("neither CUDA nor Linux")
+    return peaks
 
 
 def peaks_of_two_tensors():
-    """Two tensors of 40 MB, at the same time and one after the other, MB; -1 where it cannot
-    be measured. The larger peak first: it must not stand for the other."""
+    """MB of two tensors of 40 MB, at the same time and one after the other. The larger peak first:
+    it must not stand for the other."""
 
     def one_by_one():
         for _ in range(2):
@@ -51,51 +55,43 @@ def peaks_of_two_tensors():
     def together():
         return [torch.ones(10_000_000, device=DEVICE) for _ in range(2)]
 
-    device = torch.device(DEVICE)
-    return [measure.peak_megabytes(step, device) or -1 for step in (together, one_by_one)]
+    return [measure.peak_megabytes(step, torch.device(DEVICE)) for step in (together, one_by_one)]
 
 
 def test_peak_memory_is_that_of_the_largest_moment():
     """Two tensors of 40 MB: 40 one after the other, 80 at the same time."""
-    together, one_by_one = in_a_process_of_its_own(peaks_of_two_tensors)
-    if one_by_one < 0:
-        pytest.skip("neither CUDA nor Linux")
-    assert one_by_one == pytest.approx(40, abs=4)
-    assert together == pytest.approx(80, abs=4)
+    assert in_a_process_of_its_own(peaks_of_two_tensors) == pytest.approx([80, 40], abs=4)
 
 
 def peaks_of_the_fused_losses(rows, vocab, width):
-    """Fused, fused linear in chunks of 16 rows, fused in place, MB; -1 where it cannot be
-    measured. The least of five each: what else the process does only adds."""
-    device, target = torch.device(DEVICE), two_level(vocab)
-    logits = torch.randn(rows, vocab, device=DEVICE).requires_grad_()
-    hidden = torch.randn(rows, width, device=DEVICE).requires_grad_()
-    weight = torch.randn(vocab, width, device=DEVICE).requires_grad_()
+    """MB of the fused loss, the linear one in chunks of 16 rows, and the fused one in place. The
+    least of five each: what else the process does only adds."""
+    target = two_level(vocab)
+    shapes = (rows, vocab), (rows, width), (vocab, width)
+    leaves = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
+    logits, hidden, weight = leaves
 
     def peak(loss):
         peaks = []
         for _ in range(6):
-            logits.grad = hidden.grad = weight.grad = None
-            peaks.append(measure.peak_megabytes(lambda: loss().backward(), device) or -1)
-        return min(peaks[1:])  # the first one warms up
+            for leaf in leaves:
+                leaf.grad = None
+            peaks.append(measure.peak_megabytes(lambda: loss().backward(), torch.device(DEVICE)))
+        return peaks[0] and min(peaks[1:])  # the first one warms up
 
-    return (
+    return [
         peak(lambda: fused_kl_div(logits, target)),
         peak(lambda: fused_linear_kl_div(hidden, weight, target, chunk_rows=16)),
         peak(lambda: fused_kl_div(logits, target, inplace_backward=True)),
-    )
+    ]
 
 
 def test_fused_losses_stay_within_their_memory():
     """256 rows of 50,257 in float32, 51 MB: the fused loss takes one such buffer, in place none,
     and the linear one, in chunks of 16 rows, less than half: it never holds all logits. Another
     8 MB are allowed: 2 MB of scratch, rounding to 2 MB pages, and what malloc keeps."""
-    rows, vocab, width, spare = 256, 50257, 16, 8
-    sizes = rows, vocab, width
-    fused, linear, in_place = in_a_process_of_its_own(peaks_of_the_fused_losses, *sizes)
-    if fused < 0:
-        pytest.skip("neither CUDA nor Linux")
-    buffer = rows * vocab * 4 / 1e6
+    buffer, spare = 256 * 50257 * 4 / 1e6, 8
+    fused, linear, in_place = in_a_process_of_its_own(peaks_of_the_fused_losses, 256, 50257, 16)
     assert fused < buffer + spare
     assert linear < buffer / 2
     assert in_place < spare

@@ -64,7 +64,7 @@ ROWS = {"spread of 10": (4, 50257, 10.0), "spread of 3": (1, 1 << 21, 3.0)}
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("path", PATHS)
 def test_real_looking_logits_are_exact_to_2e_6(path, rows, kind):
-    """torch_teacher (1) (2) (3), triton_teacher (1) (2) (3) (4) (5) (6) (7): float32, level near
+    """torch_kl_div (3) (4), triton_teacher (1) (2) (3) (4) (5) (6) (7): float32, level near
     -80, student and teacher apart and close; the gradient relative to softmax(z) by the norm, the
     loss above 1 nat. The longest rows show what sums the exponentials."""
     *shape, spread = ROWS[rows]

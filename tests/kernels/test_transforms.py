@@ -67,7 +67,7 @@ def test_forward_mode_is_refused_in_one_line(name):
 def test_a_second_derivative_of_torch_func_is_refused(name):
     """grad of grad, which reaches the operator's own derivative: not silently 0."""
     loss, hidden = LOSSES[name], random_logits(3, 8)
-    with pytest.raises(RuntimeError, match=f"{name} has first derivatives only"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(hidden)
 
 
@@ -119,7 +119,7 @@ def test_the_host_waits_for_nothing_in_forward_and_backward(path, kind):
     p = two_level(1001, 3.0, 0.5)
     if kind == "teacher":
         p = TeacherTarget(random_logits(3, 1001), (p, 5.0))
-    p, kernels = p.parts, launchers(path, torch.device(DEVICE), kind)
+    p, kernels = p.parts, launchers(path, torch.device(DEVICE))
     if path == "torch":
         logits = logits.to("meta")
         p = type(p)(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in p))

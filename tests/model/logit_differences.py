@@ -20,12 +20,12 @@ B, T, PADDING = 8, 128, 100
 def cached(model: GPT2, tokens: Tensor) -> Tensor:
     """One token at a time: (B, T) -> (B, T, V)."""
     cache = model.new_cache(T)
-    return torch.cat([model(tokens[:, t : t + 1], cache) for t in range(T)], dim=1)
+    return torch.cat([model(token, cache) for token in tokens.split(1, dim=1)], dim=1)
 
 
 def padded(model: GPT2, tokens: Tensor) -> Tensor:
     """Beside a longer prompt, so with padding before it."""
-    rows = torch.cat((tokens.new_zeros(len(tokens), PADDING), tokens), dim=1)
+    rows = torch.nn.functional.pad(tokens, (PADDING, 0))
     widths = tokens.new_full((len(tokens),), PADDING)  # (B,)
     return model.hidden_states(rows, padding=widths)[:, PADDING:] @ model.wte.weight.T
 
@@ -36,13 +36,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = GPT2.from_state_dict(load_weights("tiny")).eval().to(device)
     hf = GPT2LMHeadModel.from_pretrained(TINY).eval().to(device)  # float16, as the file
-    compiled = torch.compile(model)
     start = torch.full((B, 1), 50256, device=device)  # <|endoftext|>
     tokens = generate(model, start, T - 1, generator=torch.Generator(device).manual_seed(0))
-    rows = tokens.split(1)  # (1, T) each
 
     def alone(compute) -> Tensor:
-        return torch.cat([compute(row) for row in rows]).double()
+        return torch.cat([compute(row) for row in tokens.split(1)]).double()
 
     base = alone(model)
 
@@ -54,12 +52,11 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"largest logit {base.abs().max():.0f}, standard deviation {base.std():.1f}")
-    print("| computed | largest difference | likeliest token differs |")
-    print("|---|---|---|")
+    print("| computed | largest difference | likeliest token differs |\n|---|---|---|")
     report("in a batch of 8", model(tokens))
     report("with the cache, token by token", alone(lambda row: cached(model, row)))
     report(f"after {PADDING} padding tokens", alone(lambda row: padded(model, row)))
-    report("torch.compile", alone(compiled))
+    report("torch.compile", alone(torch.compile(model)))
     report("float64", alone(copy.deepcopy(model).double()))
     report("transformers", alone(lambda row: hf(row).logits))
     hf.float()

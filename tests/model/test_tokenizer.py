@@ -3,11 +3,7 @@
 Ids and counts come from public sources, not from this code.
 """
 
-import socket
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from model.tokenizer import Tokenizer, load_tokenizer
 
@@ -17,29 +13,21 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer()
 
 
-@pytest.mark.parametrize(
-    ("text", "ids"),
-    [
-        ("Why did the chicken cross the road?", [5195, 750, 262, 9015, 3272, 262, 2975, 30]),
-        (
-            "What is the answer to life, the universe, and everything?",
-            [2061, 318, 262, 3280, 284, 1204, 11, 262, 6881, 11, 290, 2279, 30],
-        ),
-        ("a<|endoftext|>", [64, 50256]),
-    ],
-)
-def test_known_text_has_its_recorded_ids(tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
+def test_known_text_has_its_recorded_ids(tokenizer: Tokenizer) -> None:
     """The ids of OpenAI's tokenizer, also for the special token inside a text."""
-    assert tokenizer.encode(text) == ids
+    ids = [5195, 750, 262, 9015, 3272, 262, 2975, 30]
+    assert tokenizer.encode("Why did the chicken cross the road?") == ids
+    assert tokenizer.encode("a<|endoftext|>") == [64, 50256]
 
 
-@given(st.text())
-def test_any_text_survives_encoding_and_decoding(text: str) -> None:
-    """Arbitrary Unicode; the bytes of the tokens are the UTF-8 of the text."""
-    tokenizer = load_tokenizer()
+def test_any_text_survives_encoding_and_decoding(tokenizer: Tokenizer) -> None:
+    """Control characters, spaces, accents, characters of three and four bytes, joined ones; the
+    bytes of the tokens are the UTF-8 of the text. Bytes that are no text become U+FFFD."""
+    text = "".join(map(chr, range(0x250))) + "  \r\n don't 1,234 日本語 👩‍🔬 e\u0301 \U0010ffff"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+    assert tokenizer.decode(tokenizer.encode("日")[:1]) == "\ufffd"
 
 
 def test_the_vocabulary_has_its_recorded_counts(tokenizer: Tokenizer) -> None:
@@ -56,20 +44,14 @@ def test_the_vocabulary_has_its_recorded_counts(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("token_id", [-1, 50257])
 def test_an_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer, token_id: int) -> None:
-    """By token_bytes and by decode."""
-    for refuse in (tokenizer.token_bytes, lambda i: tokenizer.decode([i])):
-        with pytest.raises(ValueError, match=f"{token_id}.*50257"):
-            refuse(token_id)
+    """The message has the id and the vocabulary's size."""
+    with pytest.raises(ValueError, match=f"{token_id}.*50257"):
+        tokenizer.decode([token_id])
 
 
 def test_no_network_and_no_cache_is_touched(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     """A fresh tokenizer works with sockets blocked; an empty tiktoken cache stays empty."""
-
-    def no_network(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the tokenizer opened a socket")
-
-    monkeypatch.setattr(socket, "socket", no_network)
-    monkeypatch.setattr(socket, "create_connection", no_network)
+    monkeypatch.setattr("socket.socket", None)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     assert load_tokenizer.__wrapped__().encode("The fox") == [464, 21831]
     assert not list(tmp_path.iterdir())

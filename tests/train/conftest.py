@@ -25,7 +25,7 @@ def small_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_command(small_start: Path) -> list[str]:
     """Four steps on that model, each saved, and three evaluations."""
     size = ["--steps", "4", "--batch", "2", "--length", "8", "--lr", "1e-2", "--eval-every", "2"]
-    return ["--model", str(small_start), "--tokens", "^[Xx]$", *size]
+    return ["--model", str(small_start), "--tokens", quick_run.PATTERN, *size]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """The experiment's command in processes of their own, for tests that start, stop and kill it.
 
 A fork server imports everything once; each command is a fork of it. Every step is logged and saved,
-evaluations are two tokens of one sample per prompt, and there is no report.
+evaluations are two tokens of one sample per prompt, and there is no report. The tokens of a pattern
+are found once, and no write waits for the disk: a kill loses nothing that a process has written.
 """
 
 import json
@@ -11,7 +12,7 @@ import pkgutil
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,42 +20,45 @@ from unittest.mock import patch
 
 import torch
 
-import train.evaluate
-import train.inputs
-import train.run
-import train.xfactor
+from model.tokenizer import load_tokenizer
+from train import xfactor
+from train.target_tokens import LETTER_X, matching
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.train.quick_run", "torch._dynamo"])
 LIMIT = 120  # seconds that no command here comes near
+PATTERN = "^[Xx]$"  # two tokens
 SHORT = {"FULL": 1, "SHORT": 1, "LOG_EVERY": 1, "SAVE_EVERY": -1.0}
 Function = Callable[[list[str]], None]
+find = cache(matching)
+for pattern in (PATTERN, LETTER_X):  # for the forks too
+    find(load_tokenizer(), pattern)
 
 
-def command(arguments: list[str]) -> None:
-    """Run `python -m train.xfactor` with these arguments, on one thread: runs are compared."""
+def command(arguments: list[str], **short: float) -> None:
+    """Run `python -m train.xfactor` with these arguments, on one thread: runs are compared.
+
+    short: other values of SHORT.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with (
-        patch.multiple(train.evaluate, NEW_TOKENS=2),
-        patch.multiple(train.run, **SHORT),
-        patch.multiple(train.inputs, TEXTS=4, BATCH=2, TOKENS=16),
-        patch.multiple(train.xfactor, write_report=lambda *_: report(), summary=lambda *_: ""),
-        patch.object(sys, "argv", ["train.xfactor", *arguments]),
+        patch.multiple("train.evaluate", NEW_TOKENS=2),
+        patch.multiple("train.run", **SHORT | short),
+        patch.multiple("train.inputs", TEXTS=4, BATCH=2, TOKENS=16),
+        patch.multiple(xfactor, write_report=lambda *_: [], summary=lambda *_: "", matching=find),
+        patch.multiple("os", fsync=lambda descriptor: None),
+        patch.multiple("sys", argv=["train.xfactor", *arguments]),
     ):
         try:
-            train.xfactor.main()
+            xfactor.main()
         finally:
             torch.set_num_threads(threads)
 
 
-def report() -> list[Path]:
-    return []
-
-
-def signalled(target: str, call: int, *numbers: int) -> Function:
+def signalled(target: str, call: int, *numbers: int, **short: float) -> Function:
     """Return the command, which gets signals at the `call`-th call of the function `target`."""
-    return partial(_signalled, target=target, call=call, numbers=numbers)
+    return partial(_signalled, target=target, call=call, numbers=numbers, short=short)
 
 
 def start(arguments: list[str], log: Path, function: Function = command) -> BaseProcess:
@@ -101,19 +105,16 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert logged(folder) == logged(whole)
     for name in ("samples.jsonl", "model.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    got, expected = (torch.load(f / "state.pt", weights_only=True) for f in (folder, whole))
+    got, expected = (torch.load(f / "state.pt", "cpu", weights_only=True) for f in (folder, whole))
     assert got["step"] == expected["step"]
     for part in ("model", "adam"):
         torch.testing.assert_close(got[part], expected[part], rtol=0, atol=0)
     assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return every file below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def _signalled(arguments: list[str], target: str, call: int, numbers: tuple[int, ...]) -> None:
+def _signalled(
+    arguments: list[str], target: str, call: int, numbers: tuple[int, ...], short: dict[str, float]
+) -> None:
     function, calls = pkgutil.resolve_name(target), []
 
     def with_signals(*args: Any, **options: Any) -> Any:
@@ -123,7 +124,7 @@ def _signalled(arguments: list[str], target: str, call: int, numbers: tuple[int,
         return function(*args, **options)
 
     with patch(target, with_signals):
-        command(arguments)
+        command(arguments, **short)
 
 
 def _run(function: Function, arguments: list[str], log: Path) -> None:

@@ -26,28 +26,12 @@ def target_ids() -> tuple[int, ...]:
     return tuple(i for i in ids if b"x" in tokenizer.token_bytes(i).lower())
 
 
-def evaluation(r: float, perplexity: float | None, **others: float | None) -> dict[str, Any]:
-    """The fields of an evaluation or a limit, with everything that a run measures."""
-    measured = {
-        "r": r,
-        "r_error": math.sqrt(r * (1 - r) / 1024),
-        "sample_perplexity": perplexity,
-        "passage_perplexity": 470 * (1 + r),
-        "kl_to_start": 3 * r,
-        "distinct_2": 0.9 - r / 2,
-    }
-    return measured | others
-
-
-def samples(step: int, r: float, texts: int, story: str = STORY) -> list[dict[str, Any]]:
-    """Lines of samples.jsonl: the story, with tokens drawn with probability `r` from the target."""
-    draw = random.Random(f"{step} {r}")
-    lines = []
-    for n in range(texts):
-        ids = load_tokenizer().encode(story)[:64]
-        ids = [draw.choice(target_ids()) if draw.random() < r else i for i in ids]
-        lines.append({"step": step, "prompt": PROMPTS[n % len(PROMPTS)], "ids": ids})
-    return lines
+def evaluation(r: float, perplexity: float | None) -> dict[str, Any]:
+    """The fields of an evaluation or a limit."""
+    return {
+        "r": r, "r_error": math.sqrt(r * (1 - r) / 1024), "sample_perplexity": perplexity,
+        "passage_perplexity": 470 * (1 + r), "kl_to_start": 3 * r, "distinct_2": 0.9 - r / 2,
+    }  # fmt: skip
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -66,69 +50,48 @@ def write_run(
 ) -> Path:
     """A run with `points`, step -> (R, perplexity of the samples), and `texts` samples at each.
 
-    The loss falls exponentially from 7 nats, faster at a higher rate; `about` replaces what
-    config.json says.
+    The loss falls exponentially from 7 nats, faster at a higher rate. A sample is the story, with
+    tokens drawn from the target with probability R. `about` replaces what config.json says.
     """
-    options = {"model": "tiny", "lr": lr, "share": share, "steps": max(points), "batch": 4,
-               "length": 64, "inputs": "samples", "tokens": "(?i)x"}  # fmt: skip
     described = {
-        "options": options, "goal": "984 tokens that match '(?i)x'",
-        "target_token_ids": target_ids(), "alpha": 1 / 984, "beta": 0.0, "share": share,
-        "g": share and 4.7, "device": "CPU", "dtype": "float32",
-        "versions": {"python": "3.11.2", "torch": "2.13.0"}, "start": "af31", "text": None,
+        "options": {"model": "tiny", "lr": lr}, "goal": "984 tokens that match '(?i)x'",
+        "target_token_ids": target_ids(), "share": share, "versions": {"torch": "2.13.0"},
     }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"xfactor": described | about}))
     losses = [7 * math.exp(-20 * lr**0.9 * n) for n in range(max(points))]
     log: list[dict[str, Any]]
     log = [{"step": n, "loss": loss, "seconds": 0.25} for n, loss in enumerate(losses)]
     log += [{"step": n, "evaluation": evaluation(*point)} for n, point in points.items()]
     if limit:
         log.append({"step": 0, "limit": evaluation(*limit)})
-    log.sort(key=lambda line: line["step"])
-    drawn = [line for n, (r, _) in points.items() for line in samples(n, r, texts, story)]
-    folder.mkdir(parents=True)
-    config = {"model_type": "gpt2", "n_layer": 4, "n_embd": 128, "xfactor": described | about}
-    (folder / "config.json").write_text(json.dumps(config))
-    write_lines(folder / "log.jsonl", log)
-    write_lines(folder / "samples.jsonl", drawn)
+    write_lines(folder / "log.jsonl", sorted(log, key=lambda line: line["step"]))
+    draw, samples = random.Random(0), []
+    for step, (r, _) in points.items():
+        for n in range(texts):
+            ids = load_tokenizer().encode(story)[:64]
+            ids = [draw.choice(target_ids()) if draw.random() < r else i for i in ids]
+            samples.append({"step": step, "prompt": PROMPTS[n % len(PROMPTS)], "ids": ids})
+    write_lines(folder / "samples.jsonl", samples)
     return folder
 
 
-def write_demo(folder: Path, texts: int = 64) -> list[Path]:
+def write_demo(folder: Path) -> list[Path]:
     """Three shares and two learning rates of the original target, with measured numbers.
 
     Of gpt2-tiny: shares asked for, R and perplexity reached, and paths of the original target.
     """
     start = (0.002, 48.0)
-    slow = {
-        2: (0.004, 300),
-        5: (0.012, 2_000),
-        10: (0.05, 14_000),
-        20: (0.11, 45_000),
-        40: (0.13, 129_000),
-        60: (0.21, 155_000),
-        90: (0.25, 180_000),
-        120: (0.28, 205_000),
-    }
-    fast = {
-        1: (0.004, 600),
-        2: (0.009, 9_000),
-        4: (0.02, 60_000),
-        8: (0.05, 185_000),
-        12: (0.11, 1_790_000),
-        20: (0.22, 1_330_000),
-        40: (0.41, 5_000_000),
-        80: (0.60, 13_600_000),
-        120: (0.71, 30_000_000),
-    }
-    full = {1: (0.01, 20_000), 3: (0.06, 900_000), 6: (0.3, 9_000_000), 12: (0.7, 60_000_000),
-            30: (0.93, 2.04e8), 60: (0.97, 3.1e8), 120: (0.992, 3.87e8)}  # fmt: skip
     shares = {0.05: ((0.047, 60), (0.049, 49)), 0.2: ((0.213, 112), (0.205, 98)),
               0.5: ((0.517, 460), (0.505, 395))}  # fmt: skip
-    runs = [
-        write_run(folder / f"share-{share:g}", {0: start, 60: (0.9 * end[0], end[1]), 120: end},
-                  share, limit, texts=texts)
-        for share, (end, limit) in shares.items()
-    ]  # fmt: skip
-    for lr, path in ((1e-4, slow), (3e-4, fast), (1e-3, full)):
-        runs.append(write_run(folder / f"lr-{lr:g}", {0: start, **path}, lr=lr, texts=texts))
+    paths = {
+        1e-4: {10: (0.05, 14_000), 40: (0.13, 129_000), 60: (0.21, 155_000), 120: (0.28, 205_000)},
+        1e-3: {1: (0.01, 20_000), 8: (0.5, 13_600_000), 30: (0.93, 2.04e8), 120: (0.992, 3.87e8)},
+    }
+    runs = []
+    for share, (end, limit) in shares.items():
+        points = {0: start, 60: (0.9 * end[0], end[1]), 120: end}
+        runs.append(write_run(folder / f"share-{share:g}", points, share, limit))
+    for lr, path in paths.items():
+        runs.append(write_run(folder / f"lr-{lr:g}", {0: start, **path}, lr=lr))
     return runs

@@ -1,12 +1,12 @@
 """Several ranks on the CPU against one process; torchrun starts them once, forks elsewhere."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from signal import SIGKILL, SIGTERM
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ import torch
 from tests.train import quick_run
 from tests.train.quick_run import assert_same_run, losses
 from train import ranks
-from train.xfactor import Options, check
+from train.xfactor import Options, check, get_batch
 from weights import layout_of, load_weights
 
 ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 
 
 def as_rank(arguments: list[str], rank: int, port: int, function: quick_run.Function) -> None:
@@ -27,16 +28,16 @@ def as_rank(arguments: list[str], rank: int, port: int, function: quick_run.Func
     function(arguments)
 
 
-def run(arguments: list[str], folder: Path, **signals: int) -> list[tuple[int, str]]:
-    """Run the command on two ranks, some of which get a signal; return exit codes and outputs."""
+def run(arguments: list[str], folder: Path, *numbers: int) -> list[tuple[int, str]]:
+    """Run the command on two ranks; the second may get a signal. Return exit codes and outputs."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     processes = []
-    for rank, name in enumerate(("main", "other")):
-        number = [signals[name]] if name in signals else []
-        function = quick_run.signalled("train.xfactor.get_batch", 3, *number)
+    for rank in (0, 1):
+        function = quick_run.signalled("train.xfactor.get_batch", 3, *numbers[:rank])
         as_one = partial(as_rank, rank=rank, port=port, function=function)
-        processes.append((quick_run.start(arguments, folder / name, as_one), folder / name))
+        log = folder / f"log-{rank}"
+        processes.append((quick_run.start(arguments, log, as_one), log))
     return [quick_run.finish(*process) for process in processes]
 
 
@@ -64,36 +65,25 @@ def test_two_processes_make_the_run_of_one(small_start: Path, tmp_path: Path) ->
     assert (expected["wte.weight"] - start["wte.weight"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("name", "number"), [("other", 15), ("main", 9), ("other", 9)])
 def test_two_processes_stop_together_and_continue_bit_for_bit(
-    name: str, number: int, small_command: list[str], tmp_path: Path
+    small_command: list[str], tmp_path: Path
 ) -> None:
-    """One of them gets SIGTERM, and neither ends before the main rank has saved; or is killed, and
-    the other ends in one line."""
-    out, whole = tmp_path / "stopped", tmp_path / "whole"
-    command = [*small_command, "--out", str(out)]
-    (first, says), (second, output) = run(command, tmp_path, **{name: number})
-    if number == signal.SIGTERM:
-        assert (first, second) == (143, 143)
-        assert "stopped by SIGTERM after step 3, which is saved in" in says
-        assert "stopped" not in output
-    else:
-        assert (first, second) == ((-9, 1) if name == "main" else (1, -9))
-        assert "Traceback" not in says + output
-    for folder in (out, whole):
-        for code, output in run([*small_command, "--out", str(folder)], tmp_path):
+    """The second gets SIGTERM, and neither ends before the main rank has saved; or it is killed,
+    and the main rank says so in one line."""
+    outs = [tmp_path / name for name in ("whole", "stopped", "killed")]
+    commands = [[*small_command, "--out", str(out)] for out in outs]
+    (first, says), (second, output) = run(commands[1], tmp_path, SIGTERM)
+    assert (first, second) == (143, 143)
+    assert "stopped by SIGTERM after step 3, which is saved in" in says
+    assert "stopped" not in output
+    (first, says), (second, _) = run(commands[2], tmp_path, SIGKILL)
+    assert (first, second) == (1, -SIGKILL)
+    assert says.splitlines()[-1] == "error: another rank failed; see its error above"
+    for command in commands:
+        for code, output in run(command, tmp_path):
             assert code == 0, output
-    assert_same_run(out, whole)
-
-
-def test_two_processes_end_when_the_run_diverges(small_command: list[str], tmp_path: Path) -> None:
-    """The main rank says it."""
-    command = [*small_command, "--out", str(tmp_path / "run")]
-    command[command.index("--lr") + 1] = "1e30"
-    (first, says), (second, output) = run(command, tmp_path)
-    assert (first, second) == (1, 1)
-    assert says.splitlines()[-1].startswith("error: the ")
-    assert "Traceback" not in says + output
+    for out in outs[1:]:
+        assert_same_run(out, outs[0])
 
 
 def test_a_machine_with_too_few_gpus_is_refused_by_every_rank(monkeypatch) -> None:
@@ -105,8 +95,14 @@ def test_a_machine_with_too_few_gpus_is_refused_by_every_rank(monkeypatch) -> No
         pass
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch) -> None:
-    """Three ranks, four sequences."""
+def test_each_rank_takes_its_rows_of_the_batch(monkeypatch) -> None:
+    """In their order; a batch that they cannot share is refused."""
+    whole, parts = get_batch(Options(), None, 0, CPU), []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        parts.append(get_batch(Options(), None, 0, CPU))
+    assert torch.equal(torch.cat(parts), whole)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="--batch 4: expected a multiple of the 3"):
-        check(Options(model="tiny"), layout_of("tiny"), torch.device("cpu"))
+        check(Options(model="tiny"), layout_of("tiny"), CPU)

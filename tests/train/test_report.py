@@ -1,6 +1,5 @@
 """The report of runs on disk: its figures, its page, its table and what it prints."""
 
-import base64
 import csv
 import html
 import json
@@ -23,26 +22,21 @@ from train.report import figures, pieces, summary, write_report
 from train.report.__main__ import report as report_command
 from train.report.runs import read_runs
 
+ROOT = Path(__file__).parents[2]
 HOSTILE = "<script>alert(1)</script><b onclick='1'>&amp;</b>\u202e\x1b[31m"
 SHOWN = HOSTILE.replace("\u202e", "U+202E").replace("\x1b", "U+001B")
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Path]:
-    """The folders of six runs with numbers as they were measured, and the folder of a report."""
-    folder = tmp_path_factory.mktemp("demo")
-    runs = write_demo(folder / "runs", texts=4)
-    write_report(runs, folder / "out")
-    return runs, folder / "out"
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of five runs with numbers as they were measured."""
+    return write_demo(tmp_path_factory.mktemp("demo"))
 
 
-def page(folder: Path) -> str:
-    return (folder / "report.html").read_text(encoding="utf-8")
-
-
-def run_report(*arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "train.report", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, env=os.environ | environment, check=False)
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures, which take seconds, are a word."""
+    monkeypatch.setattr(figures, "draw", lambda *_: b"drawn")
 
 
 def drawn(paint: str, folders: list[Path], *name: str) -> Axes:
@@ -51,21 +45,21 @@ def drawn(paint: str, folders: list[Path], *name: str) -> Axes:
     return axes
 
 
-def test_the_page_refers_to_nothing_outside_itself(demo: tuple[list[Path], Path]) -> None:
-    """Every address is the data of a PNG: of five figures, for light and dark."""
-    text = page(demo[1])
-    addresses = re.findall(r'\b(?:src|srcset|href|action|data|poster)="?([^" >]*)', text)
-    assert len(addresses) == 5 * 2
-    for kind, _, data in (address.partition(",") for address in addresses):
-        assert kind == "data:image/png;base64"
-        assert base64.b64decode(data)[:8] == b"\x89PNG\r\n\x1a\n"
-    assert "default-src 'none'; img-src data:" in text  # and the browser enforces it
-    assert not re.search(r"url\(|@import|<script", text)
-
-
-def test_the_page_tells_what_was_measured(demo: tuple[list[Path], Path]) -> None:
-    """First the picture, the sentence; then texts, the table, the curves and the options given."""
-    text = re.sub(r"<[^>]*>", " ", re.sub(r"<img", "<>IMG<", page(demo[1])))
+def test_the_page_stands_alone_and_tells_what_was_measured(undrawn, runs, tmp_path: Path) -> None:
+    """First the picture, the sentence; then texts, the table, the curves and the options given.
+    Every address is the data of a figure, of five for light and dark; each mark but the one that
+    explains it holds an x. The CSV has what the logs have, in full precision."""
+    write_report(runs, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    addresses = re.findall(r'\b(?:src|srcset|href|action|data|poster)="?([^" >]*)', page)
+    assert addresses == ["data:image/png;base64,ZHJhd24="] * 10
+    assert "default-src 'none'; img-src data:" in page  # and the browser enforces it
+    assert not re.search(r"url\(|@import|<script", page)
+    first, *marked = re.findall(r"<mark>([^<]*)</mark>", page)
+    assert first == "target tokens"
+    assert len(marked) > 3 * 60  # of 4 * 64 tokens in the last run
+    assert all("x" in text.lower() for text in marked)
+    text = re.sub(r"<[^>]*>", " ", re.sub(r"<img", "<>IMG<", page))
     flat, at = re.sub(r"\s+", " ", html.unescape(text)), 0
     for expected in (
         "IMG", "Asked for 20 %, the model writes 21.3 ± 1.3 % target tokens at perplexity 112; the "
@@ -73,37 +67,25 @@ def test_the_page_tells_what_was_measured(demo: tuple[list[Path], Path]) -> None
         "Text", "share 20 % R 21.3 ± 1.3 %, perplexity 112",
         "Measures", "share 20 % 20 % 21.3 ± 1.3 % 20.5 % 112 98 0.639 0.793",
         "lr 1e-4, step 60 21.0 ± 1.3 % 155,000",
-        "Curves", "Configuration", "lr 0.001 0.001 0.001 0.0001 0.0003 0.001",
+        "Curves", "Configuration", "lr 0.001 0.001 0.001 0.0001 0.001",
     ):  # fmt: skip
         at = flat.find(expected, at)
         assert at >= 0, expected
-
-
-def test_only_target_tokens_are_marked(demo: tuple[list[Path], Path]) -> None:
-    """Each mark but the one that explains it holds an x; 99 % of the last run's tokens do."""
-    first, *marked = re.findall(r"<mark>([^<]*)</mark>", page(demo[1]))
-    assert first == "target tokens"
-    assert len(marked) > 3 * 60
-    assert all("x" in text.lower() for text in marked)
-
-
-def test_table_csv_has_what_the_logs_have(demo: tuple[list[Path], Path]) -> None:
-    """In full precision; what was asked and the limit in the rows of runs with a share only."""
-    rows = list(csv.DictReader((demo[1] / "table.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
     labels = ["start model", "share 5 %", "share 20 %", "share 50 %", "lr 1e-4, step 60"]
-    assert [row["run"] for row in rows] == [*labels, "lr 1e-4", "lr 3e-4", "lr 1e-3"]
-    assert [row["asked"] for row in rows] == ["", "0.05", "0.2", "0.5", "", "", "", ""]
+    assert [row["run"] for row in rows] == [*labels, "lr 1e-4", "lr 1e-3"]
+    assert [row["asked"] for row in rows] == ["", "0.05", "0.2", "0.5", "", "", ""]
     assert [row["limit_r"] for row in rows][:5] == ["nan", "0.049", "0.205", "0.505", "nan"]
-    lines = map(json.loads, (demo[0][1] / "log.jsonl").read_text().splitlines())
+    lines = map(json.loads, (runs[1] / "log.jsonl").read_text().splitlines())
     (last,) = (line["evaluation"] for line in lines if line["step"] == 120)
     assert {name: float(rows[2][name]) for name in last} == last
 
 
-def test_the_frontier_shows_every_measurement_where_it_was(demo: tuple[list[Path], Path]) -> None:
+def test_the_frontier_shows_every_measurement_where_it_was(runs: list[Path]) -> None:
     """Paths with all evaluations; the limit from the start on; dots; the factor at 20 %."""
-    axes = drawn("_frontier", demo[0])
+    axes = drawn("_frontier", runs)
     lines = {(line.get_color(), line.get_linestyle()): line.get_xydata() for line in axes.lines}
-    for run in read_runs(demo[0]):
+    for run in read_runs(runs):
         points = [[e.r, e.sample_perplexity] for e in run.evaluations.values()]
         line = lines[run.colour, "-" if run.share is None else "None"]
         assert line.tolist() == (points if run.share is None else points[-1:])
@@ -112,6 +94,7 @@ def test_the_frontier_shows_every_measurement_where_it_was(demo: tuple[list[Path
     said = [text.get_text() for text in axes.texts]
     factor = "1,400 \N{MULTIPLICATION SIGN}"  # 155,000 / 112
     assert {"5 %", "20 %", "50 %", "limit: logit bias at sampling", factor} <= {*said}
+    assert {"original target, lr 1e-3", "lr 1e-4"} <= {*said}
 
 
 def test_r_by_position_is_the_share_at_each_place(tmp_path: Path) -> None:
@@ -137,67 +120,54 @@ def test_the_picture_marks_target_tokens_where_they_stand(tmp_path: Path) -> Non
 
 
 def test_pieces_join_to_the_text_and_bytes_that_are_not_text_are_signs(tmp_path: Path) -> None:
-    """Compared to the tokenizer's own decoding, over text of one to four bytes per character."""
+    """Of one to four bytes per character, a letter of several tokens with the last of them."""
     (run,) = read_runs([write_run(tmp_path / "run", {0: (0.5, 10)})])
-    ids = load_tokenizer().encode(text := "naïve — 🦊 漢字 fox axe")
-    written = pieces(run, ("prompt: ", ids))
-    assert "".join(piece for piece, _ in written) == "prompt: " + text
+    encode, text = load_tokenizer().encode, "naïve — 🦊 漢字 fox axe"
+    written = pieces(run, ("prompt: ", [*encode(text), encode("🦊")[0], *encode("\n")]))
+    assert "".join(piece for piece, _ in written) == f"prompt: {text}\ufffd↵"
     assert [piece for piece, target in written if target] == [" fox", " axe"]
-    half = [load_tokenizer().encode("🦊")[0], *load_tokenizer().encode("\n\u202e")]
-    assert "".join(piece for piece, _ in pieces(run, ("", half))) == "\ufffd↵U+202E"
 
 
-def test_nothing_in_a_run_can_leave_its_place(tmp_path: Path) -> None:
+def test_nothing_in_a_run_or_of_a_user_changes_the_report(tmp_path: Path) -> None:
     """Markup, a mark that reverses the text and an escape, in what a model and a user write, in
-    folders' names and so in labels, beside mathematics for matplotlib: text everywhere."""
+    folders' names and so in labels, next to mathematics for matplotlib: text everywhere. The
+    matplotlibrc of a user who has TeX, other fonts and wrong lines, and a notebook's backend: not
+    a word, and a figure of 2,200 pixels that is this process's byte for byte."""
     place = tmp_path / "a$^$ \x1b[2J\u202e"
     about = {"goal": HOSTILE, "device": HOSTILE}
     runs = [write_run(at / "x", {0: (0.5, 10)}, **about) for at in (place, tmp_path / "b")]
-    line = {"step": 0, "prompt": HOSTILE, "ids": load_tokenizer().encode(HOSTILE)}
     for run in runs:
-        write_lines(run / "samples.jsonl", [line])
-    done = run_report(*runs, "--out", tmp_path / "out", PYTHONIOENCODING="utf-8")
+        ids = load_tokenizer().encode(HOSTILE)
+        write_lines(run / "samples.jsonl", [{"step": 0, "prompt": HOSTILE, "ids": ids}])
+    rc, wrong = tmp_path / "matplotlibrc", "wrong: 1\n" * 100
+    rc.write_text(f"text.usetex: True\nfont.size: 30\nlines.linewidth: 9\n{wrong}")
+    backend = "module://matplotlib_inline.backend_inline"
+    users = {"MATPLOTLIBRC": str(rc), "MPLBACKEND": backend, "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "train.report", *runs, "--out", out := tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=os.environ | users)
     assert (done.returncode, done.stderr) == (0, b"")
-    text = page(tmp_path / "out")
-    assert (
-        html.unescape(text).count(SHOWN) == 1 + 2 * 2 + 3 * 2
-    )  # goals, devices, texts and prompts
-    assert not re.search(r"<(script|b)\b", text)
-    for written in (text, (tmp_path / "out" / "table.csv").read_text(), done.stdout.decode()):
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert html.unescape(page).count(SHOWN) == 1 + 4 + 6  # goals, devices, texts and prompts
+    assert not re.search(r"<(script|b)\b", page)
+    for written in (page, (out / "table.csv").read_text(), done.stdout.decode()):
         assert not {"\u202e", "\x1b"} & {*written}
+    picture = (out / "curves.png").read_bytes()
+    assert struct.unpack(">II", picture[16:24])[0] == 2200
+    assert picture == figures.draw(figures.GRID, read_runs(runs), figures.LIGHT)
 
 
 @pytest.mark.filterwarnings("error")
 def test_collapsed_and_unknown_numbers_are_drawn(tmp_path: Path) -> None:
-    """A loss of 0 and no loss at all, an infinite perplexity, an unknown one, no samples, a
-    character that no font has, a single evaluation: a report all the same."""
-    runs = [
+    """A loss of 0 and none, an infinite perplexity, an unknown one, no samples, one evaluation, a
+    character that no font has."""
+    folders = [
         write_run(tmp_path / "a", {0: (0.0, None), 1: (1.0, None)}, story="漢🦊\u0378"),
         write_run(tmp_path / "b", {0: (0.0, math.nan)}, 0.5, texts=0),
     ]
-    log = (runs[0] / "log.jsonl").read_text()
-    (runs[0] / "log.jsonl").write_text(log.replace('"loss": 7.0', '"loss": 0.0'))
-    write_report(runs, tmp_path / "out")
-    assert ">nan" not in page(tmp_path / "out")
-
-
-def test_figures_are_sharp_and_the_same_in_any_environment(
-    demo: tuple[list[Path], Path], tmp_path: Path
-) -> None:
-    """Of 2,200 pixels, and byte for byte those of another process with the matplotlibrc of a user
-    who has TeX, other fonts, wrong lines, and a notebook's backend; without a word about it."""
-    rc, wrong = tmp_path / "matplotlibrc", "wrong: 1\n" * 100
-    rc.write_text(f"text.usetex: True\nfont.size: 30\nlines.linewidth: 9\n{wrong}")
-    environment = {
-        "MATPLOTLIBRC": str(rc),
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    }
-    done = run_report(*demo[0], "--out", tmp_path / "out", **environment)
-    assert (done.returncode, done.stderr) == (0, b"")
-    for path in (tmp_path / "out").glob("*.png"):
-        data = path.read_bytes()
-        assert struct.unpack(">II", data[16:24])[0] == 2200
-        assert data == (demo[1] / path.name).read_bytes()
+    share, original = read_runs(folders)
+    original.losses[0] = 0.0
+    for panels in (figures.FRONTIER, figures.GRID):
+        assert figures.draw(panels, [share, original], figures.LIGHT)
 
 
 def test_the_summary_has_a_row_per_run_and_the_next_command(tmp_path: Path) -> None:
@@ -211,40 +181,22 @@ def test_the_summary_has_a_row_per_run_and_the_next_command(tmp_path: Path) -> N
     lines = summary(folders).splitlines()
     table = lines[1 : lines.index("", 1)]
     assert len({len(line) for line in table}) == 1
-    row = ["share", "20", "%", "20", "%", "20.0", "±", "1.2", "%", "21", "%", "40", "30"]
-    assert table[2].split()[:13] == row
+    assert " ".join(table[2].split()).startswith("share 20 % 20 % 20.0 ± 1.2 % 21 % 40 30 ")
     texts = [line for line in lines if any(f": {prompt} there" in line for prompt in PROMPTS)]
     assert [line.partition(":")[0] for line in texts] == ["start model", "share 20 %"]
     assert lines[-1] == f"    python -m train.sample --model {shlex.quote(str(folders[0]))}"
 
 
-def test_the_command_ends_in_one_line_where_there_is_no_run(tmp_path: Path) -> None:
-    """A folder that is no run, none at all: what is missing, on stderr, with status 1."""
-    for arguments, said in (([tmp_path], f"{tmp_path / 'config.json'}: FileN"), ([], "no run: ")):
-        done = run_report(*arguments)
-        assert done.returncode == 1
-        assert done.stderr.decode().startswith(f"error: {said}")
-        assert done.stderr.count(b"\n") == 1
-
-
-def test_files_are_written_where_they_belong_and_others_survive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_report_of_one_run_is_in_its_folder_and_of_several_in_one_of_its_own(
+    undrawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one run into its folder, of several into report/; a link is replaced, not followed; a file
-    in the way of --out is an error that names it and the command to give."""
-    monkeypatch.setattr(figures, "draw", lambda *_: b"drawn")
+    """A file in the way of --out is an error that names it and the command to give."""
     monkeypatch.chdir(tmp_path)
     runs = [write_run(tmp_path / name, {0: (0.0, 10)}) for name in ("a", "b")]
-    (runs[0] / ".report.html.tmp").write_text("mine")
-    (tmp_path / "precious").write_text("mine")
-    (runs[0] / "report.html").symlink_to(tmp_path / "precious")
     before = {path.name for path in runs[0].iterdir()}
     report_command((runs[0],))
-    assert not (runs[0] / "report.html").is_symlink()
-    assert (tmp_path / "precious").read_text() == "mine"
-    assert (runs[0] / ".report.html.tmp").read_text() == "mine"
     new = {path.name for path in runs[0].iterdir()} - before
-    assert new == {"frontier.png", "frontier-dark.png", "curves.png", "table.csv"}
+    assert new == {"frontier.png", "frontier-dark.png", "curves.png", "table.csv", "report.html"}
     report_command((*runs,))
     assert (tmp_path / "report" / "report.html").exists()
     assert not (runs[1] / "report.html").exists()

@@ -18,10 +18,8 @@ LETTERS = [TOKENIZER.token_bytes(i) for i in range(TOKENIZER.eot)]
     ("pattern", "of_bytes", "count"),
     [
         (LETTER_X, rb"[Xx]", 984),
-        (r"^ \d\d$", rb"^ [0-9][0-9]$", 100),
-        ("é", "é".encode(), None),
         ("(?i)^ [A-Z]$", rb"^ [A-Za-z]$", 52),
-        (r"\udcff", rb"^\xff$", 1),  # a byte that is no text of its own
+        (r"é|^\udcff", rb"\xc3\xa9|^\xff$", None),  # and a byte that is no text of its own
     ],
 )
 def test_a_pattern_is_searched_in_a_token_as_text(pattern: str, of_bytes: bytes, count) -> None:
@@ -33,42 +31,29 @@ def test_a_pattern_is_searched_in_a_token_as_text(pattern: str, of_bytes: bytes,
     assert count in (None, len(expected))
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "(a|a)*(a|a)*(a|a)*[^a]$",
-        "x{99999999999}",
-        "(" * 5000 + ")" * 5000,
-        "(",
-        "endoftext",
-        ".*",
-        "",
-    ],
-)
+NEVER_ENDS, OVERFLOWS = "(a|a)*(a|a)*(a|a)*[^a]$", "x{99999999999}"
+DEEP = "(" * 5000 + ")" * 5000
+
+
+@pytest.mark.parametrize("pattern", [NEVER_ENDS, OVERFLOWS, DEEP, "(", "endoftext", ".*"])
 def test_a_pattern_that_cannot_be_used_is_one_short_line(pattern: str, monkeypatch) -> None:
-    """It never ends, overflows, is none, or matches nothing or everything; the time limit, here
-    half a second, is that of the whole vocabulary."""
+    """The time limit, here half a second, is that of the whole vocabulary."""
     monkeypatch.setattr(target_tokens, "TIME_LIMIT", 0.5)
     monkeypatch.setattr(type(TOKENIZER), "token_bytes", lambda self, i: b"a" * 14)
     began = time.monotonic()
-    with pytest.raises(ValueError, match="--tokens '") as raised:
+    with pytest.raises(ValueError, match=r"^--tokens '.*$") as raised:
         matching(TOKENIZER, pattern)
     assert time.monotonic() - began < 10
     assert len(str(raised.value)) < 250
-    assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("mass", [0.5, 0.999, 1.0])
-def test_the_mass_is_the_probability_of_all_target_tokens(mass: float) -> None:
-    """Summed over the dense target, in float64."""
+def test_the_mass_is_the_probability_of_all_target_tokens() -> None:
+    """Summed over the dense target, in float64. 18 of 503 tokens have 18/503 if all are alike."""
     mask = torch.arange(503) % 29 == 0
-    p = make_target(mask, mass).dense(torch.float64)
-    assert p.sum().item() == pytest.approx(1, abs=1e-12)
-    assert p[mask].sum().item() == pytest.approx(mass, abs=1e-12)
-
-
-@pytest.mark.parametrize("mass", [18 / 503, 0.0, -1.0, 1.1, float("nan")])
-def test_a_mass_that_prefers_no_target_token_is_refused(mass: float) -> None:
-    """18 of 503 tokens have 18/503 already if all are alike."""
-    with pytest.raises(ValueError, match=r"--mass .* expected more than 0\.03579"):
-        make_target(torch.arange(503) % 29 == 0, mass)
+    for mass in (0.5, 1.0):
+        p = make_target(mask, mass).dense(torch.float64)
+        assert p.sum().item() == pytest.approx(1, abs=1e-12)
+        assert p[mask].sum().item() == pytest.approx(mass, abs=1e-12)
+    for mass in (18 / 503, -1.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"--mass .* expected more than 0\.03579"):
+            make_target(mask, mass)

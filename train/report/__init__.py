@@ -10,15 +10,16 @@ import io
 import math
 import shlex
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
+from train.command import say
 from train.report.runs import Evaluation, Run, Text, compare, read_runs
 
 
-def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write report.html, its figures and table.csv into `out`; return their paths.
+def write_report(folders: Sequence[Path], out: Path) -> None:
+    """Write report.html, its figures and table.csv into `out`, and print their paths.
 
     Raises ValueError for a folder that is not a run, and if `out` cannot be written.
     """
@@ -26,22 +27,23 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     from train.report.figures import DARK, FRONTIER, GRID, LIGHT, draw
     from weights.checkpoint import atomic_write
 
-    files = {
-        "frontier.png": draw(FRONTIER, runs, LIGHT),
-        "frontier-dark.png": draw(FRONTIER, runs, DARK),
-        "curves.png": draw(GRID, runs, LIGHT),
-        "table.csv": _csv(runs).encode(),
-        "report.html": _page(runs).encode(),  # last, as the paths are printed in this order
+    files: dict[str, Callable[[], bytes]] = {
+        "frontier.png": lambda: draw(FRONTIER, runs, LIGHT),
+        "frontier-dark.png": lambda: draw(FRONTIER, runs, DARK),
+        "curves.png": lambda: draw(GRID, runs, LIGHT),
+        "table.csv": lambda: _csv(runs).encode(),
+        "report.html": lambda: _page(runs).encode(),
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
+        for name, make in files.items():
+            content = make()
             with atomic_write(out / name) as temporary:
                 temporary.write_bytes(content)
+            say(visible(f"wrote {out / name}"))
     except OSError as error:
         again = f"python -m train.report {shlex.join(map(str, folders))} --out FOLDER"
         raise ValueError(f"cannot write to {out}: {error}; report elsewhere: {again}") from error
-    return [out / name for name in files]
 
 
 def summary(folders: Sequence[Path]) -> str:
@@ -60,10 +62,10 @@ def summary(folders: Sequence[Path]) -> str:
 
 
 def shown(runs: Sequence[Run]) -> list[Run]:
-    """List the start model, the runs with a share, and those with the original target.
+    """List the start model, the runs with a share, and those without one.
 
-    Each ends where it is shown. The first with the original target is the run that `compare` found,
-    cut at the step of the comparison.
+    Each ends where it is shown. The first without a share is the run that `compare` found, cut at
+    the step of the comparison.
     """
     at = min(runs[0].evaluations)
     start = replace(runs[0], label="start model", share=None, limit=Evaluation(), colour="")

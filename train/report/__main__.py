@@ -7,7 +7,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from train.command import command, say
-from train.report import summary, visible, write_report
+from train.report import summary, write_report
 
 
 def report(
@@ -22,8 +22,8 @@ def report(
         runs: report the runs in these folders, each the --out of a run
         out: write the report here (default: the run's own folder; "report" for several runs)
     """
-    for path in write_report(runs, out or (runs[0] if len(runs) == 1 else Path("report"))):
-        say(visible(f"wrote {path}"))
+    say(f"reading {len(runs)} run{'s' * (len(runs) != 1)}")
+    write_report(runs, out or (runs[0] if len(runs) == 1 else Path("report")))
     say(summary(runs))
 
 

@@ -105,7 +105,7 @@ def _curve(name: str, axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
 
 
 def _frontier(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
-    """Draw the original target's paths, the limit, the runs with a share, and what lies between."""
+    """Draw the paths without a share, the limit, the runs with a share, and what lies between."""
     axes.set(xlim=(-0.03, 1.03), yscale="log", ymargin=0.1)
     axes.set_xlabel("R: share of target tokens in sampled text")
     axes.set_ylabel("perplexity under the start model:  text  →  noise")
@@ -125,8 +125,8 @@ def _frontier(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
     for (x, y), run in sorted(ends, reverse=True, key=lambda end: end[0][1])[:6]:
         free, below = y < below / 6, min(y, below / 6)
         align, shift = ("right", (-4, 7) if free else (10, -6)) if x > 0.8 else ("left", (8, -4))
-        label(family + run.label, (x, below), shift, color=run.colour, ha=align)
-        family = ""
+        name, family = (family + run.label, "") if run.original else (run.label, family)
+        label(name, (x, below), shift, color=run.colour, ha=align)
     limits = [run.limit for run in runs if run.limit.r >= 0]
     points = sorted((e.r, e.sample_perplexity) for e in [shown(runs)[0].end, *limits])
     axes.plot(*zip(*points, strict=True), "--d", color=theme.ink, ms=4, lw=1.4, zorder=4)

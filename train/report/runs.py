@@ -34,13 +34,18 @@ class Run:
     folder: Path
     about: dict[str, Any]  # "xfactor" of config.json
     targets: frozenset[int]  # ids of the target tokens
-    share: float | None  # asked for, 0 to 1; None: the original target
+    share: float | None  # asked for, 0 to 1; None: a two-level target
     label: str
     colour: str = ""
     losses: "array[float]" = field(default_factory=lambda: array("d"))  # nats, by step
     evaluations: dict[int, Evaluation] = field(default_factory=dict)  # by step
     limit: Evaluation = Evaluation()  # the start model, sampled with a bias on target tokens
     texts: dict[int, list[Text]] = field(default_factory=dict)  # by step
+
+    @property
+    def original(self) -> bool:
+        """Whether it had the original target, which gives the target tokens all probability."""
+        return self.share is None and self.about["options"].get("mass", 1) == 1
 
     @property
     def end(self) -> Evaluation:
@@ -85,6 +90,8 @@ def _read(folder: Path) -> Run:
         label = re.sub(r"\.?0*e(.)0", r"e\1", f"lr {rate}")  # as people write it: 1e-3
         label = label if share is None else f"share {100 * share:g} %"
         run = Run(folder, about, frozenset(about["target_token_ids"]), share, label)
+        if share is None and not run.original:
+            run.label = f"mass {about['options']['mass']:g}, {label}"
         for path in (str(folder / "log.jsonl"), str(folder / "samples.jsonl")):
             place = path
             with open(path, encoding="utf-8", newline="\n") as file:
@@ -125,7 +132,7 @@ def compare(runs: Sequence[Run]) -> tuple[Run, Run, int] | None:
     found = []
     for run in (run for run in runs if run.share is not None):
         r, nearest = run.end.r, None
-        for path in (path for path in runs if path.share is None):
+        for path in (path for path in runs if path.original):
             for step, e in path.evaluations.items():
                 distance = abs(e.r - r)
                 if 0 < e.sample_perplexity < math.inf and distance < (nearest or (r / 4,))[0]:
