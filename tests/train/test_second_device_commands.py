@@ -33,7 +33,7 @@ WAITS = (
     "GPT2.from_state_dict(start.state_dict()).to(device)",
     "start.to(device)",
     "x.to(device) for x in tokens",
-    "self.levels.to(device",
+    "self.parts.levels.to(device",
     "target.index.tolist()",
     "sampled.flatten().cpu()",
     "log_p[..., mask]",
