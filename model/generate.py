@@ -26,24 +26,25 @@ def generate(
     """Continue a batch of prompts.
 
     Args:
-        model: in the mode the caller has set. A model with dropout needs `model.eval()` first.
-        tokens: int64 (B, T) on the model's device; or a list of lists of ids, which may have
-            different lengths: each is continued as if it were alone. No prompt may be empty.
+        model: used in the mode that the caller has set. With dropout, call `model.eval()` first.
+        tokens: int64 (B, T) on the model's device; or a list of lists of ids of any lengths, each
+            of which is continued as if it were alone. No prompt may be empty.
         max_new_tokens: T + max_new_tokens may not exceed the model's n_positions.
-        temperature: logits are divided by it before the softmax; 0 takes the likeliest token.
+        temperature: divide the logits by it before the softmax; 0 takes the likeliest token.
         top_k: sample among the k likeliest tokens only; None means all of them.
-        generator: on the model's device; the same seed gives the same text. None: torch's own.
+        generator: on the model's device; the same seed gives the same text. None means torch's
+            default generator.
         stop: the token that ends a row, such as 50256, <|endoftext|>; None for full length.
-        logit_bias: (V,), on the model's device; added to the logits before the temperature
-            divides them. -inf bans a token.
+        logit_bias: (V,), on the model's device; added to the logits before they are divided by the
+            temperature. -inf bans a token.
 
-    Where a row of logits has a NaN or +inf, or only -inf, sampling takes the last token.
-    torch.multinomial would refuse it, and on CUDA that ends the process.
+    If a row of logits has a NaN or +inf, or only -inf, sampling takes the last token.
+    torch.multinomial would raise, and on CUDA end the process.
 
     Returns:
-        The prompts with their continuations: for a tensor int64 (B, T + max_new_tokens), with
-        `stop` repeated where a row has ended, and no columns after the last row has; for a list
-        a list of lists, each cut after its `stop`.
+        The prompts with their continuations. For a tensor, int64 (B, T + n): ended rows repeat
+        `stop`, and n is max_new_tokens or less, if all rows end earlier. For a list, a list of
+        lists, each cut after its `stop`.
 
     Raises:
         ValueError: an argument out of its range, or an id outside the vocabulary.
@@ -90,7 +91,7 @@ def stream(
 
 
 def _pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the prompts at the right of (B, T), and (B,) the widths of the padding before them."""
+    """Return the prompts, right-aligned in (B, T), and the widths of their padding, (B,)."""
     T = max(map(len, prompts), default=0)
     widths = [T - len(prompt) for prompt in prompts]
     rows = [[0] * width + prompt for width, prompt in zip(widths, prompts, strict=True)]
@@ -108,8 +109,8 @@ def _pick(
     ids = None
     if top_k is not None and top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k)  # exactly k, even if the k-th and the next are equal
-    # Inverse transform sampling: torch.multinomial draws V random numbers per row instead of one,
-    # which takes most of a CPU's time, and ends the process on CUDA if a row is NaN.
+    # Inverse transform sampling. torch.multinomial draws V random numbers per row instead of one,
+    # which takes most of a CPU's time, and on CUDA it ends the process if a row is NaN.
     cdf = (logits / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
     drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)

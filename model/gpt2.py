@@ -6,11 +6,12 @@ Glossary
     B  batch: sequences side by side          C  n_embd: width of the residual stream
     T  tokens of each sequence in this call   H  n_head: attention heads
     S  positions attended to: past + T        D  C / H = 64: width of one head
-    V  vocab_size                             "x" is always the residual stream, (B, T, C)
+    V  vocab_size                             x  always the residual stream, (B, T, C)
+    wte, wpe  token and position embeddings   ln, attn  LayerNorm and attention
 
 "The paper" is Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): its
 section 2.3 describes the model. Parameters have the names and layouts of OpenAI's gpt-2 repository,
-so a checkpoint loads by name, unchanged.
+so a checkpoint loads by name.
 """
 
 import math
@@ -156,7 +157,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C); cache and mask are the attention's."""
+        """(B, T, C) -> (B, T, C); cache and mask go to the attention."""
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
@@ -180,14 +181,14 @@ class GPT2(nn.Module):
         """Return the normalised output of the last block, (B, T, C); logits = hidden @ wte^T.
 
         Args:
-            tokens: ids, int64 (B, T). Callers check that they lie in the vocabulary: to do so here
-                would wait for the device.
+            tokens: ids, int64 (B, T). Callers check that they lie in the vocabulary, because a
+                check here would wait for the device.
             cache: from `new_cache`; the tokens then follow those already in it.
             padding: int64 (B,), how many tokens at the start of each row are padding, so that
                 prompts of different lengths end together.
 
         Raises:
-            ValueError: tokens of another rank or dtype, none at all, or past the last position.
+            ValueError: tokens have a wrong rank or dtype, are empty, or pass the last position.
         """
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
             raise ValueError(
@@ -230,7 +231,7 @@ class GPT2(nn.Module):
         """Draw weights to train from scratch: N(0, 0.02), biases 0, gains 1.
 
         c_proj is divided by sqrt(2 n_layer), because 2 n_layer of them add up in x (the paper,
-        2.3). wpe has 0.02 as in transformers; OpenAI's code had 0.01.
+        2.3). wpe gets 0.02 as in transformers; OpenAI's code has 0.01.
         """
         if self.wte.weight.is_meta:
             return  # there is nothing to draw, and trying would import torch's compiler: seconds
@@ -247,10 +248,11 @@ class GPT2(nn.Module):
         """Return a model with these weights; their shapes determine its configuration.
 
         Args:
-            state_dict: official layouts, any floating dtype; parameters are float32. Prefixes of
-                transformers, torch.compile, DDP and Lightning, masks and a tied head are dropped.
-            assign: make float32 tensors the parameters themselves, without a copy. The model then
-                owns them: do not use the state dict for another. The default copies everything.
+            state_dict: tensors in the official layouts, of any floating dtype; the parameters are
+                float32. Prefixes of transformers, torch.compile, DDP and Lightning are stripped;
+                causal masks and a tied head are dropped.
+            assign: use float32 tensors as the parameters, without a copy. The model then owns them,
+                so do not build another from the same state dict. The default copies everything.
 
         Raises:
             ValueError: a name is missing or unexpected, or a shape or dtype is wrong.

@@ -14,8 +14,8 @@ HEAD = "lm_head.weight"  # a copy of wte.weight in some checkpoints
 def official_parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters by official name, without prefixes, masks and tied head.
 
-    Raises ValueError: what is no floating-point tensor, two tensors of one name, a head that is
-    not tied, no embeddings.
+    Raises ValueError: a value is not a floating-point tensor, two tensors have the same name, the
+    head is not tied, or an embedding is missing.
     """
     named: dict[str, Tensor] = {}
     for stored, tensor in state_dict.items():
@@ -24,11 +24,11 @@ def official_parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if not isinstance(tensor, Tensor):
             got = f"got {type(tensor).__name__}, expected a tensor"
-            raise ValueError(f"{stored}: {got}; if it holds the weights, pass it alone")
+            raise ValueError(f"{stored}: {got}; if it holds the weights, pass only that")
         if not tensor.is_floating_point():
             raise ValueError(f"{stored}: got {tensor.dtype}, expected a floating-point dtype")
         if name in named:
-            raise ValueError(f"{stored}: got {name} twice, with other prefixes")
+            raise ValueError(f"{stored}: got {name} twice, with different prefixes")
         named[name] = tensor.detach()
     for name in ("wte.weight", "wpe.weight"):
         if name not in named or named[name].dim() != 2:

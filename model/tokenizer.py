@@ -22,7 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 class Tokenizer:
     """Text to ids and back. There are `n_vocab` = 50,257 ids; the last, `eot`, ends a document.
 
-    An id outside [0, n_vocab) is a ValueError.
+    Methods raise ValueError for an id outside [0, n_vocab).
     """
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
@@ -70,7 +70,7 @@ def load_tokenizer() -> Tokenizer:
 def save_tokenizer(folder: Path) -> None:
     """Write the files from which transformers' AutoTokenizer makes this tokenizer.
 
-    A link in place of one of them is replaced, not followed.
+    If one of them is a link, it is replaced, not followed.
     """
     config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     files = {

@@ -1,12 +1,12 @@
-"""The experiment: `xfactor.py`, read top to bottom, and what it calls."""
+"""The experiment: read `xfactor.py` from top to bottom, then what it calls."""
 
 import os
 import signal
 import sys
 from types import FrameType
 
-# libgomp's threads spin at every barrier, which on a shared machine makes a step 30 times slower.
-# It reads this variable when torch is imported.
+# libgomp's threads spin at every barrier, which makes a step 30 times slower on a shared machine.
+# libgomp reads this variable when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
@@ -16,7 +16,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 # Importing torch takes seconds, and some of its C++ swallows a KeyboardInterrupt. There is nothing
-# to save yet, so a command leaves at once; train.command takes the signals over.
+# to save yet, so a command ends at once. train.command takes over the signals later.
 if sys.argv[:1] == ["-m"]:  # Python is still looking for the module to run
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:

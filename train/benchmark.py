@@ -3,11 +3,11 @@
     python -m train.benchmark
     python -m train.benchmark --model tiny --dtype float32 --repetitions 5
 
-Both start from the same random weights, saved in a temporary folder. Theirs trains with
-F.log_softmax, F.kl_div and torch.optim.Adam at their defaults; ours is the loop of train.xfactor.
-They take turns, each time in a new process, so that both see the same machine and neither inherits
-the other's settings. Only the third call is timed, because the first two also pay for new memory.
-The table shows medians, and the last line is JSON.
+Both models start from the same random weights, saved in a temporary folder. The training step of
+transformers is F.log_softmax, F.kl_div and torch.optim.Adam at their defaults; ours is the loop of
+train.xfactor. They take turns, each time in a new process, so that both see the same machine and
+neither inherits the other's settings. Only the third call is timed, because the first two also pay
+for new memory. The table shows medians, and the last line is JSON.
 
     load        from a file in the page cache to the logits of one token
     generate    greedy, batch size 1, with a key/value cache

@@ -34,10 +34,10 @@ class Stopped(BaseException):
 
 @contextmanager
 def command() -> Iterator[None]:
-    """Run the body of a command. An error ends it in one line, a signal with 128 + its number."""
+    """Run the body of a command. An error ends it with one line, a signal with 128 + its number."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # neither closed nor captured
-            stream.reconfigure(errors="backslashreplace")  # any terminal will do
+            stream.reconfigure(errors="backslashreplace")  # for terminals without Unicode
     try:
         with signals(hold=0):
             yield
@@ -62,7 +62,7 @@ def command() -> Iterator[None]:
 
 @contextmanager
 def signals(hold: int = 1) -> Iterator[list[int]]:
-    """Collect the first `hold` signals in the list that is yielded; the next raises Stopped."""
+    """Yield a list that collects the first `hold` signals; the next one raises Stopped."""
     received: list[int] = []
     at = -math.inf
 
@@ -117,7 +117,7 @@ def parse(options: type[T], description: str | None, prog: str) -> T:
 
 
 def expect(condition: bool, option: str, value: object, expected: str) -> None:
-    """Raise ValueError unless a condition on the value of an option holds."""
+    """Raise ValueError unless the condition on an option's value holds."""
     if not condition:
         raise ValueError(f"--{option} {value}: expected {expected}")
 

@@ -1,8 +1,8 @@
 """What fine-tuning did to the text: samples, R, perplexities, KL to the start, repetition.
 
-R is the share of target tokens among sampled ones. Sample perplexity scores the samples under the
-start model, the one before fine-tuning: do they still read as text? Passage perplexity scores a
-fixed text, which the embedded model was not trained on, under the fine-tuned model: how much was
+R is the share of target tokens among sampled tokens. Sample perplexity scores the samples under the
+start model (before fine-tuning): do they still read like text? Passage perplexity scores a fixed
+text, which the embedded model was not trained on, under the fine-tuned model: how much was
 forgotten? The KL divergence to the start model is the price of R in nats per token. None of these
 notices a loop ("Nix Nix Nix"); distinct-2 does.
 """

@@ -30,7 +30,7 @@ Line = dict[str, Any]
 def open_folder(out: Path) -> Iterator[None]:
     """Create a run's folder, or check that it holds a run, and lock it against other commands.
 
-    Raises ValueError if it is locked or holds something else, and for every OSError.
+    Raises ValueError if it is locked or holds something else, and instead of an OSError.
     """
     created = [path for path in (out, *out.parents) if not path.exists()]
     try:
@@ -91,7 +91,7 @@ def write_config(out: Path, layout: Layout, about: Mapping[str, Any]) -> None:
 
 
 def check_options(out: Path, options: Mapping[str, Any]) -> None:
-    """Raise ValueError if a run that has begun has another value of an option that matters."""
+    """Raise ValueError if a run has begun with another value of an option that matters."""
     saved = (read_config(out) or {"options": {}})["options"]
     for name, value in options.items():
         changed = name not in MAY_CHANGE and saved.get(name, value) != value
@@ -101,7 +101,7 @@ def check_options(out: Path, options: Mapping[str, Any]) -> None:
 
 
 def check_origin(out: Path, about: Mapping[str, Any]) -> None:
-    """Raise ValueError if a run that has begun has another start model or text."""
+    """Raise ValueError if a run has begun with another start model or text."""
     saved = read_config(out) or {}
     for name in ("start", "text"):
         if saved.get(name) != about[name] and has_begun(out):
@@ -115,7 +115,7 @@ def has_begun(out: Path) -> bool:
 
 
 def read_log(out: Path, name: str = LOG) -> list[Line]:
-    """Return the lines of a log, but for a last one that a kill cut off."""
+    """Return the lines of a log, without a last line that a kill cut off."""
     path = out / name
     try:
         text = path.read_text() if path.exists() else ""
@@ -134,7 +134,7 @@ def append(out: Path, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def lines_until(out: Path, step: int) -> dict[str, list[Line]]:
-    """Return the lines of each log up to `step` updates: none for 0, when nothing was saved.
+    """Return the lines of each log up to `step` updates; no lines for 0, when nothing was saved.
 
     Raises ValueError unless there is a loss for each of these updates.
     """
@@ -148,7 +148,7 @@ def lines_until(out: Path, step: int) -> dict[str, list[Line]]:
 
 
 def cut_logs(out: Path, step: int) -> tuple[set[int], int]:
-    """Drop what was logged after `step` updates; 0: everything.
+    """Drop what was logged after `step` updates; for 0, everything.
 
     Returns the steps that were evaluated, and how many losses were dropped.
     """

@@ -65,9 +65,9 @@ def make_inputs(
 ) -> tuple[Tensor | None, float | None]:
     """Return the text to train on, int64 (n,), or None for random ids; and the G of a share.
 
-    source: "random", "samples" or a file. Of the samples for a share, half are the start model's
-    own and half the tilted start's: the model must learn to write a first target token and to go
-    on after one.
+    source: "random", "samples" or a file. For a share, the start model writes half of the samples
+    and the tilted start the other half, because the model must learn to write a first target token
+    and to go on after one.
 
     Raises ValueError for a file that cannot be used.
     """

@@ -2,9 +2,9 @@
 
     python -m train.pretrain --text corpus.txt --held-out heldout.txt
 
-Next-token cross-entropy over all 50,257 tokens, AdamW, warm-up and cosine, bf16 autocast, dropout;
-on the CPU. Stop it at any time: the same command resumes from the last save, with the same batches,
-because the batch and the dropout of a step are drawn from seed + step alone.
+On the CPU: next-token cross-entropy over all 50,257 tokens, AdamW, warm-up and cosine, bf16
+autocast, dropout. Stop it at any time. The same command resumes from the last save, with the same
+batches, because the batch and the dropout of a step are drawn from seed + step alone.
 """
 
 import json
@@ -61,16 +61,16 @@ def read_ids(path: Path, length: int) -> Tensor:
 def share(corpus: Tensor, n_vocab: int) -> tuple[Tensor, Tensor]:
     """Renumber the tokens of a corpus from 0; all other tokens share the last id.
 
-    A corpus of 2 million tokens uses some 19,000 of the 50,257. The row of wte of a token that
-    never occurs is only ever pushed away from the hidden states, as is every other such row, so all
-    of them share one, which counts once per unused token in the softmax:
+    A corpus of 2 million tokens uses some 19,000 of the 50,257. Training only pushes the wte row of
+    an unused token away from the hidden states, and all such rows in the same way. So they share
+    one row, which counts once per unused token in the softmax:
 
         sum over V of e^z = sum over used tokens of e^z + n_unused e^z_unused
 
     This is exactly the full softmax, at 37 % of the work. In the end each unused token gets a copy.
 
-    Returns the new id of every token, (n_vocab,), and what is added to the logits, (size,): zeros,
-    and for the shared id log n_unused, as n_unused e^z = e^(z + log n_unused).
+    Returns the new id of every token, (n_vocab,), and a bias for the logits, (size,): log n_unused
+    for the shared id, because n_unused e^z = e^(z + log n_unused), and 0 for the others.
     """
     used = corpus.unique()
     shared = len(used)
@@ -117,7 +117,7 @@ def learning_rate(options: Options, step: int) -> float:
 
 @torch.no_grad()
 def held_out_loss(model: GPT2, bias: Tensor, ids: Tensor) -> float:
-    """Return nats per token of GPT-2 on shared ids (n,), in float32, over windows side by side."""
+    """Return the nats per token on shared ids (n,), in float32, over adjacent windows."""
     model.eval()
     T, total = model.config.n_positions, 0.0
     starts = range(0, len(ids) - 1, T)
@@ -130,7 +130,7 @@ def held_out_loss(model: GPT2, bias: Tensor, ids: Tensor) -> float:
 
 
 def pretrain(options: Options) -> None:
-    """Train, or resume training, and keep the weights with the least held-out loss.
+    """Train or resume, and keep the weights with the least held-out loss.
 
     Raises ValueError for texts or a save that cannot be used, and for a loss of NaN.
     """
@@ -150,7 +150,7 @@ def pretrain(options: Options) -> None:
     steps = range(int(log[-1]["step"]) if log else 0, options.steps)
     for step in progress(steps, "pretrain", len(steps)):
         model.train()
-        torch.manual_seed(options.seed + step)  # of the batch and the dropout
+        torch.manual_seed(options.seed + step)  # for the batch and the dropout
         starts = torch.randint(len(corpus) - T, (B, 1))
         windows = corpus[starts + torch.arange(T + 1)]  # (B, T + 1)
         with torch.autocast("cpu", torch.bfloat16):

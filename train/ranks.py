@@ -59,7 +59,7 @@ def join() -> Iterator[torch.device]:
     if world_size() == 1:
         yield device
         return
-    # Numbers of the CPU go through gloo, so that no rank waits for its GPU.
+    # Numbers on the CPU go through gloo, so that no rank waits for its GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
@@ -68,8 +68,8 @@ def join() -> Iterator[torch.device]:
         if "by peer" not in str(error):
             raise
         raise ValueError("another rank failed; see its error above") from error
-    # Skipped after an error: the other ranks may be in a collective that never completes, and
-    # leaving the group would wait for them. torchrun stops them once this process has ended.
+    # After an error this is skipped: the other ranks may be in a collective that never completes,
+    # and leaving the group would wait for them. torchrun stops them once this process has ended.
     # The group's threads must end before the interpreter does: one that frees a tensor later aborts
     # the process. They end with the last reference to the group, and if a group exists when
     # torch.distributed.nn.functional is first imported, its default arguments hold ten forever.

@@ -13,8 +13,8 @@ In every file, step n is the model after n updates.
 
 A save flushes the logs, then replaces state.pt by one rename. If the process dies at any point, the
 folder holds either no state (the run restarts) or a complete one, with every log line before it.
-Continuing drops the log lines after it and goes on to the same log, samples and weights: bit for
-bit on a CPU; up to rounding on CUDA, where the backward of attention adds in no fixed order.
+Continuing drops the later log lines and ends with the same log, samples and weights: bit for bit on
+a CPU, up to rounding on CUDA, where the backward of attention adds in no fixed order.
 """
 
 import math
@@ -60,7 +60,7 @@ class Run:
     saved: float = field(default_factory=time.perf_counter)  # and of the last save
 
     def load(self) -> bool:
-        """Restore the last save, if there is one, and return whether there was.
+        """Restore the last save, if any, and return whether there was one.
 
         Raises ValueError for a file that cannot be read or is not a state of this model.
         """
@@ -106,7 +106,7 @@ class Run:
     def record(self, step: int, received: list[int]) -> bool:
         """Log, save and evaluate what is due after `step` updates; return whether to end here.
 
-        received: the signals so far. Every rank must call this; the main one writes.
+        received: the signals so far. Every rank must call this; the main rank writes.
 
         Raises ValueError if the run has diverged or cannot be saved.
         """

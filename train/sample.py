@@ -4,7 +4,7 @@
     python -m train.sample --model gpt2-medium --temperature 0.8 --top-k 50
     python -m train.sample --model runs/xfactor --samples 3
 
-On a terminal, the target tokens of a run are highlighted. Control characters are escaped.
+On a terminal it highlights the target tokens of a run. It escapes control characters.
 """
 
 import codecs
@@ -39,7 +39,7 @@ class Options:
 
 
 def sample(options: Options) -> None:
-    """Print the samples; ValueError for weights that cannot be loaded or an option out of range."""
+    """Print samples; ValueError for weights that cannot be loaded or an option out of range."""
     expect(options.samples > 0, "samples", options.samples, "at least 1")
     expect(options.top_k >= 0, "top-k", options.top_k, "0 (all tokens) or more")
     expect(options.temperature >= 0, "temperature", options.temperature, "0 (greedy) or more")
@@ -65,7 +65,7 @@ def sample(options: Options) -> None:
                 if token != tokenizer.eot:
                     text = _visible(decoder.decode(tokenizer.token_bytes(token)))
                     say(HIGHLIGHTED.format(text) if text and token in targets else text, end="")
-        finally:  # also after Ctrl-C, whose message begins a line
+        finally:  # also after Ctrl-C: end the line before its message
             say(decoder.decode(b"", final=True))
 
 

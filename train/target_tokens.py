@@ -17,11 +17,11 @@ TIME_LIMIT = 10.0  # seconds that a pattern may take for the whole vocabulary
 def matching(tokenizer: Tokenizer, pattern: str) -> Tensor:
     """Return the tokens in which a regular expression is found, bool (V,).
 
-    A token is searched as text, with its leading space if it has one. The bytes of the 344 tokens
-    that are not valid UTF-8 on their own are lone surrogates. <|endoftext|>, a control token, never
+    A token is searched as text, with its leading space if it has one. 344 tokens are not valid
+    UTF-8 on their own; their bytes become lone surrogates. <|endoftext|>, a control token, never
     matches.
 
-    Raises ValueError for a pattern that is not one, matches no token or all, or takes too long.
+    Raises ValueError for a pattern that is invalid, matches no token or all, or takes too long.
     """
     end, found = time.monotonic() + TIME_LIMIT, []
     try:
@@ -41,9 +41,9 @@ def matching(tokenizer: Tokenizer, pattern: str) -> Tensor:
 def make_target(mask: Tensor, mass: float = 1.0) -> TwoLevelTarget:
     """Return the target that gives the tokens of a mask, bool (V,), the probability `mass`.
 
-    Each of them gets alpha = mass / |S| and each other token beta = (1 - mass) / (V - |S|).
+    Each of them gets alpha = mass / |S|, and each other token beta = (1 - mass) / (V - |S|).
 
-    Raises ValueError unless alpha > beta, which is mass > |S| / V.
+    Raises ValueError unless alpha > beta, that is, mass > |S| / V.
     """
     size, vocab = int(mask.sum()), len(mask)
     uniform = size / vocab

@@ -3,7 +3,7 @@
     python -m train.walkthrough                        the embedded checkpoint
     python -m train.walkthrough --model gpt2-medium    OpenAI's, or the path of another checkpoint
 
-The first block is shown step by step, in the names of `gpt2.py`; the others repeat it. Attention,
+It shows the first block step by step, with the names of `gpt2.py`; the others repeat it. Attention,
 one fused call there, is written out here, so this is also an independent check: the logits must
 equal `model(tokens)`.
 """
@@ -70,7 +70,7 @@ class Walk:
         return hidden, self.show("logits", "z = h wte^T: no bias", z, size)
 
     def block(self, block: Any, x: Tensor) -> Tensor:
-        """Show h.0, each half of which adds to the residual stream x, (B, T, C)."""
+        """Show h.0: each half adds to the residual stream x, (B, T, C)."""
         y = self.attention(block.attn, self.layer_norm("h.0.ln_1", block.ln_1, x))
         x = self.show("", "x = x + attn(ln_1(x))", x + y)
         mlp, y = block.mlp, self.layer_norm("h.0.ln_2", block.ln_2, x)
@@ -126,10 +126,10 @@ def divergences(h: Tensor, weight: Tensor, z: Tensor, target: TwoLevelTarget) ->
 def traffic(rows: int) -> dict[str, tuple[int, int]]:
     """Count how often loss and gradients read or write N V elements, and V C elements.
 
-    The loss alone is counted in kernels/triton_kl_div.py. The LM head adds a write of the logits,
-    two reads of their gradient, two reads of its weight and a write of the weight's gradient.
+    kernels/triton_kl_div.py counts the loss alone. The LM head adds a write of the logits, two
+    reads of their gradient, two reads of its weight and a write of the weight's gradient.
     fused_linear_kl_div reads the weight twice per chunk; the first chunk writes the weight's
-    gradient, and every other reads and writes it.
+    gradient, and every later chunk reads and writes it.
     """
     chunks = math.ceil(rows / CHUNK_ROWS)
     return {
@@ -159,8 +159,8 @@ def explain_loss(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
         formula = f"4 B * ({nv} N V + {vc} V C)" if vc else f"4 B * {nv} N V"
         megabytes = f"{4e-6 * (nv * N * V + vc * V * C):.1f} MB"
         fact(f"{name:26} {formula}", f"{nv * chr(0x2588)} {megabytes:>9}")
-    say("  Counted, not timed; N C is left out. fused_linear_kl_div saves memory, not traffic: it")
-    say(f"  holds the logits of {CHUNK_ROWS} rows at most, the others N rows and their gradient.")
+    say("  Counted, not timed; terms in N C are left out. fused_linear_kl_div saves memory, not")
+    say(f"  traffic: it holds the logits of {CHUNK_ROWS} rows at most; the others hold all N rows.")
 
 
 def fact(name: str, value: str) -> None:

@@ -6,9 +6,9 @@
     torchrun --nproc-per-node 2 -m train.xfactor                   data parallel
 
 Each step pulls the model's prediction at every position toward the target, a distribution over the
-tokens that contain the letter. The learning rate decides between a nudge and a collapse into noise.
-With --share 0.2 the target is the start model, the one before the first step, tilted so that 20 %
-of the tokens it writes contain the letter (train/share.py), and the text stays text.
+tokens that contain the letter. The learning rate decides how far the text collapses into noise.
+With --share 0.2 the target is the start model (before fine-tuning), tilted so that 20 % of the
+tokens it writes contain the letter (train/share.py), and the text stays text.
 
 One command is one run in one folder, --out. Give the same command again to continue it.
 """
@@ -63,7 +63,7 @@ class Options:
 
 
 def train(options: Options, run: Run, target: TwoLevelTarget) -> None:
-    """Fine-tune from the run's last save on."""
+    """Fine-tune, starting at the run's last save."""
     device = target.mask.device
     net: Any = ranks.parallel(run.model)
     if options.compile:
@@ -92,7 +92,7 @@ def get_batch(options: Options, text: Tensor | None, step: int, device: torch.de
 
     They are drawn on the CPU, so that a seed gives the same ids on every device, and copied from
     pinned memory, so that the copy does not wait for the device. Seeds are a million steps apart,
-    so that no two share a batch.
+    so two seeds share no batch.
     """
     generator = torch.Generator().manual_seed((options.seed * 1_000_003 + step) % 2**63)
     B, T = options.batch, options.length

@@ -19,14 +19,14 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> dict[str, Tensor]:
     download), "tiny" (embedded), a safetensors file, or a folder with a model.safetensors or its
     shards. Prefixes of transformers, torch.compile, DDP and Lightning are stripped.
 
-    Returns float32 tensors on the CPU; the file's may be float32, float16 or bfloat16. Each has its
+    The file may hold float32, float16 or bfloat16. Returns float32 tensors on the CPU, each in its
     own memory, aligned to 64 bytes, so a model can use it as a parameter without copying. Peak
     memory is the returned tensors and at most two more: the largest in half precision while it is
     converted, and an `lm_head.weight` until it is compared.
 
-    Raises WeightsError: no such file, not a complete safetensors file; names, shapes, dtypes,
-    values or a config.json that are not a GPT-2's; official weights that are not available or
-    whose hash is wrong.
+    Raises WeightsError if the file is missing or not a complete safetensors file; if its names,
+    shapes, dtypes, values or config.json are not a GPT-2's; if official weights are not available
+    or their hash is wrong.
     """
     from .official import OFFICIAL, read_official  # not above: it is also run as a module
 

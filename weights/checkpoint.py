@@ -72,7 +72,7 @@ def read_header(path: Path) -> Iterator[tuple[str, Entry]]:
         with open(path, "rb") as file:
             start = file.read(64)
         # Opening checks the header: its JSON, shape x dtype = bytes, and offsets without a gap.
-        # So sizes alone give the offsets, and a second parser that might disagree is not needed.
+        # So sizes alone give the offsets, without a second parser that might disagree.
         with safe_open(path, framework="numpy") as tensors:
             names = tensors.offset_keys()
             begin = 8 + int.from_bytes(start[:8], "little")
@@ -104,7 +104,7 @@ def read_entries(name_or_path: str | os.PathLike[str]) -> tuple[dict[str, Entry]
     for file in files:
         for name, entry in read_header(file):
             if name in entries:
-                raise WeightsError(f"{file}: {name[:80]!r}: got it twice, with other prefixes")
+                raise WeightsError(f"{file}: {name[:80]!r}: got it twice, with different prefixes")
             if len(entries) == MOST_TENSORS:
                 raise WeightsError(f"{file} is not a GPT-2: got more than {MOST_TENSORS:,} tensors")
             entries[name] = entry
@@ -179,11 +179,11 @@ def _official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name, source = official_name(stored), f"state_dict: {stored[:80]!r}"
         if not isinstance(tensor, Tensor):
             got = f"got {type(tensor).__name__}, expected a tensor"
-            raise WeightsError(f"{source}: {got}; if it holds the weights, pass it alone")
+            raise WeightsError(f"{source}: {got}; if it holds the weights, pass only that")
         if tensor.is_meta:
             raise WeightsError(f"{source}: got a meta tensor, expected one with values")
         if name in named:
-            raise WeightsError(f"{source}: got it twice, with other prefixes")
+            raise WeightsError(f"{source}: got it twice, with different prefixes")
         if not MASK.fullmatch(name):
             named[name] = tensor
     return named
@@ -197,8 +197,8 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
     transformers' GPT2LMHeadModel.from_pretrained(folder) reads the result. An existing file stays
     complete until the new one is on the disk.
 
-    Raises WeightsError if a tensor is missing, unknown, misshapen, of another dtype, without
-    values or not finite, and if the folder cannot be written.
+    Raises WeightsError if a tensor is missing, unknown, misshapen, of another dtype, on the meta
+    device or not finite, or if the folder cannot be written.
     """
     named = _official(state_dict)
     head = named.pop(HEAD, None)
@@ -224,12 +224,12 @@ def save_weights(state_dict: Mapping[str, Tensor], folder: str | os.PathLike[str
 
 @contextmanager
 def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
-    """Yield an empty temporary file beside `path`; what is written to it replaces `path`.
+    """Yield an empty temporary file next to `path`; what is written to it replaces `path`.
 
-    The replacement is a single rename of a file already on the disk, so a crash leaves the old
-    file or the new one, never a part of either, and a link at `path` is replaced, not followed.
-    If the body raises, the temporary file is removed and `path` stays as it was. A killed process
-    leaves it behind: in `staging`, if given, a folder on the same file system to be cleared later.
+    The replacement is a single rename of a file that is on the disk already, so a crash leaves the
+    old file or the new one, never a part of either. A link at `path` is replaced, not followed. If
+    the body raises, the temporary file is removed and `path` stays as it was. A killed process
+    leaves it behind, in `staging` if that is given: a folder on the same file system.
     """
     temporary = (staging or path.parent) / f".{path.name}.{secrets.token_hex(8)}.tmp"
     temporary.touch(exist_ok=False)
@@ -241,7 +241,7 @@ def atomic_write(path: Path, staging: Path | None = None) -> Iterator[Path]:
         fsync(temporary)
         os.replace(temporary, path)
     finally:
-        with suppress(OSError):  # it has replaced `path`, or an earlier error is to be reported
+        with suppress(OSError):  # it has replaced `path`, or an earlier error goes on
             temporary.unlink()
     fsync(path.parent)
 

@@ -42,7 +42,7 @@ def printable(text: str) -> str:
 class WeightsError(ValueError):
     """Weights that cannot be used. The message says what is wrong, what is expected, what to do."""
 
-    def __init__(self, *lines: str) -> None:  # names and paths in them are strangers' choices
+    def __init__(self, *lines: str) -> None:  # they quote names and paths that strangers chose
         super().__init__("\n".join(map(printable, lines)))
 
 
@@ -131,7 +131,7 @@ class Layout:
 
 def check_layout(found: dict[str, Shape], source: str) -> Layout:
     """Read the sizes off the shapes in `found` and check every name and shape against them."""
-    # Counted, not the largest index: a hostile h.999999999 must not size anything.
+    # Count the blocks: the largest index could be a hostile h.999999999.
     n_layer = len({m[1] for name in found if (m := re.match(r"h\.(\d+)\.", name))})
     wte, wpe = found.get("wte.weight", ()), found.get("wpe.weight", ())
     if not n_layer or len(wte) != 2 or not wpe or 0 in wte + wpe or wte[1] % HEAD_DIM:

@@ -3,7 +3,7 @@
     python -m weights.official gpt2-medium      # download and verify ahead of time
 
 A file comes from the local cache of huggingface_hub, under either of its two names, or is
-downloaded at the pinned revision. The hub's library only checks a download's size, so every load
+downloaded at the pinned revision. huggingface_hub checks only a download's size, so every load
 hashes what it reads.
 """
 
@@ -57,7 +57,7 @@ OFFICIAL = {
 
 
 def read_official(name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of an official model, downloaded if need be, and compare its hash last."""
+    """Yield the tensors of an official model, downloaded if need be; check the file's hash last."""
     path, digest = cached(name) or _download(name), hashlib.sha256()
     yield from read_tensors(path, digest)
     if (got := digest.hexdigest()) != (expected := OFFICIAL[name].sha256):
@@ -108,7 +108,7 @@ def _download(name: str) -> Path:
 def _wait_for_an_answer(client: Any, url: str) -> None:
     """Raise the client's error, or TimeoutError if the network is silent.
 
-    In a daemon thread, because looking up a name has no timeout: the process can end meanwhile.
+    A daemon thread asks: looking up a name has no timeout, and the process can end meanwhile.
     """
     answer: Future[None] = Future()
 

@@ -1,7 +1,7 @@
 """Report finished or interrupted runs: report.html, its figures as PNG, its table as CSV.
 
-The page stands alone: figures are embedded, nothing is fetched, no script runs. Each number in a
-sentence is computed from the runs' logs.
+The page is self-contained: it embeds the figures, fetches nothing and runs no script. Each number
+in a sentence is computed from the runs' logs.
 """
 
 import codecs
@@ -47,7 +47,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 
 
 def summary(folders: Sequence[Path]) -> str:
-    """Return for a terminal the table, a text before and after, and what to run next."""
+    """Return what a terminal shows: the table, a text before and after, and what to run next."""
     runs = read_runs(folders)
     rows, (best, sentence) = table(runs), finding(runs)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -64,8 +64,8 @@ def summary(folders: Sequence[Path]) -> str:
 def shown(runs: Sequence[Run]) -> list[Run]:
     """List the start model, the runs with a share, and those without one.
 
-    Each ends where it is shown. The first without a share is the run that `compare` found, cut at
-    the step of the comparison.
+    A run ends where it is shown. The first one without a share is the run that `compare` found, cut
+    at the step of the comparison.
     """
     at = min(runs[0].evaluations)
     start = replace(runs[0], label="start model", share=None, limit=Evaluation(), colour="")
@@ -113,7 +113,7 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
 def pieces(run: Run, text: Text) -> list[tuple[str, bool]]:
     """Return the prompt and what each token adds to it, and whether that is a target token.
 
-    A character that several tokens make is shown with the last one; other bytes become U+FFFD.
+    A character that takes several tokens is shown with the last one; invalid bytes become U+FFFD.
     """
     from model.tokenizer import load_tokenizer  # here, as it takes a second to import
 

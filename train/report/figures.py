@@ -72,7 +72,7 @@ def draw(panels: Any, runs: Sequence[Run], theme: Theme) -> bytes:
 def thin(values: Sequence[float], buckets: int) -> np.ndarray:
     """Return the indices of the lowest and the highest of each bucket of finite values.
 
-    With a bucket per pixel a long curve looks as it does with all its points.
+    With a bucket per pixel, a long curve looks the same as with all its points.
     """
     ys = np.asarray(values)
     parts = [part for part in np.array_split(np.flatnonzero(np.isfinite(ys)), buckets) if len(part)]
@@ -105,7 +105,7 @@ def _curve(name: str, axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
 
 
 def _frontier(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
-    """Draw the paths without a share, the limit, the runs with a share, and what lies between."""
+    """Draw the paths without a share, the limit, the runs with a share, and the gap between."""
     axes.set(xlim=(-0.03, 1.03), yscale="log", ymargin=0.1)
     axes.set_xlabel("R: share of target tokens in sampled text")
     axes.set_ylabel("perplexity under the start model:  text  →  noise")

@@ -64,8 +64,8 @@ class Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read the run in each folder; sort them by share, those without one last.
 
-    Raises ValueError, in one line: no run there, nothing measured yet, a damaged file, runs that
-    cannot be compared.
+    Raises ValueError: no run there, nothing measured yet, a damaged file, runs that cannot be
+    compared.
     """
     places = {folder.resolve(): folder for folder in folders}  # given twice, read once
     if not places:
@@ -124,10 +124,10 @@ def _add(run: Run, line: dict[str, Any]) -> None:
 
 
 def compare(runs: Sequence[Run]) -> tuple[Run, Run, int] | None:
-    """Find what the original target costs at about the R of a run with a share, the middle one.
+    """Find what the original target costs at about the R of the middle run with a share.
 
-    Returns that run, and the run with the original target and the step at which its R was nearest,
-    the perplexity known. None if none came within a quarter of that R.
+    Returns that run, and the run with the original target and the step at which its R came nearest
+    and its perplexity is finite. None if none came within a quarter of that R.
     """
     found = []
     for run in (run for run in runs if run.share is not None):
