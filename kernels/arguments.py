@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -38,12 +39,7 @@ def resolve(
             f"the target must fit logits of shape {tuple(shape)} on {device}, got {target}; build "
             "it for them, or move a TwoLevelTarget once by target.to(device)"
         )
-    if impl is None:
-        impl = "triton" if device.type == "cuda" and dtype != torch.float64 else "torch"
-    if impl not in MODULES:
-        raise ValueError(f"impl must be one of {list(MODULES)} or None, got {impl!r}")
-    if impl != "torch" and dtype == torch.float64:
-        raise TypeError(f'impl={impl!r} takes no float64 logits; pass impl="torch"')
+    impl = resolve_impl(impl, device, dtype)
     if impl == "triton-simple" and isinstance(target, TeacherTarget):
         raise TypeError('impl="triton-simple" takes a TwoLevelTarget only; pass impl="triton"')
     if row_weights is None:
@@ -58,19 +54,27 @@ def resolve(
     return target, impl, row_weights.reshape(-1).to(wide)
 
 
-def product_dtype(hidden: Tensor, weight: Tensor, whose: str = "") -> torch.dtype:
-    """The dtype in which F.linear would multiply; TypeError if it would not."""
-    device = hidden.device.type
-    dtypes = [hidden.dtype, weight.dtype]
-    if device != "meta" and torch.is_autocast_enabled(device):  # "meta" would be an error
-        narrow = torch.get_autocast_dtype(device)
-        dtypes = [dtype if dtype == torch.float64 else narrow for dtype in dtypes]
-    if dtypes[0] != dtypes[1]:
-        raise TypeError(
-            f"{whose}hidden is {hidden.dtype}, weight {weight.dtype}: convert one, or use "
-            "torch.autocast (which leaves float64 as it is)"
-        )
-    return dtypes[0]
+def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Name the path for logits of this device and dtype; ValueError or TypeError if none."""
+    if impl is None:
+        return "triton" if device.type == "cuda" and dtype != torch.float64 else "torch"
+    if impl not in MODULES:
+        raise ValueError(f"impl must be one of {list(MODULES)} or None, got {impl!r}")
+    if impl != "torch" and dtype == torch.float64:
+        raise TypeError(f'impl={impl!r} takes no float64 logits; pass impl="torch"')
+    return impl
+
+
+def product_dtype(rows: Tensor, weight: Tensor, whose: str = "") -> torch.dtype:
+    """The dtype in which F.linear multiplies these (N, C) and (V, C); ValueError if it does not."""
+    try:
+        return F.linear(rows[:0].detach(), weight[:0].detach()).dtype
+    except RuntimeError as error:
+        raise ValueError(
+            f"{whose}hidden must be (..., C), weight (V, C), both of one dtype or under autocast "
+            f"(which leaves float64 alone), on one device; got {described(rows)}, "
+            f"{described(weight)}"
+        ) from error
 
 
 def refuse_forward_mode(name: str, *arguments: Tensor) -> None:

@@ -42,6 +42,7 @@ from torch import Tensor
 from . import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
 from .measure import copy_bandwidth, format_table, milliseconds, peak_megabytes
 from .reference import kl_div
+from .target import Target
 
 HAS_CUDA = torch.cuda.is_available()
 ERROR_ROWS = 16
@@ -81,41 +82,30 @@ class Loss:
     """A loss to be measured: run(logits, target), or run(hidden, weight, target)."""
 
     run: Callable[..., Tensor]
-    target: str = "two-level"  # what it takes: see make_target
+    teacher: bool = False  # whether the target is a teacher, as large as the student
     head: bool = False  # whether it takes hidden states and weight
     in_place: bool = False  # whether it overwrites the logits
-
-
-def liger(module: str, name: str) -> Any:
-    """A class of Liger's; like flash-linear-attention, it needs CUDA."""
-    return getattr(import_module(f"liger_kernel.transformers.{module}"), name)
 
 
 LOSSES = {
     "unfused": Loss(kl_div),
     "unfused, compiled": Loss(lambda z, target: compiled()(z, target)),
     "fused": Loss(fused_kl_div),
-    "fused, in place": Loss(partial(fused_kl_div, inplace_backward=True), in_place=True),
-    "fused, simple kernels": Loss(partial(fused_kl_div, impl="triton-simple")),
-    "Liger log_softmax + KL": Loss(
-        lambda z, p: liger("kl_div", "LigerKLDIVLoss")(reduction="batchmean")(z.log_softmax(-1), p),
-        "dense"),
     "linear + unfused": Loss(lambda h, w, target: kl_div(F.linear(h, w), target), head=True),
     "fused linear": Loss(fused_linear_kl_div, head=True),
-    "Liger fused linear KL": Loss(
-        lambda h, w, p: liger("fused_linear_kl_div", "LigerFusedLinearKLDivLoss")()(h, w, p),
-        "dense", head=True),
-    "flash-linear-attention, teacher": Loss(
+}
+LOSSES |= {f"{name}, teacher": replace(loss, teacher=True) for name, loss in LOSSES.items()} | {
+    "fused, in place": Loss(partial(fused_kl_div, inplace_backward=True), in_place=True),
+    "fused, simple kernels": Loss(partial(fused_kl_div, impl="triton-simple")),
+    "flash-linear-attention, teacher": Loss(  # this and Liger need CUDA
         lambda h, w, t: import_module("fla.modules.fused_kl_div").fused_kl_div_loss(
             h, t.parts.logits, w, t.parts.weight),
-        "teacher", head=True),
+        teacher=True, head=True),
     "Liger fused linear JSD, teacher": Loss(  # which is KL(P || softmax(z)) at beta = 0
-        lambda h, w, t: liger("fused_linear_jsd", "LigerFusedLinearJSD")(jsd_beta=0.0)(
-            h, w, *t.parts[:2], None),
-        "teacher", head=True),
+        lambda h, w, t: import_module("liger_kernel.transformers.fused_linear_jsd")
+        .LigerFusedLinearJSD(jsd_beta=0.0)(h, w, *t.parts[:2], None),
+        teacher=True, head=True),
 }  # fmt: skip
-for _name in ("unfused", "unfused, compiled", "fused", "linear + unfused", "fused linear"):
-    LOSSES[f"{_name}, teacher"] = replace(LOSSES[_name], target="teacher")
 
 
 def make_inputs(size: Size, head: bool, seed: int = 0) -> list[Tensor]:
@@ -128,19 +118,17 @@ def make_inputs(size: Size, head: bool, seed: int = 0) -> list[Tensor]:
     return [x.to(size.dtype) for x in tensors]
 
 
-def make_target(size: Size, kind: str, head: bool) -> tuple[Any, Any]:
-    """A two-level target, its probabilities for each row ("dense"), or a teacher; and the same for
-    the first rows, as kl_div takes it for logits in float64."""
-    if kind == "teacher":
-        make: Any = TeacherTarget.from_hidden if head else TeacherTarget
-        first, *rest = make_inputs(size, head, seed=1)
-        return make(first, *rest), make(first[:ERROR_ROWS].double(), *(x.double() for x in rest))
-    target = TwoLevelTarget(torch.arange(size.vocab, device=size.device) % 51 == 0)
-    dense = kind == "dense"
-    return target.dense().expand(size.rows, -1).contiguous() if dense else target, target
+def make_target(size: Size, loss: Loss) -> tuple[Target, Target]:
+    """What the loss takes, and the same for the first rows of logits in float64."""
+    if not loss.teacher:
+        target = TwoLevelTarget(torch.arange(size.vocab, device=size.device) % 51 == 0)
+        return target, target
+    make: Any = TeacherTarget.from_hidden if loss.head else TeacherTarget
+    first, *rest = make_inputs(size, loss.head, seed=1)
+    return make(first, *rest), make(first[:ERROR_ROWS].double(), *(x.double() for x in rest))
 
 
-def relative_error(got: Tensor, inputs: list[Tensor], target: Any) -> float:
+def relative_error(got: Tensor, inputs: list[Tensor], target: Target) -> float:
     """Of the gradient of the logits or hidden states, over the first rows."""
     exact = inputs[0][:ERROR_ROWS].double().requires_grad_()
     logits = F.linear(exact, inputs[1].double()) if inputs[1:] else exact
@@ -151,7 +139,7 @@ def relative_error(got: Tensor, inputs: list[Tensor], target: Any) -> float:
 def measure(loss: Loss, size: Size, bandwidth: float, seconds: float) -> dict[str, Any]:
     """The numbers of a loss by column of the table; of times, a list of all repetitions."""
     device, inputs = size.device, make_inputs(size, loss.head)
-    target, exact_target = make_target(size, loss.target, loss.head)
+    target, exact_target = make_target(size, loss)
 
     def prepare() -> list[Tensor]:
         """Drop the last gradients, and copy logits that are to be overwritten; not timed."""
@@ -177,8 +165,7 @@ def measure(loss: Loss, size: Size, bandwidth: float, seconds: float) -> dict[st
         leaves = prepare()
         times.append((milliseconds(forward, device)[0], *milliseconds(fwd_bwd, device)))
     forward_ms, fwd_bwd_ms, host_ms = map(list, zip(*times, strict=True))
-    teacher = loss.target == "teacher"  # as large as the student
-    passes = 2 + teacher if loss.head else 3 + 2 * teacher
+    passes = 2 + loss.teacher if loss.head else 3 + 2 * loss.teacher
     moved = passes * sum(x.nbytes for x in inputs)
     speed = moved / statistics.median(fwd_bwd_ms) * 1e3  # bytes per second
     row = {"forward_ms": forward_ms, "fwd_bwd_ms": fwd_bwd_ms, "peak_mb": peak_mb, "error": error}

@@ -10,13 +10,12 @@ PER_THREAD elements, as vectors of `vec` elements (16 bytes); one vector per thr
     round 3  3072 ..     3076 ..      ...            4095      0 1 2 3 1024 .. 1027 2048 .. 3075
 
 So a thread needs PER_THREAD = 16 bits per tile. They are the low half of a 32-bit word; the high
-half is how many of them are set, as a bfloat16, which the forward pass needs too.
+half is how many of them are set, as a bfloat16, which the forward pass needs too. A byte per token
+would be four times the traffic, and Triton would give it a layout of its own, in which the 16-byte
+vectors of a thread's logits are no longer contiguous.
 
-A byte per token would be four times the traffic, and Triton would give it a layout of its own, in
-which the 16-byte vectors of a thread's logits are no longer contiguous.
-
-The vectors of a row start at its first 16-byte boundary, `prologue` elements in. With an odd
-vocabulary the prologue differs from row to row, so there is one table for each prologue < vec.
+The vectors of a row start `prologue` elements in, at its first 16-byte boundary: with an odd
+vocabulary that differs from row to row, so there is one table for each prologue < vec.
 """
 
 import torch
@@ -40,17 +39,13 @@ def pack_bits(mask: Tensor, vec: int) -> Tensor:
         vec: elements in 16 bytes of logits, 4 or 8.
     """
     tiles = mask.numel() // TILE + 1  # the last one is partial, or empty
-    copies = shifted_copies(mask, vec, tiles * TILE)
+    padded = F.pad(mask, (0, tiles * TILE + vec - mask.numel()))
+    shifted = padded.unfold(0, tiles * TILE, 1)[:vec]  # row h: the mask from column h on
     prologue = torch.arange(vec, device=mask.device)[:, None]
     length = (mask.numel() - prologue) // vec * vec
     in_vectors = torch.arange(tiles * TILE, device=mask.device) < length
-    bits = (copies & in_vectors).view(vec, tiles, PER_THREAD // vec, THREADS, vec).transpose(2, 3)
+    bits = (shifted & in_vectors).view(vec, tiles, PER_THREAD // vec, THREADS, vec).transpose(2, 3)
     bits = bits.reshape(vec, tiles, THREADS, PER_THREAD)
     weights = 1 << torch.arange(PER_THREAD, device=mask.device)
     words = (bits * weights).sum(-1, dtype=torch.int32)
     return words | bits.sum(-1, dtype=torch.float32).view(torch.int32)  # low half of these: zero
-
-
-def shifted_copies(x: Tensor, vec: int, length: int) -> Tensor:
-    """Copy x (V,) vec times, (vec, length): row h is x from element h on, padded with zeros."""
-    return F.pad(x, (0, length + vec - x.numel())).unfold(0, length, 1)[:vec].contiguous()

@@ -34,7 +34,6 @@ Traffic of loss and gradients in float32, N C left out, for n = N / chunk_rows c
 F.linear and the unfused loss take 16 and 3. Each chunk more saves memory and costs V C.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ from .fused_kl_div import (
     unpack,
 )
 from .reference import compute_dtype
-from .target import Target, Teacher, check_head
+from .target import Target, Teacher, check_floating
 from .torch_kl_div import zero_padded
 
 CHUNK_ROWS = 512  # 103 MB of float32 logits at V = 50,257
@@ -83,17 +82,17 @@ def fused_linear_kl_div(
 
     Returns and raises as fused_kl_div.
     """
-    check_head(hidden, weight)
-    dtype = arguments.product_dtype(hidden, weight)
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
     arguments.refuse_forward_mode("fused_linear_kl_div", hidden, weight)
-    leading, (vocab, width) = hidden.shape[:-1], weight.shape
-    like = torch.Size((*leading, vocab)), hidden.device, dtype
+    leading, rows = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])  # (N, C)
+    dtype = arguments.product_dtype(rows, weight)
+    like = torch.Size((*leading, weight.shape[0])), hidden.device, dtype
     target, impl, weights = arguments.resolve(target, reduction, impl, row_weights, *like)
     if chunk_rows is None:
         chunk_rows = CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS
     if not isinstance(chunk_rows, int) or chunk_rows < 1:
         raise ValueError(f"chunk_rows must be a whole number of at least 1, got {chunk_rows}")
-    rows = hidden.reshape(math.prod(leading), width)  # (N, C)
     parts: Any = target.parts
     if isinstance(parts, Teacher) and parts.weight is not None:
         teacher_dtype = arguments.product_dtype(parts.logits, parts.weight, "the teacher's ")

@@ -67,7 +67,6 @@ class TwoLevelTarget:
 
     kind = "two_level"
 
-    @torch.inference_mode(False)  # an inference tensor could not be saved for backward
     def __init__(self, mask: Tensor, alpha: float = 1.0, beta: float = 0.0) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 1:
             raise TypeError(
@@ -96,12 +95,11 @@ class TwoLevelTarget:
         self.mask, self.index = mask, ids
         self.parts = TwoLevel(mask, bitmasks, ids, levels, levels[1].clone() if self.beta else None)
 
-    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> Self:
         """Return the target on another device; once, outside the loop, because the host waits."""
-        there, (mask, bitmasks, ids, levels, _) = copy.copy(self), self.parts
-        levels = levels.to(device, _widest(device))
-        there._hold(mask.to(device), bitmasks.to(device), ids.to(device), levels)
+        there, tokens = copy.copy(self), self.parts[:3]
+        mask, bitmasks, ids = (x.to(device) for x in tokens)
+        there._hold(mask, bitmasks, ids, self.parts.levels.to(device, _widest(device)))
         return there
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,9 +138,15 @@ class TeacherTarget:
 
     kind = "teacher"
 
-    def __init__(self, logits: Tensor, tilt: Tilt | None = None) -> None:
-        check_floating("the teacher's logits", logits)
-        self._complete(_constant(logits), None, logits.shape, tilt)
+    def __init__(
+        self, logits: Tensor, tilt: Tilt | None = None, *, _weight: Tensor | None = None
+    ) -> None:
+        check_floating("the teacher's logits or hidden", logits)
+        vocab = logits.shape[-1] if _weight is None else _weight.shape[0]
+        self.shape, self.device = torch.Size((*logits.shape[:-1], vocab)), logits.device
+        self.tilt, tokens = tilt, () if tilt is None else _tilt_parts(tilt, vocab, logits.device)
+        weight = None if _weight is None else _constant(_weight)
+        self.parts = Teacher(as_rows(_constant(logits)), weight, *tokens)
 
     @classmethod
     def from_hidden(cls, hidden: Tensor, weight: Tensor, tilt: Tilt | None = None) -> Self:
@@ -151,16 +155,8 @@ class TeacherTarget:
         hidden: (..., C) of the teacher's LM head, with the student's leading dimensions and a C of
         its own. weight: (V, C), with LoRA and bias merged as fused_linear_kl_div explains.
         """
-        check_head(hidden, weight, "the teacher's ")
-        target, shape = cls.__new__(cls), torch.Size((*hidden.shape[:-1], len(weight)))
-        target._complete(_constant(hidden), _constant(weight), shape, tilt)
-        return target
-
-    def _complete(self, rows: Tensor, weight: Any, shape: torch.Size, tilt: Tilt | None) -> None:
-        """Set what both kinds have; rows: the logits or the hidden states."""
-        self.shape, self.device, self.tilt = shape, rows.device, tilt
-        tokens = () if tilt is None else _tilt_parts(tilt, shape[-1], rows.device)
-        self.parts = Teacher(as_rows(rows), weight, *tokens)
+        check_floating("the teacher's weight", weight)
+        return cls(hidden, tilt, _weight=weight)
 
     def whole_logits(self, dtype: torch.dtype) -> Tensor:
         """t, tilted, of all rows, (..., V), in this dtype: for the definition, which keeps them."""
@@ -174,7 +170,7 @@ class TeacherTarget:
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., V) as (N, V) with rows that are contiguous and apart, or one; copied if need be."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
     shared_or_apart = rows.shape[0] <= 1 or rows.stride(0) == 0 or rows.stride(0) >= rows.shape[1]
     return rows if rows.stride(1) == 1 and shared_or_apart else rows.contiguous()
 
@@ -191,17 +187,6 @@ def check_floating(name: str, x: Tensor) -> None:
     """TypeError unless x is a floating-point tensor of one or more dimensions."""
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.ndim == 0:
         raise TypeError(f"{name} must be a floating-point tensor (..., V), got {described(x)}")
-
-
-def check_head(hidden: Tensor, weight: Tensor, whose: str = "") -> None:
-    """TypeError or ValueError unless F.linear takes these hidden states and this weight."""
-    check_floating(f"{whose}hidden", hidden)
-    check_floating(f"{whose}weight", weight)
-    if weight.shape[1:] != hidden.shape[-1:] or hidden.device != weight.device:
-        raise ValueError(
-            f"{whose}hidden must be (..., C) and weight (V, C) on one device, as F.linear takes "
-            f"them; got {described(hidden)} and {described(weight)}"
-        )
 
 
 def _tilt_parts(tilt: Tilt, vocab: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

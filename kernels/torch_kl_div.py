@@ -71,7 +71,8 @@ def backward(
     logits: Tensor, lse: Tensor, norm: Tensor, target: Parts, grad_loss: Tensor, out: Tensor
 ) -> None:
     """Write grad_loss (N,) times (2) to out (N, V), which may be the logits themselves; rounded
-    once, at the store."""
+    once, at the store. Where a row's own grad_loss is 0, so is the gradient, whatever is in the
+    row; one that all rows share (stride 0) is not looked at, and 0 * NaN is NaN."""
     dtype, is_teacher = compute_dtype(logits.dtype), isinstance(target, Teacher)
     one_g = grad_loss.stride(0) == 0  # then g P of a two-level target is one row
     if isinstance(target, TwoLevel):

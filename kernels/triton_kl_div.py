@@ -7,8 +7,8 @@ pass of the main loop on sm_90, float32, forward and backward (python -m kernels
     no exchange between threads before the row's end   shuffles and barriers   40, 0       0, 0
     16-byte vectors from the row's first boundary on   width of a load         32 bits     128 bits
     a bit per token, in load order, instead of a byte  loads of the mask       8, 8        1, 1
-    16 logits per thread, loaded before any is used    waits for DRAM          2, 2        1, 1
-    all of this, and 2^x instead of e^x                instructions per logit  37.4, 19.8  8.3, 6.4
+    16 logits per thread, loaded before any is used    waits for DRAM          2, 1        1, 1
+    all of this, and 2^x instead of e^x                instructions per logit  37.4, 19.6  8.3, 6.1
 
 A row of ten float32 logits, the first of them 4 bytes before a 16-byte boundary:
 
@@ -19,13 +19,12 @@ A row of ten float32 logits, the first of them 4 bytes before a 16-byte boundary
 Vectors are read 16 bytes at a time: thread 0 takes vector 0 and thread 1 vector 1. Prologue and
 epilogue, at most three logits each (seven in 16 bits), are read in one step, a logit per thread:
 thread 0 takes z0 and thread 4 takes z9. Which of its logits are target tokens, a thread sees in one
-word of the bitmask: thread 0 in 0b0010, where z2 is the second of its vector, thread 1 in 0b0010
-too, for z6. So thread 0 sums over z0 to z4, thread 1 over z5 to z8 and thread 4 over z9; then the
-three are joined.
+word of the bitmask: 0b0010 for thread 0, where z2 is the second of its vector, and for thread 1.
+So thread 0 sums over z0 to z4, thread 1 over z5 to z8 and thread 4 over z9; then they are joined.
 
-With V logits, a program of THREADS = 256 threads works on one row. Vectors are of `vec` elements: 4
-of float32, 8 of bfloat16 or float16. A tile is PER_THREAD = 16 elements of each thread, 4 or 2
-vectors. Whole tiles are read without a mask, then the last one, which is partial, with one.
+A program of THREADS = 256 threads works on one row, in tiles of PER_THREAD = 16 elements of each
+thread: 4 vectors of float32, 2 of bfloat16 or float16. The last tile is partial, and read with a
+mask.
 
 Derivation. For each row z of N rows of V logits, with P = alpha on the target tokens S and beta
 elsewhere, in nats,
@@ -34,8 +33,8 @@ elsewhere, in nats,
     dKL/dz = softmax(z) - P                                                                  (2)
 
 The forward pass reads the logits once and keeps three numbers per row: loss, lse, and norm (8). The
-backward pass reads them again, rebuilds softmax(z) from lse, and writes the gradient. No N x V
-matrix of log-probabilities, probabilities or targets exists. With r = beta / alpha,
+backward pass reads them again and writes the gradient. No N x V matrix of probabilities or targets
+exists. With r = beta / alpha,
 
     sum P z = alpha D,    D = sum w z,    w = 1 on S and r elsewhere                         (3)
 
@@ -76,13 +75,6 @@ rounding lse to float32 costs up to 4e-6. So the forward pass also stores by how
 where R - M - log2 L is formed in float64, once per row. c z - R is one fused
 multiply-add, spelt tl.fma: a compiler need not fuse what is behind a select.
 
-    symbol     variable            symbol       variable
-    m, l, u, d m, l, u, d          c            LOG2E
-    M          row_m               r            ratio
-    log2 L     log_l               g            grad_loss: upstream gradient of a row's loss
-    M + log2 L log_sum             g norm       scale
-                                   -g alpha     pull
-
 Traffic of loss and gradient, in N V elements, for P of shape (V,):
 
     unfused   log_softmax, P log q, P log P - that: each reads and writes one     6
@@ -102,9 +94,7 @@ Hazards.
 - softmax - P cancels near convergence: formed in float32 and rounded once, at the store.
 - Nothing is specialised on an argument: one compiled variant per dtype and kind of target,
   whatever N, V and strides are.
-
-What this does not do. No float64 logits, and no double backward. Rows are not split over programs:
-fewer rows than multiprocessors leave some idle.
+- Rows are not split over programs: fewer rows than multiprocessors leave some idle.
 """
 
 # Triton compiles the functions below, so they follow its rules and not Python's:
@@ -114,20 +104,8 @@ fewer rows than multiprocessors leave some idle.
 import triton
 import triton.language as tl
 
-from .triton_row import (
-    FLOOR,
-    LOG2E,
-    PER_THREAD,
-    THREADS,
-    TILE,
-    by_thread,
-    load,
-    prologue_of,
-    round_lse,
-    row_layout,
-    tile_layout,
-    zero_row,
-)
+from . import triton_row
+from .triton_row import FLOOR, LOG2E, PER_THREAD, THREADS, TILE, by_thread, load
 
 
 @triton.jit
@@ -149,10 +127,8 @@ def _open_row(row, logits_ptr, stride, vocab, mask_ptr, bits_ptr, bits_stride, V
     """The program's row: size of its prologue, number of vectors, where these and their bits begin;
     then of prologue and epilogue row_layout, z, and which are target tokens."""
     row_ptr = logits_ptr + row * stride
-    prologue = prologue_of(row_ptr, vocab, VEC)
-    vectors = (vocab - prologue) // VEC
-    column, live = row_layout(prologue, vectors, vocab, VEC)
-    z = load(row_ptr + column, live, -float("inf"))
+    prologue, vectors, column, live = triton_row.row_layout(row_ptr, vocab, VEC)
+    z = load(row_ptr + column, live)
     target = tl.load(mask_ptr + column, live, other=0) != 0
     z_ptr = tl.multiple_of(row_ptr + prologue, 16)
     return prologue, vectors, z_ptr, bits_ptr + prologue * bits_stride, column, live, z, target
@@ -161,7 +137,7 @@ def _open_row(row, logits_ptr, stride, vocab, mask_ptr, bits_ptr, bits_stride, V
 @triton.jit
 def _load_tile(z_ptr, bits_ptr, tile, offsets, bit, mask):
     """z; which elements are target tokens; and how many of them each thread has."""
-    z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
+    z = load(z_ptr + tile * TILE + offsets, mask)
     word = tl.load(bits_ptr + tile * THREADS + tl.arange(0, THREADS))
     target = (word[None, :, None] & bit) != 0
     return z, target, (word & -65536).to(tl.float32, bitcast=True)
@@ -214,7 +190,7 @@ def forward_kernel(
     state = (zero + FLOOR, zero, zero, zero)
     state = _accumulate(state, z_edge, edge, live, edge_count, size, ratio, BETA)
 
-    offsets, bit = tile_layout(VEC)
+    offsets, bit = triton_row.tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
         z, target, count = _load_tile(z_ptr, bits_ptr, tile, offsets, bit, None)
@@ -229,16 +205,17 @@ def forward_kernel(
     log_l = tl.log2(tl.sum(l * tl.exp2(m - row_m), axis=0))  # (5)
     d = tl.sum(d + u * (m - row_m), axis=0)  # (7)
     alpha, sum_p_log_p = tl.load(levels_ptr).to(tl.float32), tl.load(levels_ptr + 5).to(tl.float32)
-    lse, rounding = round_lse(row_m, log_l)
+    lse, rounding = triton_row.round_lse(row_m, log_l)
     tl.store(loss_ptr + row, sum_p_log_p + (log_l - alpha * d) / LOG2E)  # (1), as (7) has it
     tl.store(lse_ptr + row, lse)
     tl.store(norm_ptr + row, tl.exp2(rounding.to(tl.float32)))  # (8)
 
 
 @triton.jit
-def _gradient(z, r, scale, target, pull, other_pull, dtype):
-    """g times (2) as dtype, rounded once. scale: g norm; pulls: -g alpha and -g beta."""
-    return (tl.exp2(tl.fma(z, LOG2E, -r)) * scale + tl.where(target, pull, other_pull)).to(dtype)
+def _gradient(z, r, scale, target, pull, other_pull):
+    """g times (2). scale: g norm; pulls: -g alpha and -g beta."""
+    pull = tl.where(target, pull, other_pull)  # before 2^x: ptxas then tests seven bits at once
+    return tl.exp2(tl.fma(z, LOG2E, -r)) * scale + pull
 
 
 @triton.jit(do_not_specialize=list(range(13)))
@@ -255,28 +232,27 @@ def backward_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     out_row_ptr = out_ptr + row * out_stride
-    if tl.load(grad_loss_ptr + row * grad_loss_stride) == 0:
-        zero_row(out_row_ptr, vocab)
+    grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    if grad_loss == 0:
+        triton_row.zero_row(out_row_ptr, vocab)
         return
     prologue, vectors, z_ptr, bits_ptr, column, live, z_edge, edge = _open_row(
         row, logits_ptr, stride, vocab, mask_ptr, bits_ptr, bits_stride, VEC)  # fmt: skip
-    grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
     r = tl.load(lse_ptr + row) * LOG2E
     scale = grad_loss * tl.load(norm_ptr + row)
     pull = -grad_loss * tl.load(levels_ptr).to(tl.float32)
     other_pull = pull * tl.load(levels_ptr + 2).to(tl.float32)
-    dtype = out_ptr.dtype.element_ty
-    grad_edge = _gradient(z_edge, r, scale, edge, pull, other_pull, dtype)
+    grad_edge = _gradient(z_edge, r, scale, edge, pull, other_pull)
     tl.store(out_row_ptr + column, grad_edge, live)
 
     out_ptr = tl.multiple_of(out_row_ptr + prologue, 16)
-    offsets, bit = tile_layout(VEC)
+    offsets, bit = triton_row.tile_layout(VEC)
     tiles = tl.maximum(vectors, 0) // (TILE // VEC)  # it is not negative: fewer instructions
     for tile in range(0, tiles):
         z, target, _ = _load_tile(z_ptr, bits_ptr, tile, offsets, bit, None)
-        grad = _gradient(z, r, scale, target, pull, other_pull, dtype)
+        grad = _gradient(z, r, scale, target, pull, other_pull)
         tl.store(out_ptr + tile * TILE + offsets, grad)
     mask = offsets < (vectors - tiles * (TILE // VEC)) * VEC
     z, target, _ = _load_tile(z_ptr, bits_ptr, tiles, offsets, bit, mask)
-    grad = _gradient(z, r, scale, target, pull, other_pull, dtype)
+    grad = _gradient(z, r, scale, target, pull, other_pull)
     tl.store(out_ptr + tiles * TILE + offsets, grad, mask)

@@ -1,7 +1,6 @@
 """Launch the kernels of triton_kl_div.py and triton_teacher.py: allocation, alignment, arguments.
 
-One program per row. A gradient of another 16-byte alignment than the logits' is written to a
-buffer of theirs and copied.
+One program per row; a launch without programs does nothing.
 """
 
 from functools import lru_cache
@@ -35,11 +34,11 @@ def forward(logits: Tensor, target: TwoLevel | Teacher) -> tuple[Tensor, Tensor,
     loss = logits.new_empty(rows, dtype=torch.float32)
     lse = torch.empty_like(loss)
     norm = loss.new_empty((rows, 3) if isinstance(target, Teacher) else rows)
-    if rows:
-        beta = {"BETA": target.beta is not None} if isinstance(target, TwoLevel) else {}
-        kernels, arguments, constants = _arguments(logits, target, **beta)
-        with torch.cuda.device_of(logits):
-            kernels.forward_kernel[(rows,)](*arguments, loss, lse, norm, **constants)
+    kernels, arguments, constants = _arguments(logits, target)
+    if isinstance(target, TwoLevel):
+        constants = meta(logits.dtype, _current_gpu(), BETA=target.beta is not None)
+    with torch.cuda.device_of(logits):
+        kernels.forward_kernel[(rows,)](*arguments, loss, lse, norm, **constants)
     return loss, lse, norm
 
 
@@ -53,34 +52,18 @@ def backward(
 ) -> None:
     """Write grad_loss, float32 (N,) of any stride, times dKL/d logits into out, of their shape and
     dtype and any row stride, which may be the logits themselves. lse, norm: from forward."""
-    rows = len(logits)
-    if rows == 0:
-        return
+    if not _in_step(out, logits, 16 // logits.element_size()):
+        logits = out.copy_(logits)  # vectors are stored where vectors are loaded
     kernels, arguments, constants = _arguments(logits, target)
-    aligned = _aligned_like(logits, out)
-    upstream = grad_loss, grad_loss.stride(0)
+    results = lse, norm, grad_loss, grad_loss.stride(0), out, out.stride(0)
     with torch.cuda.device_of(logits):
-        kernels.backward_kernel[(rows,)](
-            *arguments, lse, norm, *upstream, aligned, aligned.stride(0), **constants
-        )
-    if aligned is not out:
-        out.copy_(aligned)
+        kernels.backward_kernel[(len(logits),)](*arguments, *results, **constants)
 
 
-def _aligned_like(logits: Tensor, out: Tensor) -> Tensor:
-    """out, or a buffer of its shape if its rows have another 16-byte alignment than the logits'."""
-    vec = 16 // logits.element_size()
-    if _misalignment(out, vec) == _misalignment(logits, vec):
-        return out
-    rows, vocab = logits.shape
-    buffer = logits.new_empty((rows - 1) * logits.stride(0) + vocab + vec)
-    return buffer.as_strided(logits.shape, logits.stride(), _misalignment(logits, vec)[0])
-
-
-def _misalignment(x: Tensor, step: int) -> tuple[int, int]:
-    """How far past a multiple of `step` elements the first row starts, and each next row."""
-    stride = x.stride(0) if x.shape[0] > 1 else 0
-    return x.data_ptr() // x.element_size() % step, stride % step
+def _in_step(x: Tensor, logits: Tensor, vec: int) -> bool:
+    """Whether each row of x starts as many elements past a multiple of `vec` as the logits'."""
+    first = x.data_ptr() // x.element_size() - logits.data_ptr() // logits.element_size()
+    return first % vec == 0 and (len(x) < 2 or (x.stride(0) - logits.stride(0)) % vec == 0)
 
 
 @lru_cache
@@ -93,39 +76,35 @@ def _current_gpu() -> GPUTarget | None:
 
 def meta(dtype: torch.dtype, gpu: GPUTarget | None, **constants: Any) -> dict[str, Any]:
     """Constants and options of a kernel, for the launch and for kernels/compile_report.py."""
-    wide = constants.get("BETA") and dtype == torch.float32
-    registers = MAX_REGISTERS_BETA if wide else MAX_REGISTERS
-    if "TILT" in constants:  # for a teacher
+    registers = MAX_REGISTERS
+    if "T_ALIGN" in constants:
         by_vector = constants["T_ALIGN"] > 4
         registers = MAX_REGISTERS_TEACHER if by_vector else MAX_REGISTERS_BY_ELEMENT
+    elif constants.get("BETA") and dtype == torch.float32:
+        registers = MAX_REGISTERS_BETA
     warp_size = gpu.warp_size if gpu else 32
     constants |= {"VEC": 16 // dtype.itemsize, "num_warps": bitmask.THREADS // warp_size}
-    nvidia = gpu is not None and gpu.backend == "cuda"
-    return constants | ({"maxnreg": registers} if nvidia else {})
+    return constants | ({"maxnreg": registers} if gpu and gpu.backend == "cuda" else {})
 
 
 def _arguments(
-    logits: Tensor, target: TwoLevel | Teacher, **constants: Any
+    logits: Tensor, target: TwoLevel | Teacher
 ) -> tuple[ModuleType, tuple, dict[str, Any]]:
     """The kernels for this target, their arguments before the results of forward, constants."""
     rows, vec = (logits, logits.stride(0), logits.shape[1]), 16 // logits.element_size()
     tokens: tuple[Any, ...] = logits, logits, 0  # without a tilt: not read
     if target.mask is not None and target.bitmasks is not None:
-        tokens = (
-            target.mask.view(torch.uint8),
-            target.bitmasks[vec - 4 :],
-            target.bitmasks.stride(0),
-        )
+        table = target.bitmasks[vec - 4 :]
+        tokens = target.mask.view(torch.uint8), table, table.stride(0)
     if isinstance(target, TwoLevel):
-        constants = meta(logits.dtype, _current_gpu(), **constants)
+        constants = meta(logits.dtype, _current_gpu())
         return triton_kl_div, (*rows, *tokens, target.levels), constants
-    t, strength = target.logits, logits if target.strength is None else target.strength
+    t, tilt = target.logits, target.strength is not None
     t_align = min(16, vec * t.element_size())
-    elements = t_align // t.element_size()
-    if _misalignment(t, elements) != _misalignment(logits, elements):
+    if not _in_step(t, logits, t_align // t.element_size()):
         t_align = t.element_size()
-    tilt = target.strength is not None
     constants = meta(logits.dtype, _current_gpu(), TILT=tilt, T_ALIGN=t_align)
+    strength = target.strength if tilt else logits
     return triton_teacher, (*rows, t, t.stride(0), *tokens, strength), constants
 
 
@@ -137,12 +116,11 @@ def scale_kernel(x_ptr, size: tl.int64, factor_ptr, step: tl.int64, BLOCK: tl.co
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
             at = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + at, at < size).to(tl.float32)
-            tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), at < size)
+            tl.store(x_ptr + at, x * factor, at < size)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
     """Multiply contiguous x by factor (), without a wait for its value."""
     programs = min(SCALE_PROGRAMS, triton.cdiv(x.numel(), SCALE_BLOCK))
-    if programs:
-        with torch.cuda.device_of(x):
-            scale_kernel[(programs,)](x, x.numel(), factor, programs * SCALE_BLOCK, SCALE_BLOCK)
+    with torch.cuda.device_of(x):
+        scale_kernel[(programs,)](x, x.numel(), factor, programs * SCALE_BLOCK, SCALE_BLOCK)

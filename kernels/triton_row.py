@@ -1,9 +1,8 @@
 """How a program of the fast kernels walks over its row (drawn in kernels/triton_kl_div.py).
 
-Alignment. V = 50,257 is odd. For a row at an odd offset, or a mask `column < V`, the compiler falls
-back on 2- or 4-byte accesses. Hence the prologue, masks of whole vectors only, and tl.multiple_of
-to tell the compiler. Any stride and any storage offset take this one path, and nothing outside a
-row is touched. For a gradient of another alignment, see kernels/triton_launch.py.
+V = 50,257 is odd. For a row at an odd offset, or a mask `column < V`, the compiler falls back on 2-
+or 4-byte accesses. Hence the prologue, masks of whole vectors only, and tl.multiple_of to tell the
+compiler. Any stride and storage offset take this one path; nothing outside a row is touched.
 """
 
 # Triton compiles the functions below, so they follow its rules and not Python's:
@@ -22,20 +21,17 @@ FLOOR = tl.constexpr(-1e38)  # below c z of the largest logit, and -inf - FLOOR 
 
 
 @triton.jit
-def prologue_of(row_ptr, vocab, VEC: tl.constexpr):
-    """Number of elements before the row's first 16-byte boundary."""
-    return tl.minimum(((-row_ptr.to(tl.int64)) & 15).to(tl.int32) // (16 // VEC), vocab)
-
-
-@triton.jit
-def row_layout(prologue, vectors, vocab, VEC: tl.constexpr):
-    """Columns of prologue and epilogue, and whether there are such, both (1, THREADS, 1).
+def row_layout(row_ptr, vocab, VEC: tl.constexpr):
+    """Elements before the row's first 16-byte boundary, and the number of vectors behind them; then
+    the columns of prologue and epilogue, and whether there are such, both (1, THREADS, 1).
 
     The first VEC threads have the prologue, the following ones what is left after the vectors.
     """
+    prologue = tl.minimum(((-row_ptr.to(tl.int64)) & 15).to(tl.int32) // (16 // VEC), vocab)
+    vectors = (vocab - prologue) // VEC
     thread = tl.arange(0, THREADS)[None, :, None]
     column = tl.where(thread < VEC, thread, prologue + vectors * VEC + thread - VEC)
-    return column, tl.where(thread < VEC, thread < prologue, column < vocab)
+    return prologue, vectors, column, tl.where(thread < VEC, thread < prologue, column < vocab)
 
 
 @triton.jit
@@ -51,9 +47,9 @@ def tile_layout(VEC: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, mask, OTHER: tl.constexpr):
-    """Load as float32; OTHER where the mask, if there is one, is false."""
-    return tl.load(ptr, mask, other=None if mask is None else OTHER).to(tl.float32)
+def load(ptr, mask):
+    """Load as float32; -inf where the mask, if there is one, is false."""
+    return tl.load(ptr, mask, other=None if mask is None else -float("inf")).to(tl.float32)
 
 
 @triton.jit
@@ -75,4 +71,4 @@ def zero_row(row_ptr, vocab):
     """The gradient of a row that is left out, whatever its logits are, NaN too."""
     for start in range(0, vocab, TILE):
         column = start + tl.arange(0, TILE)
-        tl.store(row_ptr + column, tl.zeros((TILE,), row_ptr.dtype.element_ty), column < vocab)
+        tl.store(row_ptr + column, 0.0, column < vocab)

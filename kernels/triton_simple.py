@@ -79,19 +79,18 @@ def backward_kernel(
         column = start + tl.arange(0, BLOCK)
         inside = column < vocab
         loaded = column < length
-        z = tl.load(logits_ptr + row * stride + column, loaded, other=0.0).to(tl.float32)
         target = tl.load(mask_ptr + column, loaded, other=0) != 0
+        z = tl.load(logits_ptr + row * stride + column, loaded, other=0.0).to(tl.float32)
         grad = grad_loss * (tl.exp(z - lse) - tl.where(target, alpha, beta))  # (2)
-        tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), inside)
+        tl.store(out_ptr + row * out_stride + column, grad, inside)
 
 
 def forward(logits: Tensor, target: TwoLevel) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, lse and 1 per row, float32 (N,), of logits (N, V) of any row stride."""
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     lse = torch.empty_like(loss)
-    if len(logits):
-        with torch.cuda.device_of(logits):
-            forward_kernel[(len(logits),)](*_arguments(logits, target), loss, lse, BLOCK)
+    with torch.cuda.device_of(logits):
+        forward_kernel[(len(logits),)](*_arguments(logits, target), loss, lse, BLOCK)
     return loss, lse, torch.ones_like(loss)
 
 
@@ -99,12 +98,9 @@ def backward(
     logits: Tensor, lse: Tensor, _: Tensor, target: TwoLevel, grad_loss: Tensor, out: Tensor
 ) -> None:
     """Write grad_loss (N,) * dKL/d logits into out (N, V), which may be the logits themselves."""
-    if len(logits):
-        upstream = grad_loss, grad_loss.stride(0)
-        with torch.cuda.device_of(logits):
-            backward_kernel[(len(logits),)](
-                *_arguments(logits, target), lse, *upstream, out, out.stride(0), BLOCK
-            )
+    results = lse, grad_loss, grad_loss.stride(0), out, out.stride(0)
+    with torch.cuda.device_of(logits):
+        backward_kernel[(len(logits),)](*_arguments(logits, target), *results, BLOCK)
 
 
 def _arguments(logits: Tensor, target: TwoLevel) -> tuple:

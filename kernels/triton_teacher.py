@@ -1,8 +1,8 @@
 """KL(softmax(u) || softmax(z)) fused into two Triton kernels, u the logits of a teacher, tilted.
 
 Read kernels/triton_kl_div.py first: notation, work partitioning, alignment and masks are its own.
-t is the teacher's row; with a tilt, G nats are added to the logits of its tokens S, in all rows.
-With u for the result and P = softmax(u),
+u is the teacher's row t; with a tilt, plus G nats on the tokens S of the bitmask, in all rows: added
+before the maximum and before c, and rounded once, in both directions. With P = softmax(u),
 
     KL     = sum P (u - z) - lse(u) + lse(z)                                                 (1)
     dKL/dz = softmax(z) - P                                                                  (2)
@@ -25,9 +25,6 @@ the rounding of lse as (8) of kernels/triton_kl_div.py does: with the R and 2^(R
 
     dKL/dz = f (2^(c z - R_z) - (f_u / f) 2^(c u - R_u)),    norm = lse(u), f_u / f, f       (7)
 
-Tilt. S is one bit per token (kernels/bitmask.py). G is added before the maximum and before c, and
-rounded once, in both directions. G = -inf forbids the tokens.
-
 Alignment. Where t has the alignment of z, as contiguous logits of one dtype have, its vectors are
 read as those of z are, by 128 bits. A t of another alignment is read element by element.
 
@@ -45,19 +42,8 @@ Hazards, besides those of kernels/triton_kl_div.py.
 import triton
 import triton.language as tl
 
-from .triton_row import (
-    FLOOR,
-    LOG2E,
-    THREADS,
-    TILE,
-    by_thread,
-    load,
-    prologue_of,
-    round_lse,
-    row_layout,
-    tile_layout,
-    zero_row,
-)
+from . import triton_row
+from .triton_row import FLOOR, LOG2E, THREADS, TILE, by_thread, load
 
 
 @triton.jit
@@ -68,11 +54,10 @@ def _open_row(row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, mask_
     t and the bits begin, and G; then of prologue and epilogue row_layout, z and u."""
     z_ptr = logits_ptr + row * stride
     t_ptr = teacher_ptr + row * teacher_stride
-    prologue = prologue_of(z_ptr, vocab, VEC)
-    vectors = tl.maximum(vocab - prologue, 0) // VEC  # >= 0: fewer instructions
-    column, live = row_layout(prologue, vectors, vocab, VEC)
-    z = load(z_ptr + column, live, -float("inf"))
-    u = load(t_ptr + column, live, -float("inf"))
+    prologue, _, column, live = triton_row.row_layout(z_ptr, vocab, VEC)
+    vectors = tl.maximum(vocab - prologue, 0) // VEC  # not negative: fewer instructions
+    z = load(z_ptr + column, live)
+    u = load(t_ptr + column, live)
     strength = 0.0
     if TILT:
         strength = tl.load(strength_ptr).to(tl.float32)
@@ -84,13 +69,20 @@ def _open_row(row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, mask_
 
 
 @triton.jit
-def _load_tile(of_row, tile, offsets, bit, mask, TILT: tl.constexpr):
-    """z and u of a tile, -inf where the mask, if there is one, is false."""
+def _load_tile(of_row, tile, offsets, bit, mask, TILT: tl.constexpr, T_ALIGN: tl.constexpr):
+    """z and u of a tile, -inf where the mask, if there is one, is false.
+
+    The word comes first, which saves registers, but last beside a t that is read by element: AMD's
+    compiler keeps the order of the loads, and would wait four times.
+    """
     z_ptr, t_ptr, bits_ptr, strength = of_row
-    z = load(z_ptr + tile * TILE + offsets, mask, -float("inf"))
-    u = load(t_ptr + tile * TILE + offsets, mask, -float("inf"))
-    if TILT:
+    if TILT and T_ALIGN > 4:
         word = tl.load(bits_ptr + tile * THREADS + tl.arange(0, THREADS))
+    z = load(z_ptr + tile * TILE + offsets, mask)
+    u = load(t_ptr + tile * TILE + offsets, mask)
+    if TILT and T_ALIGN <= 4:
+        word = tl.load(bits_ptr + tile * THREADS + tl.arange(0, THREADS))
+    if TILT:
         u = tl.where((word[None, :, None] & bit) != 0, u + strength, u)
     return z, u
 
@@ -134,13 +126,13 @@ def forward_kernel(
     zero = tl.zeros((THREADS,), tl.float32)
     state = _accumulate((zero + FLOOR, zero, zero + FLOOR, zero, zero), z_edge, u_edge)
 
-    offsets, bit = tile_layout(VEC)
+    offsets, bit = triton_row.tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z, u = _load_tile(of_row, tile, offsets, bit, None, TILT)
+        z, u = _load_tile(of_row, tile, offsets, bit, None, TILT, T_ALIGN)
         state = _accumulate(state, z, u)
     mask = offsets < (vectors - tiles * (TILE // VEC)) * VEC
-    z, u = _load_tile(of_row, tiles, offsets, bit, mask, TILT)
+    z, u = _load_tile(of_row, tiles, offsets, bit, mask, TILT, T_ALIGN)
     m, l, n, r, d = _accumulate(state, z, u)
 
     row_m, row_n = tl.max(m, axis=0), tl.max(n, axis=0)
@@ -150,8 +142,8 @@ def forward_kernel(
     r = tl.sum(r * keep, axis=0)
     log_l, log_r = tl.log2(tl.sum(l * tl.exp2(m - row_m), axis=0)), tl.log2(r)
     tl.store(loss_ptr + row, (d / r + (log_l - log_r)) / LOG2E)  # (6), (1)
-    lse_z, error_z = round_lse(row_m, log_l)
-    lse_u, error_u = round_lse(row_n, log_r)
+    lse_z, error_z = triton_row.round_lse(row_m, log_l)
+    lse_u, error_u = triton_row.round_lse(row_n, log_r)
     tl.store(lse_ptr + row, lse_z)
     tl.store(norm_ptr + 3 * row, lse_u)  # (7)
     tl.store(norm_ptr + 3 * row + 1, tl.exp2((error_u - error_z).to(tl.float32)))
@@ -159,11 +151,11 @@ def forward_kernel(
 
 
 @triton.jit
-def _gradient(z, u, r_z, r_u, ratio, scale, dtype):
-    """g times (2) as dtype, rounded once; scale: g f."""
+def _gradient(z, u, r_z, r_u, ratio, scale):
+    """g times (2); scale: g f."""
     q = tl.exp2(tl.fma(z, LOG2E, -r_z))
     p = tl.exp2(tl.fma(u, LOG2E, -r_u))
-    return ((q - p * ratio) * scale).to(dtype)  # (7)
+    return (q - p * ratio) * scale  # (7)
 
 
 @triton.jit(do_not_specialize=list(range(15)))
@@ -180,27 +172,27 @@ def backward_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     out_ptr += row * out_stride
-    if tl.load(grad_loss_ptr + row * grad_loss_stride) == 0:
-        zero_row(out_ptr, vocab)
+    grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    if grad_loss == 0:
+        triton_row.zero_row(out_ptr, vocab)
         return
     prologue, vectors, of_row, column, live, z_edge, u_edge = _open_row(
         row, logits_ptr, stride, vocab, teacher_ptr, teacher_stride, mask_ptr, bits_ptr,
         bits_stride, strength_ptr, TILT, T_ALIGN, VEC)  # fmt: skip
     r_z, r_u = tl.load(lse_ptr + row) * LOG2E, tl.load(norm_ptr + 3 * row) * LOG2E
     ratio = tl.load(norm_ptr + 3 * row + 1)
-    scale = tl.load(grad_loss_ptr + row * grad_loss_stride) * tl.load(norm_ptr + 3 * row + 2)
-    dtype = out_ptr.dtype.element_ty
-    grad_edge = _gradient(z_edge, u_edge, r_z, r_u, ratio, scale, dtype)
+    scale = grad_loss * tl.load(norm_ptr + 3 * row + 2)
+    grad_edge = _gradient(z_edge, u_edge, r_z, r_u, ratio, scale)
     tl.store(out_ptr + column, grad_edge, live)
 
     out_ptr = tl.multiple_of(out_ptr + prologue, 16)
-    offsets, bit = tile_layout(VEC)
+    offsets, bit = triton_row.tile_layout(VEC)
     tiles = vectors // (TILE // VEC)
     for tile in range(0, tiles):
-        z, u = _load_tile(of_row, tile, offsets, bit, None, TILT)
-        grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
+        z, u = _load_tile(of_row, tile, offsets, bit, None, TILT, T_ALIGN)
+        grad = _gradient(z, u, r_z, r_u, ratio, scale)
         tl.store(out_ptr + tile * TILE + offsets, grad)
     mask = offsets < (vectors - tiles * (TILE // VEC)) * VEC
-    z, u = _load_tile(of_row, tiles, offsets, bit, mask, TILT)
-    grad = _gradient(z, u, r_z, r_u, ratio, scale, dtype)
+    z, u = _load_tile(of_row, tiles, offsets, bit, mask, TILT, T_ALIGN)
+    grad = _gradient(z, u, r_z, r_u, ratio, scale)
     tl.store(out_ptr + tiles * TILE + offsets, grad, mask)

@@ -17,7 +17,7 @@ HEAD_DIM = 64
 HEAD = "lm_head.weight"  # a copy of wte.weight in some files
 MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks: constants in some files
 PREFIX = re.compile(r"((_orig_mod|module|model|transformer)\.)*")  # compile, DDP, Lightning, HF
-SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
+SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors")
 MOST_SHARDS = 1000
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"

@@ -1,6 +1,7 @@
 """Shared by the tests of the losses: float64 truth, targets, paths, error bounds."""
 
 import os
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
 from kernels.arguments import resolve
 from kernels.reference import kl_div
 
@@ -25,7 +26,7 @@ FUSED = ["torch", "triton"]
 PATHS = ["reference", *FUSED, "triton-simple", "linear"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_WIDTH = 16  # of hidden states and head
-TARGETS = ["target tokens", "target tokens and beta", "shared row", "row by row"]
+TARGETS = ["target tokens", "target tokens and beta", "tilted teacher", "row by row"]
 
 
 def random_logits(*shape, dtype=torch.float32, seed=0, scale=3.0):
@@ -54,21 +55,17 @@ def make_target(kind, shape):
         return two_level(shape[-1])
     if kind == "target tokens and beta":
         return two_level(shape[-1], 3.0, 0.5)
-    size = shape[-1:] if kind == "shared row" else shape
-    p = random_logits(*size, seed=1).softmax(-1)
+    if kind == "tilted teacher":
+        return TeacherTarget(random_logits(*shape, seed=1), (two_level(shape[-1]), 2.0))
+    p = random_logits(*(shape[-1:] if kind == "shared row" else shape), seed=1).softmax(-1)
     p[..., 1::4] = 0.0
     return p / p.sum(-1, keepdim=True)
 
 
-def parts_of(target, logits):
-    """The target of these logits as operators and launchers take it."""
-    like = logits.shape, logits.device, logits.dtype
-    return resolve(target, "none", None, None, *like)[0].parts
-
-
 def launch(kernels, logits, target, out=None):
     """Loss, lse, norm and gradient, written to `out` if given, by a module of launchers."""
-    parts = parts_of(target, logits)
+    like = logits.shape, logits.device, logits.dtype
+    parts = resolve(target, "none", None, None, *like)[0].parts
     out = torch.full_like(logits, float("nan")) if out is None else out
     loss, lse, norm = kernels.forward(logits, parts)
     kernels.backward(logits, lse, norm, parts, torch.ones_like(loss), out)
@@ -79,6 +76,8 @@ def dense64(target):
     """P in float64, scaled to sum to 1."""
     if isinstance(target, TwoLevelTarget):
         return target.dense(torch.float64)
+    if isinstance(target, TeacherTarget):
+        return target.whole_logits(torch.float64).softmax(-1)
     return target.double() / target.double().sum(-1, keepdim=True)
 
 
@@ -153,6 +152,14 @@ def hidden_and_head(*leading, vocab=211, dtype=torch.float32):
 def unfused_linear(hidden, weight, target, reduction="batchmean", **_):
     """The definition of fused_linear_kl_div, whose other options change nothing."""
     return kl_div(F.linear(hidden, weight), target, reduction)
+
+
+LOSSES = {  # both, of hidden states and a head
+    "fused_kl_div": lambda h, w, *arguments, **options: fused_kl_div(
+        F.linear(h, w), *arguments, **options
+    ),
+    "fused_linear_kl_div": partial(fused_linear_kl_div, chunk_rows=4),
+}
 
 
 def loss_and_gradients(loss, hidden, weight, *arguments, upstream=None, **options):

@@ -1,27 +1,30 @@
-"""fused_kl_div within PyTorch: upstream gradients, versions, compile, export, opcheck, errors."""
+"""Both losses under autograd and torch.func: upstream gradients, derivatives, refusals."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.library import opcheck
+from torch.autograd import forward_ad
 
-from kernels import TwoLevelTarget, fused_kl_div
-from kernels.fused_kl_div import OPERATORS
-from kernels.reference import kl_div
+from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
+from kernels.fused_kl_div import launchers
 from tests.kernels.kl_cases import (
     DEVICE,
     FUSED,
+    LOSSES,
     PATHS,
     TARGETS,
+    hidden_and_head,
+    loss_and_gradients,
     make_target,
-    parts_of,
     random_logits,
     rows_and_gradient,
     truth,
     two_level,
+    unfused_linear,
 )
 
 VOCAB = 133
+HEAD = random_logits(30, 8, seed=1)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -37,34 +40,44 @@ def test_any_upstream_gradient_scales_its_row(path):
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss", [kl_div, fused_kl_div])
-def test_reductions_are_the_mean_the_sum_and_the_rows(loss):
-    """Over all leading dimensions: F.kl_div's own "batchmean" divides by the first one only."""
-    logits, target = random_logits(2, 3, VOCAB), two_level(VOCAB)
-    rows = loss(logits, target, "none")
-    assert rows.shape == (2, 3)
-    torch.testing.assert_close(loss(logits, target, "sum"), rows.sum())
-    torch.testing.assert_close(loss(logits, target), rows.sum() / 6)
+@pytest.mark.parametrize("reduction", ["batchmean", "sum"])
+@pytest.mark.parametrize("path", FUSED)
+def test_any_upstream_gradient_scales_both_gradients_of_the_head_as_often_as_asked(path, reduction):
+    """Times -2.5, 0 and 1; a second backward computes again what the first has scaled in place."""
+    hidden, weight = hidden_and_head(9)
+    target = two_level(211, 2.0, 1.0)
+    _, *unit = loss_and_gradients(unfused_linear, hidden, weight, target, reduction)
+    for factor in (-2.5, 0.0, 1.0):
+        loss = fused_linear_kl_div(hidden, weight, target, reduction, chunk_rows=4, impl=path)
+        loss = factor * loss
+        first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        kept = [g.clone() for g in first]
+        second = torch.autograd.grad(loss, (hidden, weight))
+        for a, b, copy, one in zip(first, second, kept, unit, strict=True):
+            assert torch.equal(a, copy)
+            for gradient in (a, b):
+                torch.testing.assert_close(gradient, factor * one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", FUSED)
-def test_the_callers_logits_are_left_alone(path):
-    """They and their version counter do not change, and two backward calls agree bitwise."""
-    logits = random_logits(3, VOCAB).requires_grad_()
-    before, version = logits.detach().clone(), logits._version
-    loss = fused_kl_div(logits, two_level(VOCAB), impl=path)
-    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(logits, before)
-    assert logits._version == version
-    assert torch.equal(first, second)
+def test_gradient_of_a_float16_loss_survives_a_scaled_upstream(path):
+    """A gradient scaler's 65,536 enters before the one rounding to float16, not after it: against
+    float64. The unscaled gradient is below float16's smallest normal number, 6e-5."""
+    logits = random_logits(4, 4096, dtype=torch.float16).requires_grad_()
+    target = TwoLevelTarget(torch.arange(4096, device=DEVICE) < 8)
+    (fused_kl_div(logits, target, impl=path) * 65536).backward()
+    _, exact = truth(logits, target)
+    torch.testing.assert_close(logits.grad.double(), exact * 16384, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("path", FUSED)
 def test_inplace_backward_writes_the_gradient_over_the_logits(path):
-    """The same gradient as without it; a second backward or derivative raises, as the logits are
-    gone."""
+    """The same gradient as without it, which leaves them and their version alone; a second backward
+    or derivative raises, as the logits are gone."""
     leaf, target = random_logits(2, 3, VOCAB).requires_grad_(), two_level(VOCAB, 2.0, 1.0)
     (expected,) = torch.autograd.grad(fused_kl_div(leaf, target, impl=path), leaf)
+    assert torch.equal(leaf, random_logits(2, 3, VOCAB))
+    assert leaf._version == 0
     logits = leaf * 1.0
     loss = fused_kl_div(logits, target, inplace_backward=True, impl=path)
     (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
@@ -80,7 +93,7 @@ def test_inplace_backward_writes_the_gradient_over_the_logits(path):
 def test_inplace_backward_of_logits_that_are_copied_leaves_them_alone():
     """Transposed, expanded, and rows at no single stride: the copy is overwritten instead."""
     base = random_logits(4, 6, 6)
-    for view in (base.transpose(1, 2), base[:1].expand(3, 6, 6), base[:, :-1]):
+    for view in (base.transpose(1, 2), base[0, :1].expand(3, 6), base[:, :-1]):
         leaf, before = view.detach().requires_grad_(), view.clone()
         fused_kl_div(leaf, two_level(6), inplace_backward=True).backward()
         assert torch.equal(view, before)
@@ -89,106 +102,105 @@ def test_inplace_backward_of_logits_that_are_copied_leaves_them_alone():
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_derivatives_pass_gradcheck_and_second_ones_are_refused(kind):
-    """In float64, one loss per row, by finite differences; then a second derivative raises."""
-    logits = random_logits(2, 3, 11).double().requires_grad_()
-    target = make_target(kind, logits.shape)
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_derivatives_pass_gradcheck_and_second_ones_are_refused(name, reduction, kind):
+    """In float64, by finite differences; then a second derivative raises, and names the function
+    that has it."""
+    inputs = [x.detach().double().requires_grad_() for x in hidden_and_head(2, 3, vocab=11)]
+    target = make_target(kind, (2, 3, 11))
 
-    def loss(z):
-        return fused_kl_div(z, target, "none", impl="torch")
+    def loss(*inputs):
+        return LOSSES[name](*inputs, target, reduction)
 
-    assert torch.autograd.gradcheck(loss, logits)
-    (gradient,) = torch.autograd.grad(loss(logits).sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"use kernels\.reference\.kl_div"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("path", FUSED)
-def test_the_operators_pass_opcheck(path):
-    """Schema, fake kernels, AOT dispatch with dynamic shapes; autograd is above the operators."""
-    logits, upstream = random_logits(3, 40), random_logits(3, seed=1)
-    parts = *parts_of(two_level(40), logits), path
-    forward, backward, backward_ = OPERATORS["two_level"]
-    opcheck(forward, (logits, *parts))
-    _, *of_rows = forward(logits, *parts)
-    opcheck(backward, (logits, *of_rows, upstream, *parts))
-    opcheck(backward_, (logits, *of_rows, upstream, *parts))
+    assert torch.autograd.gradcheck(loss, inputs)
+    for gradient in torch.autograd.grad(loss(*inputs).sum(), inputs, create_graph=True):
+        with pytest.raises(RuntimeError, match=r"use kernels\.reference\.kl_div"):
+            torch.autograd.grad(gradient.sum(), inputs, retain_graph=True)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("path", FUSED)
-def test_a_compiled_loss_is_one_graph_and_the_same(path, inplace):
-    """torch.compile(fullgraph=True) against eager: loss and gradients, for two numbers of rows."""
-    target = two_level(VOCAB, 2.0, 1.0)
-
-    def loss(hidden, head):
-        return fused_kl_div(F.linear(hidden, head), target, inplace_backward=inplace, impl=path)
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    head = random_logits(VOCAB, 8, seed=1).requires_grad_()
-    for rows in (3, 5):
-        hidden = random_logits(rows, 8).requires_grad_()
-        results = []
-        for function in (compiled, loss):
-            value = function(hidden, head)
-            results.append((value.detach(), *torch.autograd.grad(value, (hidden, head))))
-        for got, expected in zip(*results, strict=True):
-            torch.testing.assert_close(got, expected)
+def test_gradients_of_the_head_come_only_where_they_are_asked_for(monkeypatch):
+    """For hidden states alone, for the head alone; for neither, the loss's backward never runs."""
+    hidden, weight = hidden_and_head(9)
+    target = two_level(211)
+    _, grad_hidden, grad_weight = loss_and_gradients(unfused_linear, hidden, weight, target)
+    loss = fused_linear_kl_div(hidden, weight.detach(), target)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], grad_hidden)
+    loss = fused_linear_kl_div(hidden.detach(), weight, target)
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], grad_weight)
+    monkeypatch.setattr(launchers("torch", hidden.device), "backward", None)
+    fused_linear_kl_div(hidden.detach(), weight.detach(), target, impl="torch")
+    with torch.no_grad():
+        assert not fused_linear_kl_div(hidden, weight, target, impl="torch").requires_grad
 
 
-def test_an_exported_loss_runs_on_another_batch():
-    """torch.export with dynamic leading dimensions, against eager."""
-
-    class Loss(torch.nn.Module):
-        def forward(self, logits):
-            return fused_kl_div(logits, target)
-
-    target = two_level(VOCAB)
-    dynamic = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("time")},)
-    program = torch.export.export(Loss(), (random_logits(2, 3, VOCAB),), dynamic_shapes=dynamic)
-    other = random_logits(5, 4, VOCAB, seed=1)
-    torch.testing.assert_close(program.module()(other), fused_kl_div(other, target))
+def of_hidden(name):
+    """The loss as torch.func takes it, a function of the hidden states."""
+    target = two_level(30, 2.0, 1.0)
+    return lambda h, reduction="batchmean": LOSSES[name](h, HEAD, target, reduction)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_a_loss_on_the_meta_device_has_shapes_and_no_data(inplace):
-    """Forward and backward read no data."""
-    logits = torch.empty(2, 3, VOCAB, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    loss = fused_kl_div(logits, two_level(VOCAB).to("meta"), inplace_backward=inplace)
-    loss.backward()
-    assert (loss.device.type, loss.dtype, loss.shape) == ("meta", torch.float32, ())
-    assert (logits.grad.dtype, logits.grad.shape) == (torch.bfloat16, (2, 3, VOCAB))
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", LOSSES)
+def test_grad_vmap_and_jacrev_agree_with_autograd(name):
+    """torch.func.grad; vmap over single rows, of the loss and of its grad; jacrev over rows."""
+    loss, hidden = of_hidden(name), random_logits(3, 8).requires_grad_()
+    rows = loss(hidden, "none")
+    (expected,) = torch.autograd.grad(rows.sum(), hidden)
+    hidden = hidden.detach()
+    torch.testing.assert_close(torch.func.grad(loss)(hidden) * 3, expected)
+    torch.testing.assert_close(torch.func.vmap(loss)(hidden), rows)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(hidden), expected)
+    jacobian = torch.func.jacrev(lambda x: loss(x, "none"))(hidden)
+    torch.testing.assert_close(jacobian.sum(0), expected)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(hidden)
 
 
-def test_bad_arguments_are_refused_by_name():
+@pytest.mark.parametrize("name", LOSSES)
+def test_forward_mode_is_refused_in_one_line(name):
+    """jvp, jacfwd and a dual tensor: an operator would drop the tangent and return 0."""
+    loss, hidden = of_hidden(name), random_logits(3, 8)
+
+    def dual():
+        with forward_ad.dual_level():
+            return loss(forward_ad.make_dual(hidden, hidden))
+
+    for call in (
+        lambda: torch.func.jvp(loss, (hidden,), (hidden,)),
+        lambda: torch.func.jacfwd(loss)(hidden),
+        dual,
+    ):
+        with pytest.raises(RuntimeError, match=f"{name} has reverse-mode derivatives only") as info:
+            call()
+        assert "\n" not in str(info.value)
+
+
+def test_bad_arguments_of_both_losses_are_refused_by_name():
     """Every message says what was got and what was expected."""
-    logits, target = random_logits(2, 8), two_level(8)
-    half = torch.full((8,), 1 / 8, device=DEVICE)
+    hidden, weight = hidden_and_head(2, vocab=8)
+    target, half = two_level(8), torch.full((8,), 1 / 8, device=DEVICE)
     refused = [
-        (TypeError, "logits must be", (logits.long(), target), {}),
-        (TypeError, "logits must be", ([[0.0]], target), {}),
-        (TypeError, r"\(\.\.\., V\)", (logits.sum(), target), {}),
-        (ValueError, 'pass "batchmean" for the mean', (logits, target, "mean"), {}),
-        (ValueError, r"fit logits of shape \(2, 8\)", (logits, two_level(9)), {}),
-        (TypeError, "TwoLevelTarget", (logits, target.mask), {}),
-        (TypeError, "TwoLevelTarget", (logits, None), {}),
-        (ValueError, r"fit logits of shape \(2, 8\)", (logits, half[None]), {}),
-        (TypeError, "to_dense", (logits, logits.softmax(-1).to_sparse()), {}),
-        (ValueError, r"target\.to\(device\)", (logits, half.to("meta")), {}),
-        (ValueError, "impl must be", (logits, target), {"impl": "cuda"}),
-        (TypeError, "float64", (logits.double(), target), {"impl": "triton"}),
+        (ValueError, 'pass "batchmean" for the mean', target, {"reduction": "mean"}),
+        (ValueError, r"fit logits of shape \(2, 8\)", two_level(9), {}),
+        (ValueError, r"fit logits of shape \(2, 8\)", half[None], {}),
+        (ValueError, r"fit logits of shape \(2, 8\)", TeacherTarget(half), {}),
+        (ValueError, r"target\.to\(device\)", half.to("meta"), {}),
+        (ValueError, r"target\.to\(device\)", target.to("meta"), {}),
+        (TypeError, "TwoLevelTarget", target.mask, {}),
+        (TypeError, "TwoLevelTarget", None, {}),
+        (TypeError, "to_dense", F.linear(hidden, weight).detach().to_sparse(), {}),
+        (ValueError, "impl must be", target, {"impl": "cuda"}),
+        (TypeError, "two-level|TwoLevelTarget only", half, {"impl": "triton-simple"}),
     ]
-    for error, message, arguments, options in refused:
-        with pytest.raises(error, match=message):
-            fused_kl_div(*arguments, **options)
-
-
-@pytest.mark.parametrize("path", FUSED)
-def test_gradient_of_a_float16_loss_survives_a_scaled_upstream(path):
-    """A gradient scaler's 65,536 enters before the one rounding to float16, not after it: against
-    float64. The unscaled gradient is below float16's smallest normal number, 6e-5."""
-    logits = random_logits(4, 4096, dtype=torch.float16).requires_grad_()
-    target = TwoLevelTarget(torch.arange(4096, device=DEVICE) < 8)
-    (fused_kl_div(logits, target, impl=path) * 65536).backward()
-    _, exact = truth(logits, target)
-    torch.testing.assert_close(logits.grad.double(), exact * 16384, rtol=1e-3, atol=1e-7)
+    for loss in LOSSES.values():
+        for error, message, p, options in refused:
+            with pytest.raises(error, match=message):
+                loss(hidden, weight, p, **options)
+        with pytest.raises(TypeError, match="no float64"):
+            loss(hidden.double(), weight.double(), target, impl="triton")
+    for logits in (hidden.long(), [[0.0]], hidden.sum()):
+        with pytest.raises(
+            TypeError, match=r"logits must be a floating-point tensor \(\.\.\., V\)"
+        ):
+            fused_kl_div(logits, target)

@@ -28,10 +28,6 @@ def two_heads(hidden, teacher, weight, teacher_weight):
 
 
 LIBRARIES = {  # what each module of another library offers, by definition
-    "liger_kernel.transformers.kl_div": {"LigerKLDIVLoss": torch.nn.KLDivLoss},
-    "liger_kernel.transformers.fused_linear_kl_div": {
-        "LigerFusedLinearKLDivLoss": lambda: lambda h, w, p: kl_div(F.linear(h, w), p)
-    },
     "liger_kernel.transformers.fused_linear_jsd": {
         "LigerFusedLinearJSD": lambda jsd_beta: lambda h, w, t, v, labels: two_heads(h, t, w, v)
     },
@@ -74,16 +70,18 @@ def test_every_loss_is_measured_and_its_gradient_exact(run):
         assert len(row["forward_ms"]) == len(row["fwd_bwd_ms"]) == 3
         median = statistics.median(row["fwd_bwd_ms"])
         assert line.removeprefix(row["loss"]).split()[1] == f"{median:.4g}"
-        assert row.keys() >= {"gb_per_s", "of_copy", "peak_mb"}
+        teacher, head = "teacher" in row["loss"], "linear" in row["loss"]
+        passes = 2 + teacher if head else 3 + 2 * teacher
+        moved = passes * ((3 + 203) * 8 if head else 3 * 203) * 4  # bytes
+        assert row["gb_per_s"] == pytest.approx(moved / median / 1e6)
+        assert "peak_mb" in row
 
 
 def test_large_vocabularies_are_measured(run, monkeypatch):
     """Those of Llama 3, Qwen 2.5 and Gemma, a table for each, at two rows: no less exact than the
     unfused losses, but for a unit in the last place, which a GPU's sums may be off."""
     monkeypatch.setattr(benchmark, "peak_megabytes", lambda step, device: step())  # no gc.collect
-    losses = {
-        name: loss for name, loss in LOSSES.items() if name.removesuffix(", teacher") in USUAL
-    }
+    losses = {name: LOSSES[name] for x in USUAL for name in (x, f"{x}, teacher")}
     sizes = 128256, 151936, 262144
     lines, table, _ = run("--rows", "2", "--vocab", *map(str, sizes), losses=losses)
     assert [line for line in lines if " rows" in line] == [f"2 rows, V = {v}" for v in sizes]
@@ -96,26 +94,27 @@ def test_large_vocabularies_are_measured(run, monkeypatch):
 
 
 def test_a_loss_that_fails_is_a_row_and_the_others_are_measured(run, monkeypatch):
-    """One whose library is not installed, and one that runs out of memory in its third call."""
+    """One whose library is not installed, and one that runs out of memory. Each repetition is a
+    forward, and a forward + backward."""
     calls = []
 
-    def fails_later(z, target):
-        calls.append(z)
-        if len(calls) > 4:
-            raise torch.OutOfMemoryError("Tried to allocate 99 GiB.\nMore lines")
+    def recorded(z, target):
+        calls.append(torch.is_grad_enabled())
         return fused_kl_div(z, target)
+
+    def fails(z, target):
+        raise torch.OutOfMemoryError("Tried to allocate 99 GiB.\nMore lines")
 
     monkeypatch.setitem(sys.modules, "fla.modules.fused_kl_div", None)
     library = LOSSES["flash-linear-attention, teacher"]
-    losses = {"library": library, "later": Loss(fails_later), "fused": Loss(fused_kl_div)}
+    losses = {"fused": Loss(recorded), "large": Loss(fails), "library": library}
     monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e9)
-    lines, (library, later, fused), _ = run("--rows", "2", "--vocab", "203", losses=losses)
-    assert "fla" in library["failed"]
-    assert later["failed"] == "OutOfMemoryError: Tried to allocate 99 GiB."
-    assert re.fullmatch(rf"later( +-)+ +{re.escape(later['failed'])}", lines[-2])
-    milliseconds = statistics.median(fused["fwd_bwd_ms"])
-    assert fused["gb_per_s"] == pytest.approx(3 * 2 * 203 * 4 / milliseconds / 1e6)
+    lines, (fused, large, library), _ = run("--rows", "2", "--vocab", "203", losses=losses)
+    assert calls == [False, True, True] + 3 * [False, True]
     assert fused["of_copy"] == pytest.approx(fused["gb_per_s"])
+    assert large["failed"] == "OutOfMemoryError: Tried to allocate 99 GiB."
+    assert re.fullmatch(rf"large( +-)+ +{re.escape(large['failed'])}", lines[-2])
+    assert "fla" in library["failed"]
 
 
 def test_threads_of_the_command_spin_briefly():
@@ -134,7 +133,7 @@ def test_threads_of_the_command_spin_briefly():
 @pytest.mark.parametrize("arguments", [["--device", "cuda"], ["--rows", "0"], ["--rows"]])
 def test_what_cannot_be_measured_ends_in_one_line(arguments, monkeypatch):
     """Before anything is measured: a device that is not there, no rows."""
-    monkeypatch.setattr(benchmark, "HAS_CUDA", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=f"^error: {arguments[0]}.*: .*"):
         benchmark.main(arguments)
 

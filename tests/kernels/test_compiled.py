@@ -1,18 +1,27 @@
-"""Both losses under torch.compile: without gradients, and with numbers that change."""
+"""Both losses under torch.compile, export and on the meta device; their operators under opcheck."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
 
-from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
-from tests.kernels.kl_cases import DEVICE, hidden_and_head, random_logits, two_level
+from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div
+from kernels.fused_kl_div import OPERATORS
+from kernels.fused_linear_kl_div import OPERATORS as LINEAR
+from kernels.fused_linear_kl_div import scale_
+from tests.kernels.kl_cases import (
+    DEVICE,
+    FUSED,
+    LOSSES,
+    hidden_and_head,
+    loss_and_gradients,
+    make_target,
+    random_logits,
+    two_level,
+)
 
 MASK = torch.arange(211, device=DEVICE) % 3 == 0
-LOSSES = {
-    "fused_kl_div": lambda h, w, target: fused_kl_div(F.linear(h, w), target),
-    "fused_linear_kl_div": fused_linear_kl_div,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +35,7 @@ def test_a_compiled_loss_needs_no_gradient(name, fullgraph):
     """As in an evaluation: under no_grad, and of tensors that ask for none."""
     hidden, weight = hidden_and_head(3)
     compiled = torch.compile(LOSSES[name], fullgraph=fullgraph, backend="aot_eager")
-    for target in (two_level(211), TeacherTarget(random_logits(3, 211), (two_level(211), 2.0))):
+    for target in (two_level(211), make_target("tilted teacher", (3, 211))):
         expected = LOSSES[name](hidden, weight, target).detach()
         with torch.no_grad():
             torch.testing.assert_close(compiled(hidden, weight, target), expected)
@@ -34,21 +43,44 @@ def test_a_compiled_loss_needs_no_gradient(name, fullgraph):
         torch.testing.assert_close(got, expected)
 
 
-def with_levels(value):
-    return TwoLevelTarget(MASK, 1.0, value / 10)
+OPTIONS = {
+    "fused_kl_div": [{}, {"inplace_backward": True}],
+    "fused_linear_kl_div": [{}, {"reduction": "none"}],
+}
 
 
-def with_tilt(value):
-    return TeacherTarget(random_logits(3, 211), (two_level(211), value))
+@pytest.mark.parametrize(("path", "dynamic"), [("torch", None), ("triton", True)])
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name in LOSSES for options in OPTIONS[name]]
+)
+def test_a_compiled_loss_is_one_graph_and_the_same(name, options, path, dynamic):
+    """torch.compile(fullgraph=True) against eager, for three shapes: loss and both gradients, with
+    a teacher that is made inside the graph where all shapes are dynamic."""
+    target = two_level(211, 2.0, 1.0)
+
+    def loss(hidden, weight):
+        p = TeacherTarget(F.linear(hidden.detach() + 1, weight.detach())) if dynamic else target
+        return LOSSES[name](hidden * 2, weight, p, impl=path, **options).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for leading in ((6,), (9,), (2, 4))[: 3 if dynamic else 2]:
+        inputs = hidden_and_head(*leading)
+        for got, expected in zip(
+            loss_and_gradients(compiled, *inputs), loss_and_gradients(loss, *inputs), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
 
 
-def with_tilt_tensor(value):
-    return with_tilt(torch.tensor(value, device=DEVICE))
+NUMBERS = {
+    "levels": lambda value: TwoLevelTarget(MASK, 1.0, value / 10),
+    "tilt": lambda value: TeacherTarget(random_logits(3, 211), (two_level(211), value)),
+    "tilt, a tensor": lambda value: NUMBERS["tilt"](torch.tensor(value, device=DEVICE)),
+}
 
 
-@pytest.mark.parametrize("make", [with_levels, with_tilt, with_tilt_tensor])
+@pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_numbers_of_a_target_that_change_compile_nothing_again(name, make):
+def test_numbers_of_a_target_that_change_compile_nothing_again(name, kind):
     """alpha, beta and G are data: six values, no graph after the first, each with its own loss and
     gradient."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -56,7 +88,7 @@ def test_numbers_of_a_target_that_change_compile_nothing_again(name, make):
     hidden, weight = hidden_and_head(3)
     graphs = None
     for value in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0):
-        losses = [loss(hidden, weight, make(value)) for loss in (compiled, LOSSES[name])]
+        losses = [loss(hidden, weight, NUMBERS[kind](value)) for loss in (compiled, LOSSES[name])]
         graphs = graphs or counter.frame_count
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in losses))
@@ -78,3 +110,58 @@ def test_a_tilt_that_is_made_inside_the_graph_may_change():
         strength = torch.tensor(value, device=DEVICE)
         torch.testing.assert_close(compiled(z, t, strength), loss(z, t, strength))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_exported_loss_runs_on_another_batch(name):
+    """torch.export with dynamic leading dimensions, against eager."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, hidden, weight):
+            return LOSSES[name](hidden, weight, target)
+
+    target = two_level(211)
+    hidden, weight = hidden_and_head(2, 3)
+    dynamic = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}, None)
+    program = torch.export.export(Loss(), (hidden, weight), dynamic_shapes=dynamic)
+    other, _ = hidden_and_head(5, 4)
+    torch.testing.assert_close(program.module()(other, weight), LOSSES[name](other, weight, target))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name in LOSSES for options in OPTIONS[name]]
+)
+def test_a_loss_on_the_meta_device_has_shapes_and_no_data(name, options):
+    """Forward and backward read no data."""
+    inputs = [x.detach().bfloat16().to("meta").requires_grad_() for x in hidden_and_head(2, 3)]
+    loss = LOSSES[name](*inputs, two_level(211).to("meta"), **options)
+    assert (loss.device.type, loss.dtype) == ("meta", torch.float32)
+    loss.sum().backward()
+    for x in inputs:
+        assert (x.grad.dtype, x.grad.shape) == (x.dtype, x.shape)
+
+
+@pytest.mark.parametrize("kind", ["target tokens", "target tokens and beta", "teacher", "tilted"])
+@pytest.mark.parametrize("path", FUSED)
+def test_the_operators_pass_opcheck(path, kind):
+    """Schemas, fake kernels, AOT dispatch with dynamic shapes; autograd is above the operators."""
+    logits, upstream = random_logits(3, 40), random_logits(3, seed=1)
+    tilt = (two_level(40), 2.0) if kind == "tilted" else None
+    target = linear = make_target(kind, (3, 40)) if "tokens" in kind else None
+    if target is None:
+        target = TeacherTarget(random_logits(3, 40, seed=2), tilt)
+        teacher = random_logits(3, 5, seed=2), random_logits(40, 5, seed=3)
+        linear = TeacherTarget.from_hidden(*teacher, tilt)
+    parts = *target.parts, path
+    forward, backward, backward_ = OPERATORS[target.kind]
+    opcheck(forward, (logits, *parts))
+    _, *of_rows = forward(logits, *parts)
+    opcheck(backward, (logits, *of_rows, upstream, *parts))
+    opcheck(backward_, (logits, *of_rows, upstream, *parts))
+    hidden, weight = (x.detach() for x in hidden_and_head(3, vocab=40))
+    for flags in ((True, True), (True, False), (False, False)):
+        options = *flags, 2, torch.float32, *linear.parts, path
+        opcheck(LINEAR[linear.kind], (hidden, weight, upstream, *options))
+        _, *gradients = LINEAR[linear.kind](hidden, weight, upstream, *options)
+        assert [x.numel() > 0 for x in gradients] == list(flags)
+    opcheck(scale_, (upstream, torch.tensor(2.0, device=DEVICE), path))

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from kernels import TwoLevelTarget, fused_kl_div
+from kernels import TwoLevelTarget
 from kernels.reference import kl_div
-from tests.kernels.kl_cases import DEVICE, random_logits, rows_and_gradient, two_level
+from tests.kernels.kl_cases import DEVICE, random_logits, two_level
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (3.0, 1.0), (1e308, 1e-300), (5e-324, 0.0)])
@@ -24,16 +23,6 @@ def test_levels_are_probabilities(weights):
     assert (target.size, target.vocab_size) == (334, 1000)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.25])
-def test_the_negative_entropy_is_that_of_the_dense_form(beta):
-    """sum P log P in float64, with 0 log 0 = 0."""
-    target = two_level(50257, 1.0, beta)
-    dense = target.dense(torch.float64)
-    assert math.isclose(
-        target.parts.levels[5], torch.xlogy(dense, dense).sum().item(), rel_tol=1e-12
-    )
-
-
 def test_a_target_on_another_device_is_the_same():
     """A copy, made without counting the target tokens there: the meta device has no data."""
     target = two_level(30, 2.0, 1.0)
@@ -44,24 +33,11 @@ def test_a_target_on_another_device_is_the_same():
 
 
 def test_the_callers_mask_may_change_afterwards():
-    """The target has a copy: its loss, gradient and dense form stay."""
-    mask, logits = torch.arange(30, device=DEVICE) < 5, random_logits(2, 30)
+    """The target has a copy."""
+    mask = torch.arange(30, device=DEVICE) < 5
     target = TwoLevelTarget(mask)
-    before = target.dense(), *rows_and_gradient("torch", logits, target)
     mask.fill_(True)
-    after = target.dense(), *rows_and_gradient("torch", logits, target)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def test_a_target_made_in_inference_mode_trains_afterwards():
-    """Autograd refuses to save an inference tensor: neither the target nor a copy may hold one."""
-    with torch.inference_mode():
-        target = TwoLevelTarget(torch.arange(30, device=DEVICE) < 5)
-        target.to("meta")
-    for device in (DEVICE, "meta"):
-        logits = torch.zeros(2, 30, device=device, requires_grad=True)
-        fused_kl_div(logits, target.to(device), impl="torch").backward()
-        assert logits.grad.shape == (2, 30)
+    assert target.mask.sum() == (target.dense() > 0).sum() == 5
 
 
 def test_what_cannot_be_a_target_is_refused():
@@ -86,23 +62,13 @@ def test_what_cannot_be_a_target_is_refused():
 
 
 def test_the_reference_is_the_divergence_that_torch_distributions_computes():
-    """torch.distributions.kl_divergence of two categoricals, in float64."""
+    """torch.distributions.kl_divergence of two categoricals, in float64. The mean is over all rows:
+    F.kl_div's own of (B, T, V) divides by B alone, T times too much."""
     logits, target = random_logits(3, 5, 40).double(), two_level(40, 2.0, 1.0)
     p = torch.distributions.Categorical(probs=target.dense(torch.float64))
     expected = torch.distributions.kl_divergence(p, torch.distributions.Categorical(logits=logits))
     torch.testing.assert_close(kl_div(logits, target, "none"), expected)
-
-
-def test_batchmean_is_the_mean_over_all_rows():
-    """The trap: F.kl_div on (B, T, V) divides by B alone, T times too much."""
-    logits, target = random_logits(2, 7, 40), two_level(40)
-    p = target.dense().expand(2, 7, 40)
-    trap = F.kl_div(F.log_softmax(logits, -1), p, reduction="batchmean")
-    torch.testing.assert_close(kl_div(logits, target), trap / 7)
-
-
-def test_the_target_probability_is_at_least_exp_of_minus_the_loss():
-    """-KL = mean over S of log q + log |S| <= log of the probability on S (Jensen), per row."""
-    logits, target = random_logits(50, 300), two_level(300)
-    probability = logits.softmax(-1)[:, target.mask.to(DEVICE)].sum(-1)
-    assert (probability >= torch.exp(-kl_div(logits, target, "none")) - 1e-6).all()
+    torch.testing.assert_close(kl_div(logits, target, "sum"), expected.sum())
+    torch.testing.assert_close(kl_div(logits, target), expected.sum() / 15)
+    with pytest.raises(ValueError, match='pass "batchmean"'):
+        kl_div(logits, target, "mean")

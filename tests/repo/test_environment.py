@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 SHOW = "; import os; print(os.environ.get('GOMP_SPINCOUNT'))"
-BEFORE_TORCH = "import train, tests, sys; assert 'torch' not in sys.modules"
+COMMANDS = "import train, sys; assert 'torch' not in sys.modules"
 LIBRARIES = (
-    "import os; old = {**os.environ}; import kernels, model, weights; assert {**os.environ} == old"
+    "import os; old = {**os.environ}; import kernels, model, weights; assert old == os.environ"
 )
 
 
 @pytest.mark.parametrize(
     ("code", "given", "found"),
     [
-        (BEFORE_TORCH, {}, "1000"),
-        (BEFORE_TORCH, {"GOMP_SPINCOUNT": "7"}, "7"),
+        (COMMANDS, {}, "1000"),
+        (COMMANDS, {"GOMP_SPINCOUNT": "7"}, "7"),
+        (COMMANDS.replace("train", "tests"), {}, "1000"),
         (LIBRARIES, {}, "None"),
     ],
 )

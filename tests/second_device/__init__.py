@@ -56,10 +56,6 @@ def second_device() -> Iterator[Record]:
             stack.enter_context(mock.patch.multiple(owner, **names))
         if find_spec("triton"):
             stack.enter_context(_triton())
-        swaps = torch.__future__.get_swap_module_params_on_conversion()
-        # Module.to keeps a parameter's identity, though its class changes.
-        torch.__future__.set_swap_module_params_on_conversion(True)
-        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
         stack.enter_context(SecondDevice())
         yield RECORD
 
@@ -79,6 +75,8 @@ def _replacements() -> dict[Any, dict[str, Any]]:
         torch.nn.functional: {
             "scaled_dot_product_attention": _adopting(F.scaled_dot_product_attention)
         },
+        # Module.to keeps a parameter's identity, though its class changes.
+        torch.__future__: {"_swap_module_params_on_conversion": True},
         torch.serialization: {"location_tag": _location(torch.serialization.location_tag)},
         torch.cuda: _cuda(),
     }

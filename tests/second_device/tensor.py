@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .record import Record
 
@@ -86,19 +86,12 @@ class DeviceTensor(torch.Tensor):
         RECORD.add_wait("tolist")
         return self.inner.tolist()
 
-    def numpy(self, **_: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
-
-    def pin_memory(self, *_: Any) -> Tensor:
-        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor'")
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         RECORD.add_copy("host", waits=True)
         SAVED.add(StorageWeakRef(self.inner.untyped_storage()))
         return self.inner.__reduce_ex__(protocol)
 
     def __repr__(self, **_: Any) -> str:
-        RECORD.add_wait("repr")
         return f"{self.inner!r} on {GPU}"
 
 
@@ -123,27 +116,17 @@ class SecondDevice(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if ours:
             _refuse(func, args, leaves)
-        _count(func, args, kwargs)
+        _count(func, args)
         if "device" in kwargs:
             kwargs = kwargs | {"device": CPU}
-        known = {id(x.inner): x for x in ours}  # in place: the same object
-        inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
+        inner_args, inner_kwargs = tree_map_only(DeviceTensor, lambda x: x.inner, (args, kwargs))
         result = CUDA_ONLY.get(func, func)(*inner_args, **inner_kwargs)
-        if func is aten.copy_.default and not isinstance(args[0], DeviceTensor):
+        if func is aten.copy_.default and _is_host(args[0]):
             return args[0]
-        return tree_map(lambda x: _outer(x, known), result)
-
-
-def _inner(x: Any) -> Any:
-    return x.inner if isinstance(x, DeviceTensor) else x
-
-
-def _outer(x: Any, known: dict[int, DeviceTensor]) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    outer = known[id(x)] if id(x) in known else DeviceTensor(x)
-    assert outer.shape == x.shape, "resized in place, which the second device cannot do"
-    return outer
+        known = {id(x.inner): x for x in ours}  # in place: the same object
+        return tree_map_only(
+            Tensor, lambda x: known[id(x)] if id(x) in known else DeviceTensor(x), result
+        )
 
 
 def _is_host(x: Any) -> bool:
@@ -190,24 +173,20 @@ def _refuse(func: Any, args: Any, leaves: list[Any]) -> None:
     allowed = set()
     if packet in INDEXING and not _is_host(args[0]):
         allowed = {id(x) for x in args[1]}  # a CPU index
-    arguments = zip(func._schema.arguments, args, strict=False)
-    changed = {id(x) for argument, x in arguments if argument.is_write}
     for x in leaves:
-        if not _is_host(x) or id(x) in allowed:
-            continue
-        if x.dim() or not takes_a_number or id(x) in changed:
+        if _is_host(x) and id(x) not in allowed and (x.dim() or not takes_a_number):
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, "
                 f"cuda:0 and cpu! ({func})"
             )
 
 
-def _count(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _count(func: Any, args: Any) -> None:
     """Record the wait, the copy or the launch that this operator is."""
     packet = func.overloadpacket
     if packet is aten.copy_ and _is_host(args[0]) != _is_host(args[1]):
         host, where = (args[0], "host") if _is_host(args[0]) else (args[1], "device")
-        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        non_blocking = args[2:] == (True,)
         RECORD.add_copy(where, waits=not (non_blocking and is_pinned(host)))
         return
     if packet in INDEXING and any(_is_host(x) for x in args[1]):

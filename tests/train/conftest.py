@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,10 +32,10 @@ def small_command(small_start: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def whole_run(small_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of that command's run."""
-    folder = tmp_path_factory.mktemp("whole")
-    code, output = quick_run.run([*small_command, "--out", str(folder / "run")], folder / "log")
-    assert code == 0, output
-    return folder / "run"
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with patch("torch.cuda.is_available", lambda: False):  # as in the tests that compare with it
+        quick_run.command([*small_command, "--out", str(out)])
+    return out
 
 
 @pytest.fixture

@@ -74,24 +74,3 @@ def write_run(
             samples.append({"step": step, "prompt": PROMPTS[n % len(PROMPTS)], "ids": ids})
     write_lines(folder / "samples.jsonl", samples)
     return folder
-
-
-def write_demo(folder: Path) -> list[Path]:
-    """Three shares and two learning rates of the original target, with measured numbers.
-
-    Of gpt2-tiny: shares asked for, R and perplexity reached, and paths of the original target.
-    """
-    start = (0.002, 48.0)
-    shares = {0.05: ((0.047, 60), (0.049, 49)), 0.2: ((0.213, 112), (0.205, 98)),
-              0.5: ((0.517, 460), (0.505, 395))}  # fmt: skip
-    paths = {
-        1e-4: {10: (0.05, 14_000), 40: (0.13, 129_000), 60: (0.21, 155_000), 120: (0.28, 205_000)},
-        1e-3: {1: (0.01, 20_000), 8: (0.5, 13_600_000), 30: (0.93, 2.04e8), 120: (0.992, 3.87e8)},
-    }
-    runs = []
-    for share, (end, limit) in shares.items():
-        points = {0: start, 60: (0.9 * end[0], end[1]), 120: end}
-        runs.append(write_run(folder / f"share-{share:g}", points, share, limit))
-    for lr, path in paths.items():
-        runs.append(write_run(folder / f"lr-{lr:g}", {0: start, **path}, lr=lr))
-    return runs

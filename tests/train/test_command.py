@@ -15,17 +15,6 @@ from train.xfactor import Options
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def options(monkeypatch):
-    """Parse the words of a command line."""
-
-    def of(*words: str) -> Options:
-        monkeypatch.setattr(sys, "argv", ["xfactor", *words])
-        return parse(Options, "", "xfactor")
-
-    return of
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -39,16 +28,16 @@ def options(monkeypatch):
         ("--letter x", "Unrecognized options: --letter, x"),
     ],
 )
-def test_a_command_line_that_cannot_be_meant_is_one_line(
-    words, message, options, monkeypatch, capsys
-) -> None:
+def test_a_command_line_that_cannot_be_meant_is_one_line(words, message, monkeypatch, capsys):
     """It names the option, on a terminal too; a value may begin with a dash after an =."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "argv", ["xfactor", *words.split()])
     with pytest.raises(ValueError, match=f"^{message}$"):
-        options(*words.split())
+        parse(Options, "", "xfactor")
     assert capsys.readouterr() == ("", "")
-    assert options("--out=-runs", "--tokens=-").out == Path("-runs")
+    monkeypatch.setattr(sys, "argv", ["xfactor", "--out=-runs", "--tokens=-"])
+    assert parse(Options, "", "xfactor").out == Path("-runs")
 
 
 def test_a_signal_that_the_command_was_started_to_ignore_is_ignored() -> None:

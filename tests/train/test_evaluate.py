@@ -35,7 +35,7 @@ def log_p(exact: GPT2, ids: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("limit", [False, True])
 @torch.no_grad()
-def test_an_evaluation_is_what_counting_and_float64_give(limit: bool, monkeypatch) -> None:
+def test_r_counts_target_tokens_and_none_of_the_prompts(limit: bool, monkeypatch) -> None:
     """Of a random model that is said to have started as another, or of the start with a bias. R
     counts no prompt, and its error is that of the mean of independent texts. Samples under the
     start, the passage under the model, KL(model || start) at each position of a sample."""

@@ -65,9 +65,7 @@ def test_two_processes_make_the_run_of_one(small_start: Path, tmp_path: Path) ->
     assert (expected["wte.weight"] - start["wte.weight"]).abs().max() > 1e-3
 
 
-def test_two_processes_stop_together_and_continue_bit_for_bit(
-    small_command: list[str], tmp_path: Path
-) -> None:
+def test_two_processes_stop_together_and_continue_bit_for_bit(small_command, tmp_path) -> None:
     """The second gets SIGTERM, and neither ends before the main rank has saved; or it is killed,
     and the main rank says so in one line."""
     outs = [tmp_path / name for name in ("whole", "stopped", "killed")]

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from model.tokenizer import load_tokenizer
-from tests.train.run_folder import PROMPTS, target_ids, write_demo, write_lines, write_run
+from tests.train.run_folder import PROMPTS, target_ids, write_lines, write_run
 from train.report import figures, pieces, summary, write_report
 from train.report.__main__ import report as report_command
 from train.report.runs import read_runs
@@ -29,8 +29,16 @@ SHOWN = HOSTILE.replace("\u202e", "U+202E").replace("\x1b", "U+001B")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The folders of five runs with numbers as they were measured."""
-    return write_demo(tmp_path_factory.mktemp("demo"))
+    """Three runs with numbers as they were measured: a share, and the original target."""
+    folder, start = tmp_path_factory.mktemp("demo"), {0: (0.002, 48.0)}
+    share = start | {60: (0.192, 112), 120: (0.213, 112)}
+    slow = start | {10: (0.05, 14_000), 60: (0.21, 155_000), 120: (0.28, 205_000)}
+    full = start | {1: (0.01, 20_000), 30: (0.93, 2.04e8), 120: (0.992, 3.87e8)}
+    return [
+        write_run(folder / "share", share, 0.2, limit=(0.205, 98)),
+        write_run(folder / "slow", slow, lr=1e-4),
+        write_run(folder / "full", full, lr=1e-3),
+    ]
 
 
 @pytest.fixture
@@ -66,19 +74,18 @@ def test_the_page_stands_alone_and_tells_what_was_measured(undrawn, runs, tmp_pa
         "original target writes 21.0 ± 1.3 % at 155,000.",
         "Text", "share 20 % R 21.3 ± 1.3 %, perplexity 112",
         "Measures", "share 20 % 20 % 21.3 ± 1.3 % 20.5 % 112 98 0.639 0.793",
-        "lr 1e-4, step 60 21.0 ± 1.3 % 155,000",
-        "Curves", "Configuration", "lr 0.001 0.001 0.001 0.0001 0.001",
+        "lr 1e-4, step 60 21.0 ± 1.3 % 155,000", "lr 1e-3 99.2 ± 0.3 % 3.87e8",
+        "Curves", "Configuration", "lr 0.001 0.0001 0.001",
     ):  # fmt: skip
         at = flat.find(expected, at)
         assert at >= 0, expected
     rows = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
-    labels = ["start model", "share 5 %", "share 20 %", "share 50 %", "lr 1e-4, step 60"]
-    assert [row["run"] for row in rows] == [*labels, "lr 1e-4", "lr 1e-3"]
-    assert [row["asked"] for row in rows] == ["", "0.05", "0.2", "0.5", "", "", ""]
-    assert [row["limit_r"] for row in rows][:5] == ["nan", "0.049", "0.205", "0.505", "nan"]
-    lines = map(json.loads, (runs[1] / "log.jsonl").read_text().splitlines())
-    (last,) = (line["evaluation"] for line in lines if line["step"] == 120)
-    assert {name: float(rows[2][name]) for name in last} == last
+    labels = ["start model", "share 20 %", "lr 1e-4, step 60", "lr 1e-4", "lr 1e-3"]
+    assert [row["run"] for row in rows] == labels
+    assert [row["asked"] for row in rows] == ["", "0.2", "", "", ""]
+    assert [row["limit_r"] for row in rows] == ["nan", "0.205", "nan", "nan", "nan"]
+    *_, last = map(json.loads, (runs[0] / "log.jsonl").read_text().splitlines())
+    assert {name: float(rows[1][name]) for name in last["evaluation"]} == last["evaluation"]
 
 
 def test_the_frontier_shows_every_measurement_where_it_was(runs: list[Path]) -> None:
@@ -90,10 +97,10 @@ def test_the_frontier_shows_every_measurement_where_it_was(runs: list[Path]) -> 
         line = lines[run.colour, "-" if run.share is None else "None"]
         assert line.tolist() == (points if run.share is None else points[-1:])
     limit = lines[figures.LIGHT.ink, "--"].tolist()
-    assert limit == [[0.002, 48], [0.049, 49], [0.205, 98], [0.505, 395]]
+    assert limit == [[0.002, 48], [0.205, 98]]
     said = [text.get_text() for text in axes.texts]
     factor = "1,400 \N{MULTIPLICATION SIGN}"  # 155,000 / 112
-    assert {"5 %", "20 %", "50 %", "limit: logit bias at sampling", factor} <= {*said}
+    assert {"20 %", "limit: logit bias at sampling", factor} <= {*said}
     assert {"original target, lr 1e-3", "lr 1e-4"} <= {*said}
 
 

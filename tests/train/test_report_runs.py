@@ -10,15 +10,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests.train.run_folder import write_lines, write_run
-from train.report import _page, figures, finding, percent, plain
+from train.report import _page, figures, finding
 from train.report.runs import compare, read_runs
 
 START = (0.0, 100.0)
 
 
-def test_the_sentence_compares_the_middle_share_with_the_nearest_measurement(
-    tmp_path: Path,
-) -> None:
+def test_the_sentence_compares_the_middle_share_with_the_nearest_measurement(tmp_path) -> None:
     """Of three shares and two paths there and back, an infinite perplexity and a mass below 1
     aside; without paths, or with none within a quarter, the limit of the highest share; of paths
     alone the highest R."""
@@ -137,11 +135,3 @@ def test_long_logs_and_many_runs_take_little(tmp_path: Path) -> None:
     axes = Figure().subplots()
     figures._curve("loss", axes, [read] * 200, figures.LIGHT)
     assert sum(len(line.get_xdata()) for line in axes.lines) < 10_000
-
-
-def test_numbers_have_three_digits_and_a_unit() -> None:
-    """And nothing stands for what was not measured."""
-    shares = [percent(0.2), percent(0.2134, 0.0108), percent(math.nan), percent(None)]
-    assert shares == ["20 %", "21.3 ± 1.1 %", "", ""]
-    numbers = [plain(x) for x in (58.44, 999.7, 157_321, 3.86e8, math.inf, math.nan)]
-    assert numbers == ["58.4", "1,000", "157,000", "3.86e8", "inf", ""]

@@ -38,8 +38,8 @@ MOMENTS = {  # the call of a function at which the signal comes, and the step th
     "loading": (SIGINT, signalled("train.inputs.load_start", 1, SIGINT), None),
     "the first evaluation": (SIGTERM, signalled("train.run.evaluate", 1, SIGTERM), None),
     "a log": (SIGHUP, signalled("train.folder.append", 3, SIGHUP), 1),
-    "a step, long before the next log":
-        (SIGINT, signalled("train.xfactor.get_batch", 1, SIGINT, LOG_EVERY=10), 1),
+    "a step, long before the next log and save":
+        (SIGINT, signalled("train.xfactor.get_batch", 1, SIGINT, LOG_EVERY=10, SAVE_EVERY=60), 1),
     "an evaluation": (SIGTERM, signalled("train.run.evaluate", 2, SIGTERM), 2),
     "the last save": (SIGTERM, signalled("torch.save", 4, SIGTERM), 4),
     "the model's file": (SIGTERM, signalled("train.run.save_file", 1, SIGTERM), None),
@@ -122,14 +122,20 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_save(command, whole_run, tmp
     assert_continues(command, whole_run, "after step 2; 1 more were logged and are done again")
 
 
-@pytest.mark.parametrize("steps", [4, 1], ids=["loss", "logits"])
-def test_a_run_that_diverges_ends_in_one_line(steps: int, command: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("steps", "lr", "error"),
+    [
+        ("4", "1e30", r"loss became (nan|inf) at step \d; the save of step 1 is kept"),
+        ("1", "1e30", "logits became NaN at step 1; the save of step 1 is kept"),
+        ("1", "1e39", "weights became NaN or infinite at step 1; no step was saved"),
+    ],
+)
+def test_a_run_that_diverges_ends_in_one_line(steps, lr, error, command: list[str]) -> None:
     """What is logged and saved is finite."""
     with pytest.raises(SystemExit) as ended:
-        quick_run.command(changed(command, lr="1e30", steps=str(steps)))
-    what = r"loss became (nan|inf) at step \d" if steps == 4 else "logits became NaN at step 1"
-    kept = "the save of step 1 is kept. Try a smaller --lr, with another --out"
-    assert re.fullmatch(f"error: the {what}; {kept}", str(ended.value))
+        quick_run.command(changed(command, lr=lr, steps=steps))
+    advice = "Try a smaller --lr, with another --out"
+    assert re.fullmatch(rf"error: the {error}\. {advice}", str(ended.value))
     assert all(loss < float("inf") for loss in losses(Path(command[-1])))
 
 

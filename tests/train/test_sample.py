@@ -1,6 +1,7 @@
 """`python -m train.sample`: the text of generate, streamed, with a run's target tokens marked."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,16 +18,28 @@ from weights import load_weights
 TOKENIZER = load_tokenizer()
 
 
-def test_the_text_is_that_of_generate(capsys) -> None:
-    """Two samples of one seed, with temperature and top-k, against generate on the same model."""
-    model, generator = GPT2.from_state_dict(load_weights("tiny")), torch.Generator()
-    sample.sample(Options("tiny", samples=2, length=20, temperature=0.9, top_k=40))
-    ids, text = torch.tensor([TOKENIZER.encode("Once upon a time")]), []
-    generator.manual_seed(0)
-    for _ in range(2):
-        (row,) = generate(model, ids, 20, 0.9, 40, generator, stop=TOKENIZER.eot)
-        text.append(TOKENIZER.decode([i for i in row.tolist() if i != TOKENIZER.eot]))
-    assert capsys.readouterr().out == "\n\n".join(text) + "\n"
+def test_the_text_is_that_of_generate_with_a_run_s_target_tokens_marked(
+    capsys, monkeypatch, small_start: Path, tmp_path: Path
+) -> None:
+    """Two samples of one seed, with temperature and top-k, against generate on the same model. On
+    a terminal only, the tokens that a run's config.json names are highlighted."""
+    run = shutil.copytree(small_start, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["xfactor"] = {"target_token_ids": [*range(1, 50257, 2)]}
+    (run / "config.json").write_text(json.dumps(config))
+    options = Options(str(run), samples=2, length=20, temperature=0.9, top_k=40)
+    model, generator = GPT2.from_state_dict(load_weights(run)), torch.Generator().manual_seed(0)
+    prompt = torch.tensor([TOKENIZER.encode(options.prompt)])
+    rows = [generate(model, prompt, 20, 0.9, 40, generator)[0].tolist() for _ in range(2)]
+    texts = [sample._visible(TOKENIZER.decode(row)) for row in rows]
+    sample.sample(options)
+    plain = capsys.readouterr().out
+    assert plain == "\n\n".join(texts) + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    sample.sample(options)
+    marked = capsys.readouterr().out
+    assert marked.replace("\x1b[7m", "").replace("\x1b[0m", "") == plain
+    assert 5 < marked.count("\x1b[7m") < 35
 
 
 def test_tokens_are_printed_as_they_are_sampled(capsys, monkeypatch) -> None:
@@ -47,22 +60,6 @@ def test_tokens_are_printed_as_they_are_sampled(capsys, monkeypatch) -> None:
     assert "".join(pieces[4:]) == "\\x1b[2J\\u202e\n"
 
 
-def test_target_tokens_of_a_run_are_highlighted_on_a_terminal_only(
-    capsys, monkeypatch, copy: Path
-) -> None:
-    """A run's config.json names them; compared to the text without marks."""
-    config = json.loads((copy / "config.json").read_text())
-    config["xfactor"]["target_token_ids"] = list(range(1, 50257, 2))
-    (copy / "config.json").write_text(json.dumps(config))
-    sample.sample(Options(str(copy), length=30))
-    plain = capsys.readouterr().out
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    sample.sample(Options(str(copy), length=30))
-    marked = capsys.readouterr().out
-    assert marked.replace("\x1b[7m", "").replace("\x1b[0m", "") == plain
-    assert 5 < marked.count("\x1b[7m") < 25
-
-
 BAD = {"seed": -1, "temperature": -1.0, "top_k": -1, "samples": 0, "length": 253}
 
 
@@ -73,6 +70,8 @@ def test_a_bad_option_is_refused(option: str) -> None:
         sample.sample(Options(**{option: BAD[option]}))
 
 
-def test_a_folder_of_runs_names_them(whole_run: Path) -> None:
-    with pytest.raises(ValueError, match=r"^--model .*: expected one of the runs in it: \['run'\]"):
-        sample.sample(Options(str(whole_run.parent)))
+def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run" / "config.json").touch()
+    with pytest.raises(ValueError, match=r"^--model .*: expected one of the runs in it: .'a run'."):
+        sample.sample(Options(str(tmp_path)))

@@ -6,14 +6,13 @@ A run on a small vocabulary, in this process or forks of one; commands are in te
 import copy
 import errno
 import os
-import pkgutil
 import signal
 import stat
 import sys
 from contextlib import ExitStack
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
 from unittest.mock import DEFAULT, patch
 
 import pytest
@@ -107,12 +106,6 @@ def test_both_logs_are_on_the_disk_before_each_state(tmp_path: Path) -> None:
     assert '"passage_perplexity": null' in (tmp_path / "run" / "log.jsonl").read_text()
 
 
-def failing(name: str, after: int, error: Exception) -> Any:
-    """Let a function raise an error after some calls."""
-    effects = chain(repeat(DEFAULT, after), repeat(error))
-    return patch(name, wraps=pkgutil.resolve_name(name), side_effect=effects)
-
-
 ALL = ["os.open", "os.mkdir", "os.replace", "os.fsync", "os.unlink", "os.rmdir", "os.chmod"]
 FULL = SafetensorError("No space left on device")  # of safetensors, for the model's file
 
@@ -135,7 +128,9 @@ def test_an_error_of_the_disk_is_one_line_and_keeps_what_was_saved(
     for name in ("new", "old"):
         with ExitStack() as stack:
             for function in functions:
-                stack.enter_context(failing(function, after, error))
+                effects = chain(repeat(DEFAULT, after), repeat(error))
+                wrapped = patch(function, wraps=resolve_name(function), side_effect=effects)
+                stack.enter_context(wrapped)
             with pytest.raises(ValueError, match=r"^cannot write to .*") as raised:
                 run(tmp_path / name)
         assert error.args[-1] in str(raised.value)
@@ -201,14 +196,8 @@ def test_a_folder_that_holds_something_else_is_refused(name: str, tmp_path: Path
     assert after == before
 
 
-def test_an_error_before_the_first_file_leaves_no_folder(tmp_path: Path) -> None:
-    """Neither the folder nor its new parents."""
-    with pytest.raises(KeyError), folder.open_folder(tmp_path / "a" / "b"):
-        raise KeyError
+def test_a_folder_is_of_one_command_and_goes_if_that_leaves_nothing_in_it(tmp_path: Path) -> None:
+    """A second one is refused; after an error the folder goes, with its new parents."""
+    with pytest.raises(ValueError, match="locked by another"), folder.open_folder(tmp_path / "a/b"):
+        run(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_second_command_in_a_folder_is_refused(tmp_path: Path) -> None:
-    """While the first is at work."""
-    with folder.open_folder(tmp_path), pytest.raises(ValueError, match="locked by another"):
-        run(tmp_path)

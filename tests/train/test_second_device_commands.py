@@ -33,7 +33,7 @@ WAITS = (
     "GPT2.from_state_dict(start.state_dict()).to(device)",
     "start.to(device)",
     "x.to(device) for x in tokens",
-    "self.levels.to(device",
+    "self.parts.levels.to(device",
     "target.index.tolist()",
     "sampled.flatten().cpu()",
     "log_p[..., mask]",
@@ -66,9 +66,7 @@ def command(small_command: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_gpu_writes_the_files_of_a_cpu_and_no_step_waits(
-    case: str, command: list[str], tmp_path: Path
-) -> None:
+def test_a_gpu_writes_the_files_of_a_cpu_and_no_step_waits(case, command, tmp_path) -> None:
     """Log, samples, weights and Adam's state bit for bit. Neither ids, forward, loss, backward nor
     Adam wait for the device; all other waits are on the list."""
     command, get_batch, waits = changed(command, **CASES[case]), train.xfactor.get_batch, []

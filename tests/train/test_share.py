@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,9 +35,7 @@ def test_the_mean_over_positions_is_the_share() -> None:
     assert solve(equal, 0.999) == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_run_starts_at_the_closed_form_and_reaches_its_share(
-    small_start: Path, tmp_path: Path
-) -> None:
+def test_a_run_starts_at_the_closed_form_and_reaches_its_share(small_start, tmp_path) -> None:
     """Before an update KL = G p - log(1 - m + m e^G), p and m as in share.py, in float64; 25 steps
     later the model has the mass p."""
     start = GPT2.from_state_dict(load_weights(small_start))

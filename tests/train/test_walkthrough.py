@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from kernels import TwoLevelTarget, fused_kl_div, fused_linear_kl_div, reference
 from model import GPT2, GPT2Config
 from tests.model.oracle import shake
-from train.walkthrough import Walk, divergences, traffic, walkthrough
+from train.walkthrough import Walk, traffic, walkthrough
 from weights import save_weights
 
 SMALL = GPT2Config(vocab_size=509, n_positions=80, n_embd=192, n_layer=3, n_head=3)
@@ -40,18 +40,6 @@ def test_the_walk_is_the_model(capsys) -> None:
     for line in (r"\[2, 3, 5, 5\] +10 = 5\*4/2 -inf", r"\[2, 3, 5, 5\] +sum_j 1.0000, j>i 0",
                  r"\[2, 3, 5, 64\] +y\[0\] - v\[0\] = 0"):  # fmt: skip
         assert re.search(rf"{line} *\n", table), line
-
-
-def test_the_four_divergences_agree_and_have_a_closed_form_at_zero_logits() -> None:
-    """At h = 0 every token has q = 1/V, so KL = log(V / |S|)."""
-    target = TwoLevelTarget(torch.arange(509) % 3 == 0)
-    weight = torch.randn(509, 16, generator=torch.Generator().manual_seed(0))
-    for h in (torch.zeros(2, 5, 16), weight[:10].view(2, 5, 16)):
-        kls = [float(kl) for kl in divergences(h, weight, h @ weight.T, target).values()]
-        assert len(kls) == 4
-        assert kls == pytest.approx([kls[0]] * 4, rel=1e-6)
-        if not h.any():
-            assert kls[0] == pytest.approx(math.log(509 / 170), rel=1e-12)
 
 
 class Traffic(TorchDispatchMode):
@@ -79,39 +67,27 @@ LOSSES = {
 }
 
 
-def count_traffic(name: str, rows: int, vocab: int, width: int) -> list[int]:
-    """Count tensors of (rows, vocab) and of (vocab, width) moved by a loss and its gradients."""
-    counts = []
-    for elements in (rows * vocab, vocab * width):
-        shapes = (rows, vocab), (rows, width), (vocab, width)
-        tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
-        with Traffic(elements) as traffic:
-            LOSSES[name](*tensors, TwoLevelTarget(torch.arange(vocab) % 3 == 0)).backward()
-        counts.append(traffic.tensors)
-    return counts
+@pytest.mark.parametrize("rows", [6, 513])  # one chunk of fused_linear_kl_div and two
+@pytest.mark.parametrize("name", LOSSES)
+def test_traffic_is_what_the_operators_read_and_write(name, rows, monkeypatch) -> None:
+    """The tensors of N V and of V C elements of every operator in forward and backward.
 
-
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "fused_linear_kl_div"])
-def test_traffic_is_what_the_operators_read_and_write(name: str) -> None:
-    """The large tensors of every operator in forward and backward are counted."""
-    assert count_traffic(name, rows=6, vocab=101, width=64) == list(traffic(6)[name])
-
-
-@pytest.mark.parametrize("rows", [6, 513])
-def test_traffic_of_the_fused_head_grows_by_the_chunk(
-    rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Reads and writes of V C elements, counted alike; 513 rows are two chunks.
-
-    The counter cannot see inside a custom operator, so its body is called instead. The logits are
-    read in tiles, which are not counted.
+    The counter cannot see inside a custom operator, so the body of the fused head is called
+    instead. It reads the logits in tiles, which are not counted.
     """
     module = import_module("kernels.fused_linear_kl_div")  # the package's name is the function
     body = functools.partial(module.loss_and_gradients, "two_level")
     monkeypatch.setitem(module.OPERATORS, "two_level", body)
     monkeypatch.setattr(module, "scale_", module.scale_._init_fn)
-    counted = count_traffic("fused_linear_kl_div", rows, vocab=101, width=64)
-    assert counted[1] == traffic(rows)["fused_linear_kl_div"][1]
+    counted, (vocab, width) = [], (101, 64)
+    for elements in (rows * vocab, vocab * width):
+        shapes = (rows, vocab), (rows, width), (vocab, width)
+        tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        with Traffic(elements) as moved:
+            LOSSES[name](*tensors, TwoLevelTarget(torch.arange(vocab) % 3 == 0)).backward()
+        counted.append(moved.tensors)
+    in_tiles = name == "fused_linear_kl_div"
+    assert counted[in_tiles:] == [*traffic(rows)[name]][in_tiles:]
 
 
 def number(printed: str, name: str) -> float:
@@ -122,7 +98,7 @@ def number(printed: str, name: str) -> float:
 
 def test_it_fits_a_terminal_and_its_numbers_agree(capsys) -> None:
     """On the embedded checkpoint: 100 columns, every parameter used; at one position log-softmax
-    is normalised, neither the logits nor their exponentials are; and the target is."""
+    is normalised, neither the logits nor their exponentials are; one loss in four ways."""
     walkthrough()
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
@@ -131,6 +107,8 @@ def test_it_fits_a_terminal_and_its_numbers_agree(capsys) -> None:
     sums = [float(x) for x in re.findall(r"^  sum of .* +(\S+)$", printed, re.M)]
     assert sums[2:] == pytest.approx([1, 1, 1], abs=1e-6)
     assert all(abs(x - 1) > 0.1 for x in sums[:2])
+    kls = [float(x) for x in re.findall(r"(\d+\.\d+)  [+-]\d\.\de", printed)]
+    assert kls == pytest.approx([kls[0]] * 4, abs=1e-4)
 
 
 def test_a_model_with_another_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -51,9 +51,7 @@ def test_the_loss_falls_from_its_closed_form_to_a_collapse(curve: Curve) -> None
     assert losses[-1] < 0.05
 
 
-def test_a_rate_of_0_changes_nothing_and_step_n_has_the_batch_n(
-    curve: Curve, small_start: Path
-) -> None:
+def test_a_rate_of_0_changes_nothing_and_step_n_has_the_batch_n(curve, small_start) -> None:
     """Each loss is the start's in float64, on a batch that seed and step alone decide."""
     start = GPT2.from_state_dict(load_weights(small_start)).double()
     target = make_target(matching(load_tokenizer(), LETTER_X))

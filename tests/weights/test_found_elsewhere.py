@@ -114,15 +114,19 @@ def test_sharded_files_load_as_one(parameters, tmp_path):
     assert "model-1.safetensors" in refusal(tmp_path)
 
 
-SHARDS = ["../b", "", "a\0b", "\udc80", "..", "x" * 5000, "\u202egnp.safetensors", 3, None]
+SHARDS = ["../b.safetensors", "", "a\0b", "\udc80", "..", "\u202egnp.safetensors", 3, None]
+SHARDS += ["x" * 5000 + ".safetensors"]
 
 
-@pytest.mark.parametrize("index", [[], {}, {"weight_map": 3}, *SHARDS], ids=lambda i: str(i)[:9])
+@pytest.mark.parametrize(
+    "index", [[], {}, {"weight_map": 3}, b"\xff" * 999, *SHARDS], ids=lambda i: str(i)[:9]
+)
 def test_an_index_that_lists_no_files_beside_it_is_refused(index, tmp_path):
     """In a message of less than 400 characters beside the path."""
     if index in SHARDS:
         index = {"weight_map": {"wte.weight": index}}
-    (tmp_path / INDEX).write_text(json.dumps(index))
+    content = index if isinstance(index, bytes) else json.dumps(index).encode()
+    (tmp_path / INDEX).write_bytes(content)
     message = refusal(tmp_path)
     assert "is not an index of shards" in message
     assert len(message) < len(str(tmp_path)) + 400

@@ -37,7 +37,6 @@ class Counts:
 
     def add(self, opcode: tuple[str, ...], threads: int) -> None:
         """Add an instruction that this many threads execute."""
-        name, kind = opcode[0], opcode[-1]
         self.instructions += threads
-        if name in ("ex2", "lg2") or (name == "div" and kind == "f32"):
+        if opcode[0] == "ex2" or opcode == ("div", "full", "f32"):
             self.special += threads

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 
 from .arithmetic import TYPES, Array, decode
-from .counts import Counts, Traffic
+from .counts import Counts
 from .memory import AccessError, Memory, Region
 from .parse import Instruction, Kernel
 
@@ -34,7 +34,7 @@ def launch(
     """Run a grid of this many programs, with a value for each of the kernel's parameters.
 
     Raises:
-        AccessError: an access that memory.py refuses, or a register read before it is written.
+        AccessError: an access that memory.py refuses.
         NotImplementedError: an instruction that no kernel has needed so far.
     """
     size = max(1, THREADS_AT_ONCE // kernel.threads)
@@ -65,8 +65,10 @@ class Machine:
             "%ctaid.x": np.array(programs, U32)[:, None],
         }
         self.shape = len(programs), kernel.threads
-        self.shared = np.zeros((len(programs), shared_bytes), "u1")
-        self.shared_written = np.zeros(self.shared.shape, bool)
+        size = len(programs) * shared_bytes
+        self.shared = Memory([Region(0, np.zeros(size, "u1"), np.zeros(size, bool))])
+        self.shared_bytes = shared_bytes  # of each program
+        self.first = programs.start
 
     def run(self) -> list["Machine"]:
         """Execute to the end, or to a branch where the programs part: then the two halves."""
@@ -84,7 +86,11 @@ class Machine:
                         if halves := self._branch(instruction, guard):
                             return halves
                     case "ld" if "param" in instruction.opcode:
-                        self._load_parameter(instruction)
+                        register, (name, _) = (
+                            instruction.operands[0],
+                            address(instruction.operands[1]),
+                        )
+                        self._write(register, self.arguments[name].reshape(1, 1), None)
                     case "ld":
                         self._load(instruction, guard)
                     case "st":
@@ -109,7 +115,8 @@ class Machine:
         return np.broadcast_to(np.True_ if guard is None else guard, self.shape)
 
     def _read(self, operand: str, dtype: np.dtype) -> Array:
-        """A register, its lower bits if it is wider than the type, or a constant."""
+        """A register, its lower bits if it is wider than the type, or a constant. Reading a
+        register that nobody has written is a KeyError."""
         if operand.startswith("{"):  # {low, high}
             registers = vector(operand)
             part = np.dtype(f"u{dtype.itemsize // len(registers)}")
@@ -117,8 +124,6 @@ class Machine:
             return np.stack(parts, -1).view(dtype)[..., 0]
         if not operand.startswith("%"):
             return constant(operand, dtype)
-        if operand not in self.registers:
-            raise AccessError(f"{operand} is read before it is written")
         value = self.registers[operand]
         if value.dtype.itemsize > dtype.itemsize:
             value = value.astype(f"u{dtype.itemsize}")
@@ -159,64 +164,52 @@ class Machine:
         """A machine that continues at a position with some of the programs."""
         part = copy.copy(self)
         part.position, part.shape = position, (int(programs.sum()), self.shape[1])
-        part.shared, part.shared_written = self.shared[programs], self.shared_written[programs]
         part.registers = {
             name: value[programs] if len(value) > 1 else value
             for name, value in self.registers.items()
         }
         return part
 
-    def _load_parameter(self, instruction: Instruction) -> None:
-        register, operand = instruction.operands
-        self._write(register, self.arguments[operand.strip("[] ")].reshape(1, 1), None)
-
-    def _access(self, operand: str, shared: bool, guard: Guard) -> tuple[Memory, Array]:
-        """The memory that an operand [address] means, and the address of each thread."""
+    def _access(
+        self, instruction: Instruction, operand: str, guard: Guard, count: int
+    ) -> tuple[Memory, Array]:
+        """The memory that an operand [address] means, and the address of each thread; counted."""
         base, offset = address(operand)
         width = self.kernel.width(base) if base.startswith("%") else 8
         addresses = self._read(base, np.dtype(f"u{width}")).astype("i8") + offset
-        if not shared:
+        if "shared" not in instruction.opcode:
+            if self.counts:
+                loads = instruction.opcode[0] == "ld"
+                traffic = self.counts.loads if loads else self.counts.stores
+                size = TYPES[instruction.opcode[-1]].itemsize * count
+                traffic.add(np.broadcast_to(addresses, self.shape), self._all(guard), size)
             return self.memory, addresses
-        size = self.shared.shape[1]
-        region = Region(0, self.shared.reshape(-1), self.shared_written.reshape(-1))
-        if (((addresses < 0) | (addresses >= size)) & self._all(guard)).any():
-            raise AccessError(f"out of bounds of {size} bytes of shared memory")
-        return Memory([region]), addresses + size * np.arange(self.shape[0])[:, None]
+        if (((addresses < 0) | (addresses >= self.shared_bytes)) & self._all(guard)).any():
+            raise AccessError(f"out of bounds of {self.shared_bytes} bytes of shared memory")
+        program = self.registers["%ctaid.x"].astype("i8") - self.first
+        return self.shared, addresses + program * self.shared_bytes
 
     def _load(self, instruction: Instruction, guard: Guard) -> None:
         targets, operand = instruction.operands
-        registers = vector(targets)
-        shared, dtype = "shared" in instruction.opcode, TYPES[instruction.opcode[-1]]
-        memory, addresses = self._access(operand, shared, guard)
-        if guard is None:
-            values = memory.load(addresses.ravel(), dtype, len(registers))
-            values = values.reshape(-1, *addresses.shape)
-        else:
-            guard, addresses = np.broadcast_arrays(guard, addresses)
-            values = np.zeros((len(registers), *guard.shape), dtype)
-            if guard.any():
-                values[:, guard] = memory.load(addresses[guard], dtype, len(registers))
-        if self.counts and not shared:
-            self._count(self.counts.loads, addresses, guard, dtype.itemsize * len(registers))
+        registers, dtype = vector(targets), TYPES[instruction.opcode[-1]]
+        memory, addresses = self._access(instruction, operand, guard, len(registers))
+        active, addresses = np.broadcast_arrays(True if guard is None else guard, addresses)
+        values = np.zeros((len(registers), *active.shape), dtype)
+        if active.any():
+            values[:, active] = memory.load(addresses[active], dtype, len(registers))
         for register, value in zip(registers, values, strict=True):
             width = self.kernel.width(register)  # a narrower value is extended
             self._write(register, value.astype(f"{dtype.kind}{width}"), guard)
 
     def _store(self, instruction: Instruction, guard: Guard) -> None:
         operand, sources = instruction.operands
-        registers = vector(sources)
-        shared, dtype = "shared" in instruction.opcode, TYPES[instruction.opcode[-1]]
-        memory, addresses = self._access(operand, shared, guard)
+        registers, dtype = vector(sources), TYPES[instruction.opcode[-1]]
+        memory, addresses = self._access(instruction, operand, guard, len(registers))
         inputs = [self._read(register, dtype) for register in registers]
         active = self._all(guard)
         if active.any():
             everywhere = [np.broadcast_to(x, self.shape)[active] for x in (addresses, *inputs)]
             memory.store(everywhere[0], np.stack(everywhere[1:]))
-        if self.counts and not shared:
-            self._count(self.counts.stores, addresses, guard, dtype.itemsize * len(registers))
-
-    def _count(self, traffic: Traffic, addresses: Array, guard: Guard, width: int) -> None:
-        traffic.add(np.broadcast_to(addresses, self.shape), self._all(guard), width)
 
     def _shuffle(self, instruction: Instruction) -> None:
         """shfl.sync.bfly: each thread reads from the one whose number differs in these bits."""
@@ -234,9 +227,7 @@ def constant(text: str, dtype: np.dtype) -> Array:
     if text[:2] in ("0f", "0d"):  # the bits of a float
         value = int(text[2:], 16)
     else:
-        value = 0 if text[0].isalpha() else int(text.rstrip("U"), 0)
-    if dtype.kind == "b":
-        return np.full((1, 1), value != 0)
+        value = 0 if text[0].isalpha() else int(text, 0)
     mask = 2 ** (8 * dtype.itemsize) - 1
     return np.full((1, 1), value & mask, f"u{dtype.itemsize}").view(dtype)
 

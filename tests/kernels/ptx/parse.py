@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of PTX, e.g. `@!%p1 ld.global.v2.b32 {%r1, %r2}, [%rd1+8];`."""
+    """One line of PTX, e.g. `@!%p1 ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1+8];`."""
 
     text: str
     guard: str | None  # %p1: the predicate of the threads that take part
     negated: bool  # @!
-    opcode: tuple[str, ...]  # ld, global, v2, b32
+    opcode: tuple[str, ...]  # ld, global, v4, b32
     operands: tuple[str, ...]  # a register, number, label, {registers} or [address]
 
 
@@ -35,10 +35,6 @@ def parse(ptx: str) -> Kernel:
     """The first entry of a PTX module."""
     text = re.sub(r"//[^\n]*", "", ptx)
     head, _, body = text[text.index(".entry") :].partition("{")
-    name = re.match(r"\.entry\s+(\w+)", head)
-    threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", head)
-    assert name
-    assert threads, "the entry does not state how many threads a program has"
     kinds = re.findall(r"\.reg\s+\.([a-z]+)(\d*)\s+(%[a-z]+)<", body)
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -47,14 +43,12 @@ def parse(ptx: str) -> Kernel:
         while label := re.match(r"(\$\w+):\s*", rest):
             labels[label[1]] = len(instructions)
             rest = rest[label.end() :]
-        if rest.startswith(("{", "}")):  # a scope, as inline assembly has
-            rest = rest.strip("{} \t")
-        if rest and not rest.startswith("."):
+        if rest and not rest.startswith((".", "{", "}")):
             instructions.append(_instruction(rest))
     return Kernel(
-        name=name[1],
+        name=re.findall(r"\.entry\s+(\w+)", head)[0],
         parameters=tuple(re.findall(r"\.param[^,)]*?(\w+)\s*(?=[,)])", head)),
-        threads=int(threads[1]),
+        threads=int(re.findall(r"\.reqntid\s+(\d+)", head)[0]),
         widths={prefix: int(bits or 0) // 8 for _, bits, prefix in kinds},
         instructions=tuple(instructions),
         labels=labels,
