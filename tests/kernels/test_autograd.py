@@ -59,13 +59,18 @@ def test_any_upstream_gradient_scales_both_gradients_of_the_head_as_often_as_ask
                 torch.testing.assert_close(gradient, factor * one, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", FUSED)
+@pytest.mark.parametrize("path", [*FUSED, "linear"])
 def test_gradient_of_a_float16_loss_survives_a_scaled_upstream(path):
     """A gradient scaler's 65,536 enters before the one rounding to float16, not after it: against
-    float64. The unscaled gradient is below float16's smallest normal number, 6e-5."""
+    float64. The unscaled gradient is below float16's smallest normal number, 6e-5. "linear"
+    multiplies by the identity."""
     logits = random_logits(4, 4096, dtype=torch.float16).requires_grad_()
     target = TwoLevelTarget(torch.arange(4096, device=DEVICE) < 8)
-    (fused_kl_div(logits, target, impl=path) * 65536).backward()
+    if path == "linear":
+        loss = fused_linear_kl_div(logits, torch.eye(4096, device=DEVICE).half(), target)
+    else:
+        loss = fused_kl_div(logits, target, impl=path)
+    (loss * 65536).backward()
     _, exact = truth(logits, target)
     torch.testing.assert_close(logits.grad.double(), exact * 16384, rtol=1e-3, atol=1e-7)
 
