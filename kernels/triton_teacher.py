@@ -1,8 +1,8 @@
 """KL(softmax(u) || softmax(z)) fused into two Triton kernels, u the logits of a teacher, tilted.
 
 Read kernels/triton_kl_div.py first: notation, work partitioning, alignment and masks are its own.
-u is the teacher's row t; with a tilt, plus G nats on the tokens S of the bitmask, in all rows: added
-before the maximum and before c, and rounded once, in both directions. With P = softmax(u),
+u is the teacher's row t; with a tilt, plus G nats on the tokens S of the bitmask, in all rows:
+added before the maximum and before c, and rounded once, in both directions. With P = softmax(u),
 
     KL     = sum P (u - z) - lse(u) + lse(z)                                                 (1)
     dKL/dz = softmax(z) - P                                                                  (2)

@@ -1,5 +1,6 @@
 """Sizes about each blocking constant: one below a multiple of it, the multiple, one above."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -91,10 +92,8 @@ def test_sizes_about_a_chunk_of_rows_and_a_block_of_the_weights_gradient(dtype, 
         same = loss_and_gradients(unfused_linear, *arguments)
         wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
         exact = loss_and_gradients(unfused_linear, *wide, two_level(vocab))
-        for mine, its, true in zip(got, same, exact, strict=True):
-            mine, its, true = (
-                x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (mine, its, true)
-            )
+        for results in zip(got, same, exact, strict=True):
+            mine, its, true = (x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in results)
             eps = 2 * torch.finfo(dtype).eps * max(1e-3, true.norm(dim=-1).max().item())
             assert_as_exact(mine, its, true, eps)
 
@@ -124,12 +123,10 @@ def test_gradients_about_the_size_of_a_huge_page_are_whole(rows):
     smaps = Path("/proc/self/smaps")
     if not smaps.exists():
         pytest.skip("no Linux")
-    out, flags, inside = torch_kl_div.empty_gradient(logits), [], False
-    for line in smaps.read_text().splitlines():
-        head = line.split()[0]
-        if "-" in head and not head.endswith(":"):
-            start, end = (int(x, 16) for x in head.split("-"))
-            inside = start <= out.data_ptr() < end
-        elif inside and head == "VmFlags:":
-            flags = line.split()[1:]
-    assert ("hg" in flags) == (rows >= 2048)
+    out = torch_kl_div.empty_gradient(logits)
+    pattern = r"^(\w+)-(\w+) [^\0]*?^VmFlags:(.*)$"
+    for start, end, flags in re.findall(pattern, smaps.read_text(), re.MULTILINE):
+        if int(start, 16) <= out.data_ptr() < int(end, 16):
+            assert ("hg" in flags.split()) == (rows >= 2048)
+            return
+    pytest.fail("the gradient lies in no mapping")

@@ -82,9 +82,10 @@ SAME_TYPE: dict[str, Callable[..., Array]] = {  # all inputs have the type of th
     "ex2": _in_float64(np.exp2),
 }
 SHIFTS: dict[str, Callable[..., Array]] = {"shl": np.left_shift, "shr": np.right_shift}
-COMPARISONS: dict[str, Callable[..., Array]] = {  # ordered: false for NaN
+COMPARISONS: dict[str, Callable[..., Array]] = {  # false for NaN, but for neu
     "eq": np.equal,
     "ne": lambda a, b: (a < b) | (a > b),
+    "neu": np.not_equal,
     "lt": np.less,
     "gt": np.greater,
     "ge": np.greater_equal,

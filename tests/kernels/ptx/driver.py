@@ -32,9 +32,6 @@ from .machine import launch
 from .memory import Memory, Region
 from .parse import Kernel, parse
 
-TARGET = GPUTarget("cuda", 90, 32)
-PROPERTIES = {"max_shared_mem": 227 << 10, "multiprocessor_count": 132, "warpSize": 32}
-MAX_THREADS = 1024  # of a program
 NUMBERS: dict[str, Any] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 
 
@@ -51,11 +48,11 @@ class Utils:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         """Module, function, registers, spills and the most threads of a program."""
-        return None, Loaded(shared), 0, 0, MAX_THREADS
+        return None, Loaded(shared), 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         """Those of an H100."""
-        return PROPERTIES
+        return {"max_shared_mem": 227 << 10, "multiprocessor_count": 132, "warpSize": 32}
 
 
 def _read_ptx(_: Any, loaded: Loaded, name: str, files: dict[str, str], hash: str) -> None:
@@ -73,7 +70,6 @@ class Launcher:
     def __call__(self, x: int, y: int, z: int, stream: int, loaded: Loaded, *rest: Any) -> None:
         kernel, arguments = loaded.kernel, rest[4:]  # behind metadata and hooks
         assert kernel is not None
-        assert (y, z) == (1, 1), "the kernels' grids have one dimension"
         regions: list[Region] = []
         values: list[np.generic] = []
         for kind, argument in zip(self.types, arguments, strict=True):
@@ -98,7 +94,7 @@ class Driver:
 
     def get_current_target(self) -> GPUTarget:
         """The GPU to compile for."""
-        return TARGET
+        return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
         """The number of the device."""
@@ -123,47 +119,39 @@ def counted() -> Iterator[list[tuple[str, Counts]]]:
         _counted = None
 
 
+# By storage of the tensors that are allocated without a value: which bytes a kernel has written.
+_written: dict[int, tuple[StorageWeakRef, Array]] = {}
+
+
 class Allocations(TorchFunctionMode):
     """Keeps track of the tensors that are allocated without a value."""
-
-    written: dict[int, tuple[StorageWeakRef, Array]]  # by storage: which bytes a kernel has written
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = {}
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         if "empty" in getattr(function, "__name__", "") and not result.is_inference():
+            for key in [key for key, (weak, _) in _written.items() if weak.expired()]:
+                del _written[key]
             storage = result.untyped_storage()
-            self.written = {k: v for k, v in self.written.items() if not v[0].expired()}
-            self.written[storage._cdata] = StorageWeakRef(storage), np.zeros(storage.nbytes(), bool)
+            _written[storage._cdata] = StorageWeakRef(storage), np.zeros(storage.nbytes(), bool)
         return result
-
-    def written_bytes(self, tensor: Tensor) -> Array | None:
-        """A bool for each byte of its storage; None if PyTorch has given it its values."""
-        entry = self.written.get(tensor.untyped_storage()._cdata)
-        return None if entry is None or tensor._version else entry[1]
-
-
-ALLOCATIONS = Allocations()
 
 
 def _region(tensor: Tensor) -> Region:
     storage = tensor.untyped_storage()
     assert storage.data_ptr() % 16 == 0
     data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-    return Region(storage.data_ptr(), data, ALLOCATIONS.written_bytes(tensor))
+    _, written = _written.get(storage._cdata, (None, None))
+    return Region(storage.data_ptr(), data, None if tensor._version else written)
 
 
 def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function; tensors that it allocates without a value are unwritten."""
+    """The function; tensors that it allocates are unwritten until PyTorch or a kernel writes."""
 
     @wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
-        with ALLOCATIONS:
+        with Allocations():
             return function(*arguments, **options)
 
     return call

@@ -6,9 +6,9 @@ A register is an array that broadcasts to (programs, threads): (1, 1) where all 
 programs part, the machine splits in two, and each runs to its end.
 """
 
-import copy
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -39,36 +39,30 @@ def launch(
     """
     size = max(1, THREADS_AT_ONCE // kernel.threads)
     for start in range(0, programs, size):
-        some = range(start, min(start + size, programs))
-        machines = [Machine(kernel, memory, some, arguments, shared_bytes, counts)]
+        some = np.arange(start, min(start + size, programs), dtype=U32)[:, None]
+        data = np.zeros(len(some) * shared_bytes, "u1")
+        shared = Memory([Region(start * shared_bytes, data, np.zeros(data.shape, bool))])
+        registers = {name: value.reshape(1, 1) for name, value in arguments.items()}
+        registers |= {"%tid.x": np.arange(kernel.threads, dtype=U32)[None], "%ctaid.x": some}
+        shape = len(some), kernel.threads
+        machines = [Machine(kernel, memory, counts, shared, shared_bytes, shape, registers)]
         with np.errstate(all="ignore"):
             while machines:
                 machines += machines.pop().run()
 
 
+@dataclass
 class Machine:
-    """Programs that have taken the same branches so far: their registers and shared memory."""
+    """Programs that have taken the same branches so far."""
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        memory: Memory,
-        programs: range,
-        arguments: Mapping[str, np.generic],
-        shared_bytes: int,
-        counts: Counts | None,
-    ) -> None:
-        self.kernel, self.memory, self.arguments, self.counts = kernel, memory, arguments, counts
-        self.position = 0
-        self.registers = {
-            "%tid.x": np.arange(kernel.threads, dtype=U32)[None],
-            "%ctaid.x": np.array(programs, U32)[:, None],
-        }
-        self.shape = len(programs), kernel.threads
-        size = len(programs) * shared_bytes
-        self.shared = Memory([Region(0, np.zeros(size, "u1"), np.zeros(size, bool))])
-        self.shared_bytes = shared_bytes  # of each program
-        self.first = programs.start
+    kernel: Kernel
+    memory: Memory
+    counts: Counts | None
+    shared: Memory  # of all programs, one behind the other
+    shared_bytes: int  # of each
+    shape: tuple[int, int]  # programs, threads
+    registers: dict[str, Array]  # and the kernel's parameters
+    position: int = 0
 
     def run(self) -> list["Machine"]:
         """Execute to the end, or to a branch where the programs part: then the two halves."""
@@ -86,11 +80,8 @@ class Machine:
                         if halves := self._branch(instruction, guard):
                             return halves
                     case "ld" if "param" in instruction.opcode:
-                        register, (name, _) = (
-                            instruction.operands[0],
-                            address(instruction.operands[1]),
-                        )
-                        self._write(register, self.arguments[name].reshape(1, 1), None)
+                        register, name = instruction.operands
+                        self._write(register, self.registers[name.strip("[] ")], None)
                     case "ld":
                         self._load(instruction, guard)
                     case "st":
@@ -162,13 +153,12 @@ class Machine:
 
     def _part(self, programs: Array, position: int) -> "Machine":
         """A machine that continues at a position with some of the programs."""
-        part = copy.copy(self)
-        part.position, part.shape = position, (int(programs.sum()), self.shape[1])
-        part.registers = {
+        registers = {
             name: value[programs] if len(value) > 1 else value
             for name, value in self.registers.items()
         }
-        return part
+        shape = int(programs.sum()), self.shape[1]
+        return replace(self, position=position, shape=shape, registers=registers)
 
     def _access(
         self, instruction: Instruction, operand: str, guard: Guard, count: int
@@ -186,8 +176,7 @@ class Machine:
             return self.memory, addresses
         if (((addresses < 0) | (addresses >= self.shared_bytes)) & self._all(guard)).any():
             raise AccessError(f"out of bounds of {self.shared_bytes} bytes of shared memory")
-        program = self.registers["%ctaid.x"].astype("i8") - self.first
-        return self.shared, addresses + program * self.shared_bytes
+        return self.shared, addresses + self.registers["%ctaid.x"].astype("i8") * self.shared_bytes
 
     def _load(self, instruction: Instruction, guard: Guard) -> None:
         targets, operand = instruction.operands
