@@ -26,7 +26,7 @@ CASES = {
     "unfused": {"loss": "unfused"},
     "share, bfloat16": {"share": "0.2", "dtype": "bfloat16"},
 }
-SELDOM = {"LOG_EVERY": 10, "SAVE_EVERY": 60.0}  # each waits
+SELDOM = {"LOG_EVERY": 10, "SAVE_EVERY": 60.0, "PATIENCE": 60.0}  # each waits
 # Where a run may wait for the device, each a piece of the line that does.
 WAITS = (
     # before the first step
