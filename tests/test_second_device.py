@@ -32,7 +32,7 @@ REFUSED = {
     "values to put": lambda t: t.g.index_put_((t.g_ids,), t.c),
     "a mask": lambda t: t.g.masked_fill(t.c_mask, 0.0),
     "in inference mode": torch.inference_mode(lambda t: F.linear(t.g, t.c)),
-    "a generator of the CPU": lambda t: t.g.normal_(generator=torch.Generator()),
+    "a generator of the CPU": lambda t: torch.rand(3, device="cuda", generator=torch.Generator()),
     "a generator of the GPU": lambda t: torch.randn(3, generator=torch.Generator("cuda")),
     "numpy": lambda t: t.g.numpy(),
 }

@@ -97,13 +97,6 @@ def test_operands_on_two_devices_are_refused_in_one_line(gpu, loss):
         loss(*tensors, two_level("cuda"), row_weights=WEIGHTS)
 
 
-def test_a_triton_kernel_takes_no_tensor_of_the_cpu(gpu, monkeypatch):
-    """As Triton itself has it, for a target that stayed behind."""
-    monkeypatch.setattr(TwoLevelTarget, "to", lambda target, device: target)
-    with pytest.raises(ValueError, match="cpu tensor"):
-        fused_kl_div(*inputs(fused_kl_div, "cuda", torch.float32), two_level("cpu"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_add_up_by_the_products_that_only_cuda_has(gpu, dtype):
     """16-bit products whose sums are float32: three chunks against the CPU's one."""

@@ -114,8 +114,7 @@ class SecondDevice(TorchDispatchMode):
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # reached within an operator of ours, and in inference mode
                 return func.decompose(*args, **kwargs)
-        if ours:
-            _refuse(func, args, leaves)
+        _refuse(func, args, leaves)
         _count(func, args)
         if "device" in kwargs:
             kwargs = kwargs | {"device": CPU}
