@@ -68,7 +68,10 @@ def resolve_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> 
 def product_dtype(rows: Tensor, weight: Tensor, whose: str = "") -> torch.dtype:
     """The dtype in which F.linear multiplies these (N, C) and (V, C); ValueError if it does not."""
     try:
-        return F.linear(rows[:0].detach(), weight[:0].detach()).dtype
+        empty = (
+            torch.zeros(0, *x.shape[1:], dtype=x.dtype, device=x.device) for x in (rows, weight)
+        )
+        return F.linear(*empty).dtype
     except RuntimeError as error:
         raise ValueError(
             f"{whose}hidden must be (..., C), weight (V, C), both of one dtype or under autocast "
