@@ -26,7 +26,7 @@ def resolve(
         log_p = target.detach().to(wide).log()
         target = TeacherTarget(log_p.expand(shape) if log_p.shape == shape[-1:] else log_p)
     if isinstance(target, TwoLevelTarget):
-        fits = target.vocab_size == shape[-1] and target.mask.device == device
+        fits, target = target.vocab_size == shape[-1], target.to(device)
     elif isinstance(target, TeacherTarget):
         fits = target.shape == shape and target.device == device
     else:
@@ -36,8 +36,7 @@ def resolve(
         )
     if not fits:
         raise ValueError(
-            f"the target must fit logits of shape {tuple(shape)} on {device}, got {target}; build "
-            "it for them, or move a TwoLevelTarget once by target.to(device)"
+            f"the target must fit logits of shape {tuple(shape)} on {device}, got {target}"
         )
     impl = resolve_impl(impl, device, dtype)
     if impl == "triton-simple" and isinstance(target, TeacherTarget):

@@ -36,7 +36,7 @@ def kl_div(logits: Tensor, target: Target, reduction: str = "batchmean") -> Tens
     elif isinstance(target, Tensor):
         p = target.to(dtype) / target.to(dtype).sum(-1, keepdim=True)
     else:
-        p = target.dense(dtype)
+        p = target.to(logits.device).dense(dtype)
     loss = F.kl_div(log_q, p, reduction="none").sum(-1)
     if reduction == "none":
         return loss

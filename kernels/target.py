@@ -53,8 +53,8 @@ class TwoLevelTarget:
     """Probability alpha on each target token and beta on every other token.
 
     Args:
-        mask: bool (V,), on the device of the logits; True on the target tokens, which are some and
-            not all. It is copied.
+        mask: bool (V,), on any device that holds data; True on the target tokens, which are some
+            and not all. It is copied.
         alpha, beta: relative weights, finite, alpha > beta >= 0; scaled so that P sums to 1.
 
     Attributes:
@@ -92,15 +92,18 @@ class TwoLevelTarget:
         )
 
     def _hold(self, mask: Tensor, bitmasks: Tensor, ids: Tensor, levels: Tensor) -> None:
-        self.mask, self.index = mask, ids
+        self.mask, self.index, self._on = mask, ids, {mask.device: self}
         self.parts = TwoLevel(mask, bitmasks, ids, levels, levels[1].clone() if self.beta else None)
 
-    def to(self, device: torch.device | str) -> Self:
-        """Return the target on another device; once, outside the loop, because the host waits."""
-        there, tokens = copy.copy(self), self.parts[:3]
-        mask, bitmasks, ids = (x.to(device) for x in tokens)
-        there._hold(mask, bitmasks, ids, self.parts.levels.to(device, _widest(device)))
-        return there
+    def to(self, device: torch.device | str) -> "TwoLevelTarget":
+        """Return the target on another device. It is kept there, so only the first call copies."""
+        device = torch.empty(0, device=device).device  # with its index
+        if device not in self._on:
+            there, tokens = copy.copy(self), self.parts[:3]
+            mask, bitmasks, ids = (x.to(device) for x in tokens)
+            there._hold(mask, bitmasks, ids, self.parts.levels.to(device, _widest(device)))
+            self._on[device] = there
+        return self._on[device]
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """P as a tensor (V,) on the device of the mask."""
@@ -124,9 +127,9 @@ class TeacherTarget:
     Args:
         logits: t, of the shape (..., V) of the student's logits, on their device, of any floating
             dtype. No gradient flows to a teacher or its tilt.
-        tilt: (target, G): a TwoLevelTarget on the device of t, whose alpha and beta are not used,
-            and the nats to add to the logits of S: a number below +inf (-inf forbids the tokens) or
-            a tensor (), which torch.compile does not compile again for each value.
+        tilt: (target, G): a TwoLevelTarget, whose alpha and beta are not used, and the nats to
+            add to the logits of S: a number below +inf (-inf forbids the tokens) or a tensor (),
+            which torch.compile does not compile again for each value.
 
     Attributes:
         parts: t, or hidden states and weight, and the tilt's tensors; without a gradient.
@@ -194,13 +197,13 @@ def _tilt_parts(tilt: Tilt, vocab: int, device: torch.device) -> tuple[Tensor, T
     target, g = tilt if isinstance(tilt, tuple) and len(tilt) == 2 else (None, None)
     if not isinstance(target, TwoLevelTarget) or not isinstance(g, float | int | Tensor):
         raise TypeError(f"tilt must be (TwoLevelTarget, G), G in nats, got {tilt!r}")
-    if target.vocab_size != vocab or target.mask.device != device:
-        raise ValueError(f"the tilt must be of {vocab} tokens, .to({device}), got {target}")
+    if target.vocab_size != vocab:
+        raise ValueError(f"the tilt must be of {vocab} tokens, got {target}")
     if g.ndim if isinstance(g, Tensor) else not g < math.inf:
         raise ValueError(f"G must be below +inf and not NaN, or a tensor (), got {g}")
     where: Any = {"dtype": _widest(device), "device": device}
     g = g.to(**where) if isinstance(g, Tensor) else torch.full((), g, **where)
-    return target.mask, target.parts.bitmasks, _constant(g)
+    return *target.to(device).parts[:2], _constant(g)
 
 
 def _constant(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ def test_a_target_on_another_device_is_the_same():
     """A copy, made without counting the target tokens there: the meta device has no data."""
     target = two_level(30, 2.0, 1.0)
     there = target.to("meta")
+    assert target.to(torch.device("meta")) is there
     assert {x.device.type for x in there.parts} == {there.mask.device.type} == {"meta"}
     assert (there.size, there.alpha, there.beta) == (10, target.alpha, target.beta)
     assert not target.mask.is_meta
