@@ -84,12 +84,13 @@ class TwoLevelTarget:
         logs = math.log(self.alpha), math.log(self.beta) if self.beta else 0.0  # 0 log 0 = 0
         sum_p_log_p = size * self.alpha * logs[0] + (vocab - size) * self.beta * logs[1]
         levels = self.alpha, self.beta, ratio, *logs, sum_p_log_p
-        self._hold(
-            mask.clone(),
-            torch.cat([pack_bits(mask, vec) for vec in (4, 8)]),
-            mask.nonzero().squeeze(1),
-            torch.tensor(levels, dtype=_widest(mask.device), device=mask.device),
-        )
+        with torch.inference_mode(False):  # an inference tensor could not be saved for backward
+            self._hold(
+                mask.clone(),
+                torch.cat([pack_bits(mask, vec) for vec in (4, 8)]),
+                mask.nonzero().squeeze(1),
+                torch.tensor(levels, dtype=_widest(mask.device), device=mask.device),
+            )
 
     def _hold(self, mask: Tensor, bitmasks: Tensor, ids: Tensor, levels: Tensor) -> None:
         self.mask, self.index, self._on = mask, ids, {mask.device: self}
@@ -99,10 +100,11 @@ class TwoLevelTarget:
         """Return the target on another device. It is kept there, so only the first call copies."""
         device = torch.empty(0, device=device).device  # with its index
         if device not in self._on:
-            there, tokens = copy.copy(self), self.parts[:3]
-            mask, bitmasks, ids = (x.to(device) for x in tokens)
-            there._hold(mask, bitmasks, ids, self.parts.levels.to(device, _widest(device)))
-            self._on[device] = there
+            self._on[device], tokens = copy.copy(self), self.parts[:3]
+            with torch.inference_mode(False):
+                mask, bitmasks, ids = (x.to(device) for x in tokens)
+                levels = self.parts.levels.to(device, _widest(device))
+                self._on[device]._hold(mask, bitmasks, ids, levels)
         return self._on[device]
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
