@@ -156,8 +156,8 @@ def test_a_hub_that_has_no_answer_is_given_up_soon(case, hub, monkeypatch):
 
 
 HANGING_LOOK_UP = """
-import runpy, socket, sys, time
-import huggingface_hub  # imported first, for its time depends on the machine
+import runpy, socket, sys, time, weights
+from huggingface_hub import get_session, hf_hub_download  # not timed: it depends on the machine
 socket.getaddrinfo = lambda *_, **__: time.sleep(60)
 print(time.monotonic(), file=sys.stderr, flush=True)
 runpy.run_module("weights.official", run_name="__main__")
