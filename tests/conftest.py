@@ -6,6 +6,7 @@ a test with `cuda`   the second device, and a GPU too if there is one
 any other test       the CPU, also on a machine with a GPU: bit for bit is the CPU's
 """
 
+import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 KERNELS = {Path(__file__).parent / "kernels"}
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # where a shell started pytest with an &
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

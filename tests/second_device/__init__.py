@@ -77,6 +77,8 @@ def _replacements() -> dict[Any, dict[str, Any]]:
         },
         # Module.to keeps a parameter's identity, though its class changes.
         torch.__future__: {"_swap_module_params_on_conversion": True},
+        # None as in a CPU build: a CUDA build without a GPU would ask the driver.
+        torch.accelerator: {"current_accelerator": lambda check_available=False: None},
         torch.serialization: {"location_tag": _location(torch.serialization.location_tag)},
         torch.cuda: _cuda(),
     }
