@@ -6,7 +6,7 @@
 
     forward_ms  median of 3 to 50 repetitions, without gradients; on CUDA the device's time, its
                 queue filled and its L2 cache emptied beforehand
-    fwd_bwd_ms  likewise of forward + backward
+    fwd_bwd_ms  the same of forward + backward
     host_ms     the CPU's time to launch these, on CUDA: where it exceeds the device's, the host
                 sets the pace, unless a CUDA graph holds the launches
     gb_per_s    over fwd_bwd_ms: the logits (and a teacher's) read twice, the gradient written; or
@@ -58,12 +58,12 @@ class Options:
     """What to measure, and where."""
 
     rows: tuple[int, ...] = (256, 1024, 4096) if HAS_CUDA else (256, 1024)
-    """numbers of rows N; one table each"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of logits or hidden states
-    device: Literal["cpu", "cuda"] = "cuda" if HAS_CUDA else "cpu"
-    vocab: tuple[int, ...] = (50257,)  # sizes V of the vocabulary; tables for each
-    width: int = 1024  # C, of the hidden states
-    seconds: float = 15.0  # to measure, per table
+    """measure these numbers of rows, a table for each"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # use this dtype
+    device: Literal["cpu", "cuda"] = "cuda" if HAS_CUDA else "cpu"  # measure here
+    vocab: tuple[int, ...] = (50257,)  # measure these sizes of the vocabulary
+    width: int = 1024  # make hidden states this wide
+    seconds: float = 15.0  # measure for this long per table
     json: bool = False  # end with one line of JSON
 
 

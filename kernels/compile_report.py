@@ -16,6 +16,7 @@ than the logits, here with a tilt, where it takes the most instructions. Padded,
 misaligned logits share one compiled variant, because the kernels are specialised on no argument.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -53,7 +54,7 @@ INSTRUCTION = r"\s+(?:/\*\w+\*/\s+)?([@A-Z].*|(?:s|v|ds|global|buffer|flat)_.*)"
 class Options:
     """What to compile for, and how to print it."""
 
-    gpu: tuple[GPU, ...] = ("sm_90",)  # one or more architectures
+    gpu: tuple[GPU, ...] = ("sm_90",)  # compile for these architectures
     json: bool = False  # print the table in one line of JSON
 
 
@@ -189,12 +190,11 @@ def main() -> None:
         sys.exit("error: TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     if not options.gpu:
         sys.exit(f"error: --gpu: expected one or more of {', '.join(get_args(GPU))}; got none")
-    rows = [
-        report(name, dtype, *variant)
-        for name in options.gpu
-        for dtype in DTYPES
-        for variant in variants(gpu_target(name), DTYPES[dtype])
-    ]
+    rows = []
+    for name, dtype in itertools.product(options.gpu, DTYPES):
+        print(f"... {name}, {dtype}", file=sys.stderr, flush=True)
+        for variant in variants(gpu_target(name), DTYPES[dtype]):
+            rows.append(report(name, dtype, *variant))
     forms = dict.fromkeys(rows[0], "") | {"instr": ".2f"}
     print(json.dumps(rows) if options.json else format_table(rows, forms))
 

@@ -96,9 +96,10 @@ def test_inplace_backward_writes_the_gradient_over_the_logits(path):
 
 
 def test_inplace_backward_of_logits_that_are_copied_leaves_them_alone():
-    """Transposed, expanded, and rows at no single stride: the copy is overwritten instead."""
+    """Transposed, expanded, overlapping, and rows at no single stride: the copy is overwritten."""
     base = random_logits(4, 6, 6)
-    for view in (base.transpose(1, 2), base[0, :1].expand(3, 6), base[:, :-1]):
+    overlapping = base[0, :3].flatten().unfold(0, 6, 2)
+    for view in (base.transpose(1, 2), base[0, :1].expand(3, 6), base[:, :-1], overlapping):
         leaf, before = view.detach().requires_grad_(), view.clone()
         fused_kl_div(leaf, two_level(6), inplace_backward=True).backward()
         assert torch.equal(view, before)

@@ -162,6 +162,15 @@ def test_the_fused_head_computes_the_teachers_logits_by_chunks(path, reduction, 
     torch.testing.assert_close(reference.double(), expected[0], rtol=2e-5, atol=1e-5)
 
 
+def test_a_teachers_head_multiplies_in_the_dtype_of_autocast():
+    """As F.linear does, to the rounding of the loss."""
+    (hidden, weight), head = hidden_and_head(3), hidden_and_head(3)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        by_chunks = fused_linear_kl_div(hidden * 2, weight, TeacherTarget.from_hidden(*head))
+        whole = fused_linear_kl_div(hidden * 2, weight, TeacherTarget(F.linear(*head)))
+    torch.testing.assert_close(by_chunks, whole)
+
+
 def test_a_teacher_run_in_inference_mode_trains_a_student():
     """Autograd refuses to save inference tensors: the target has copies."""
     hidden, weight = hidden_and_head(3)

@@ -150,7 +150,7 @@ def test_nothing_in_a_run_or_of_a_user_changes_the_report(tmp_path: Path) -> Non
     rc.write_text(f"text.usetex: True\nfont.size: 30\nlines.linewidth: 9\n{wrong}")
     backend = "module://matplotlib_inline.backend_inline"
     users = {"MATPLOTLIBRC": str(rc), "MPLBACKEND": backend, "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-m", "train.report", *runs, "--out", out := tmp_path / "out"]
+    command = [sys.executable, "-m", "train.report", *runs, "--out", out := place / "out"]
     done = subprocess.run(command, capture_output=True, cwd=ROOT, env=os.environ | users)
     assert (done.returncode, done.stderr) == (0, b"")
     page = (out / "report.html").read_text(encoding="utf-8")

@@ -100,6 +100,8 @@ def test_a_run_may_grow(command: list[str], tmp_path: Path) -> None:
     quick_run.command(longer)
     quick_run.command(changed(longer, out=str(tmp_path / "long")))
     assert losses(tmp_path / "run") == losses(tmp_path / "long")
+    text = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["text"]
+    assert len(text) == 4 * 16  # with a share, samples are the default
     evaluated = [x["step"] for x in quick_run.logged(tmp_path / "run") if "evaluation" in x]
     assert evaluated == [0, 2, 3, 4]
 

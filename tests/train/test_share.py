@@ -9,9 +9,10 @@ import torch
 from model import GPT2
 from model.tokenizer import load_tokenizer
 from tests.train import quick_run
+from train import inputs
 from train.report.runs import Evaluation
 from train.share import solve, target_mass
-from train.target_tokens import LETTER_X, matching
+from train.target_tokens import LETTER_X, make_target, matching
 from train.xfactor import Options, get_batch
 from weights import load_weights
 
@@ -58,3 +59,14 @@ def test_a_run_starts_at_the_closed_form_and_reaches_its_share(small_start, tmp_
     assert [line["step"] for line in lines if "limit" in line] == [0]
     measured = [fields for line in lines for fields in (line.get("limit"), line.get("evaluation"))]
     assert {(*fields,) for fields in measured if fields} == {Evaluation.__match_args__}
+
+
+def test_half_of_the_samples_are_the_tilted_start_s(small_start, monkeypatch) -> None:
+    """The others are the start's own, which writes 984 of 50,257 tokens at random."""
+    for name, value in {"TEXTS": 8, "TOKENS": 32, "BATCH": 4}.items():
+        monkeypatch.setattr(inputs, name, value)
+    start = inputs.load_start(str(small_start), random=False, seed=0)
+    text, _ = inputs.make_inputs("samples", start, make_target(MASK), 16, share=0.5, seed=0)
+    own, tilted = MASK[text].view(2, -1).double().mean(1)
+    assert own < 0.1
+    assert 0.35 < tilted < 0.65

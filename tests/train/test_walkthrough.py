@@ -53,9 +53,8 @@ class Traffic(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         # A tensor given as out= is written once, and is the result; a new one is not written yet.
         if not op.is_view and "empty" not in op.name():
-            tensors = [t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
-            moved = [t.untyped_storage().nbytes() for t in tensors if t.numel()]
-            self.tensors += moved.count(self.bytes)
+            moved = [t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
+            self.tensors += sum(t.untyped_storage().nbytes() == self.bytes for t in moved)
         return out
 
 
