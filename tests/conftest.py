@@ -21,11 +21,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # where a shell started p
 
 
 @pytest.fixture(autouse=True)
-def process_settings_are_put_back() -> Iterator[None]:
-    """What `train.cpu.prepare` sets for its process must not reach another test."""
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
+def process_settings_are_the_defaults() -> None:
+    """What `train.cpu.prepare` sets for its process, in a test or in a fixture of the session, must
+    not reach another test."""
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_flash_sdp(True)
 
 
