@@ -18,9 +18,10 @@ A row of ten float32 logits, the first of them 4 bytes before a 16-byte boundary
 
 Vectors are read 16 bytes at a time: thread 0 takes vector 0 and thread 1 vector 1. Prologue and
 epilogue, at most three logits each (seven in 16 bits), are read in one step, a logit per thread:
-thread 0 takes z0 and thread 4 takes z9. Which of its logits are target tokens, a thread sees in one
-word of the bitmask: 0b0010 for thread 0, where z2 is the second of its vector, and for thread 1.
-So thread 0 sums over z0 to z4, thread 1 over z5 to z8 and thread 4 over z9; then they are joined.
+thread 0 takes z0 and thread 4 takes z9. One word of the bitmask tells a thread which of its logits
+are target tokens: thread 0 reads 0b0010, because z2 is the second of its vector, and so does thread
+1, for z6. Thread 0 sums over z0 to z4, thread 1 over z5 to z8 and thread 4 over z9; then the three
+sums are joined.
 
 A program of THREADS = 256 threads works on one row, in tiles of PER_THREAD = 16 elements of each
 thread: 4 vectors of float32, 2 of bfloat16 or float16. The last tile is partial, and read with a
@@ -40,7 +41,7 @@ exists. With r = beta / alpha,
 
 so P is one bit per token (kernels/bitmask.py), and if beta = 0 only target tokens are added.
 
-Online log-sum-exp. The largest logit must leave the exponent before the exponential, but is known
+Online log-sum-exp. The largest logit must be subtracted before the exponential, but is known
 only at the end of the row. So each thread keeps a maximum m and the sum l of 2^(c z - m), where
 c = log2 e: the hardware has 2^x, not e^x, and y = c z - m is one fused multiply-add. For the
 elements that a thread reads at a time,
@@ -77,7 +78,7 @@ multiply-add, spelt tl.fma: a compiler need not fuse what is behind a select.
 
 Traffic of loss and gradient, in N V elements, for P of shape (V,):
 
-    unfused   log_softmax, P log q, P log P - that: each reads and writes one     6
+    unfused   log_softmax, P log q, P log P - P log q: each reads, writes one     6
               sum over the row                                                    1
               backward of the difference writes -g                                1
                        of the product reads -g, writes -g P                       2
@@ -89,7 +90,7 @@ Hazards.
 - 0 * -inf is NaN: a logit where P = 0 is left out by a select, never by a product with 0.
 - NaN and +inf reach l (inf - inf), so loss and gradient of their row, and of no other.
 - -inf where P > 0 makes d -inf and the loss +inf; its gradient is finite, -P, as in PyTorch.
-- m is c z rounded: a row whose largest logit is beyond +-1e9 overflows 2^y. Others may be lower.
+- m is c z rounded: a largest logit beyond +-1e9 overflows 2^y. The row's others may be lower.
 - Row offsets exceed 2^31 elements from N = 42,732 on: they are computed in int64.
 - softmax - P cancels near convergence: formed in float32 and rounded once, at the store.
 - Nothing is specialised on an argument: one compiled variant per dtype and kind of target,
@@ -173,7 +174,7 @@ def forward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32, mask_ptr, bits_ptr, bits_stride: tl.int64,
     levels_ptr, loss_ptr, lse_ptr, norm_ptr, BETA: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Loss, lse and norm (8), float32 (N,), of the row that has the program's number, in nats.
+    """Loss, lse and norm (8), float32 (N,), of the row with the program's number, in nats.
 
     logits_ptr: (N, V), rows `stride` elements apart, V = vocab.
     mask_ptr: uint8 (V,), for prologue and epilogue. bits_ptr: pack_bits(), a table per prologue.
@@ -224,7 +225,7 @@ def backward_kernel(
     levels_ptr, lse_ptr, norm_ptr, grad_loss_ptr, grad_loss_stride: tl.int64,
     out_ptr, out_stride: tl.int64, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the row that has the program's number: g times (2), to out (N, V).
+    """The gradient of the row with the program's number: g times (2), to out (N, V).
 
     From logits_ptr to levels_ptr: as in forward_kernel; lse_ptr, norm_ptr: from it.
     grad_loss_ptr: g, (N,), any stride. out_ptr: rows `out_stride` apart, of the logits' alignment;

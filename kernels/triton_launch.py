@@ -17,7 +17,7 @@ from . import bitmask, triton_kl_div, triton_teacher
 from .target import Teacher, TwoLevel
 
 # Left to itself, ptxas saves registers by sinking loads below arithmetic, so that a warp waits for
-# DRAM two to four times per tile; with these it waits once (kernels/compile_report.py).
+# DRAM two to four times per tile; with these once, rarely twice (kernels/compile_report.py).
 MAX_REGISTERS = 64
 MAX_REGISTERS_BETA = 72  # of a float32 forward with beta > 0, which Triton 3.5 and 3.6 spill at 64
 MAX_REGISTERS_TEACHER = 80

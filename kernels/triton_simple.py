@@ -17,9 +17,9 @@ m, as a sum of P (z - m): with d for that and w for the sum of P so far,
 
     d' = d + w (m - m') + sum P (z - m'),    w' = w + sum P                                  (4)
 
-Nothing else is clever: `impl="triton-simple"` runs it for two-level targets of any size, stride
-and offset. What it costs: a program's threads exchange their maxima and sums in every block (see
-"cross" in kernels/compile_report.py), and with an odd V no load is wider than one logit.
+`impl="triton-simple"` runs it for two-level targets of any size, stride and offset. It is slow
+because a program's threads exchange their maxima and sums in every block (see "cross" in
+kernels/compile_report.py), and with an odd V no load is wider than one logit.
 """
 
 # Triton compiles the functions below, so they follow its rules and not Python's:
@@ -41,7 +41,7 @@ def forward_kernel(
     logits_ptr, stride: tl.int64, vocab: tl.int32, mask_ptr, levels_ptr,
     loss_ptr, lse_ptr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss and lse of the row that has the program's number."""
+    """Loss and lse of the row with the program's number. levels_ptr: TwoLevel.levels."""
     row = tl.program_id(0).to(tl.int64)
     alpha, beta = tl.load(levels_ptr).to(tl.float32), tl.load(levels_ptr + 1).to(tl.float32)
     m, l, d, w = -1e38, 0.0, 0.0, 0.0  # m is finite: -inf - -inf would be NaN
@@ -69,7 +69,7 @@ def backward_kernel(
     lse_ptr, grad_loss_ptr, grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the row that has the program's number, times that of its loss."""
+    """The gradient of the row with the program's number, times that of its loss."""
     row = tl.program_id(0).to(tl.int64)
     alpha, beta = tl.load(levels_ptr).to(tl.float32), tl.load(levels_ptr + 1).to(tl.float32)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride)

@@ -1,4 +1,4 @@
-"""KL(softmax(u) || softmax(z)) fused into two Triton kernels, u the logits of a teacher, tilted.
+"""KL(softmax(u) || softmax(z)) in two Triton kernels; u are a teacher's logits, tilted or not.
 
 Read kernels/triton_kl_div.py first: notation, work partitioning, alignment and masks are its own.
 u is the teacher's row t; with a tilt, plus G nats on the tokens S of the bitmask, in all rows:
@@ -25,12 +25,12 @@ the rounding of lse as (8) of kernels/triton_kl_div.py does: with the R and 2^(R
 
     dKL/dz = f (2^(c z - R_z) - (f_u / f) 2^(c u - R_u)),    norm = lse(u), f_u / f, f       (7)
 
-Alignment. Where t has the alignment of z, as contiguous logits of one dtype have, its vectors are
-read as those of z are, by 128 bits. A t of another alignment is read element by element.
+Alignment. If t is aligned like z, as contiguous logits of one dtype are, its vectors are read 128
+bits at a time. Otherwise it is read element by element.
 
 Hazards, besides those of kernels/triton_kl_div.py.
 - t = -inf: p = 0 and x - y = -inf, or NaN if z = -inf too. A select drops both.
-- z = -inf where t is finite: KL is +inf. If p underflows, 0 * inf makes d NaN: +inf in its place.
+- z = -inf where t is finite: KL is +inf. If p underflows, 0 * inf makes d NaN, replaced by +inf.
   A NaN or +inf of z or u still makes the loss NaN, through l or r.
 - The maximum is of u, not of t plus G, which would underflow whole rows.
 """
@@ -113,7 +113,7 @@ def forward_kernel(
     mask_ptr, bits_ptr, bits_stride: tl.int64, strength_ptr, loss_ptr, lse_ptr, norm_ptr,
     TILT: tl.constexpr, T_ALIGN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Loss, lse, (N,), and norm, (N, 3), all float32, of the row that has the program's number.
+    """Loss, lse, (N,), and norm, (N, 3), all float32, of the row with the program's number.
 
     logits_ptr, teacher_ptr: (N, V), rows `stride` and `teacher_stride` elements apart, V = vocab.
     TILT: whether there is one; then mask_ptr is that of S, uint8, bits_ptr pack_bits() of it, and
@@ -165,7 +165,7 @@ def backward_kernel(
     grad_loss_ptr, grad_loss_stride: tl.int64, out_ptr, out_stride: tl.int64,
     TILT: tl.constexpr, T_ALIGN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the row that has the program's number: g times (2), to out (N, V).
+    """The gradient of the row with the program's number: g times (2), to out (N, V).
 
     Up to strength_ptr, and constants: as in forward_kernel; lse_ptr, norm_ptr: from it. The rest:
     as in the backward kernel of kernels/triton_kl_div.py.
