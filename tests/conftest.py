@@ -21,11 +21,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # where a shell started p
 
 
 @pytest.fixture(autouse=True)
-def process_settings_are_the_defaults() -> None:
-    """What `train.cpu.prepare` sets for its process, in a test or in a fixture of the session, must
-    not reach another test."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.enable_flash_sdp(True)
+def process_settings_are_the_defaults() -> Iterator[None]:
+    """What `train.cpu.prepare` sets for its process, in a fixture of the session or in a test, must
+    reach neither the test nor the next one's fixtures."""
+
+    def put_back() -> None:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.enable_flash_sdp(True)
+
+    put_back()
+    yield
+    put_back()
 
 
 @pytest.fixture(autouse=True)
