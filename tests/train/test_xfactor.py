@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -126,7 +127,7 @@ def test_a_copy_runs_as_the_command_does(small_start, tmp_path, monkeypatch, cap
     runpy.run_path(copy, run_name="__main__")
     printed = capsys.readouterr().out
     assert f"wrote {out / 'report.html'}" in printed
-    assert printed.endswith(f"\n    python -m train.sample --model {out}\n")
+    assert printed.endswith(f"\n    python -m train.sample --model {shlex.quote(str(out))}\n")
     about = json.loads((out / "config.json").read_text())["xfactor"]
     assert about["goal"] == "984 tokens that match '[Xx]'"
     assert len(about["target_token_ids"]) == 984
