@@ -230,23 +230,3 @@ def test_products_that_can_return_float32_are_asked_to(has_wide_addmm, monkeypat
     for first in (True, False):
         module._add_product(total, dz, h, first)
     assert total.dtype == torch.float32
-
-
-def test_bad_arguments_are_refused_by_name():
-    """Every message says what was got and what was expected."""
-    hidden, weight = hidden_and_head(3)
-    refused = [
-        (ValueError, r"weight \(V, C\)", (hidden, weight.t()), {}),
-        (
-            ValueError,
-            "autocast .* got torch.bfloat16",
-            (hidden.bfloat16(), weight),
-            {},
-        ),
-        (TypeError, "floating-point", (hidden.long(), weight), {}),
-        (ValueError, "chunk_rows", (hidden, weight), {"chunk_rows": 0}),
-        (ValueError, "chunk_rows", (hidden, weight), {"chunk_rows": 2.5}),
-    ]
-    for error, message, arguments, options in refused:
-        with pytest.raises(error, match=message):
-            fused_linear_kl_div(*arguments, two_level(211), **options)

@@ -41,27 +41,6 @@ def test_the_callers_mask_may_change_afterwards():
     assert target.mask.sum() == (target.dense() > 0).sum() == 5
 
 
-def test_what_cannot_be_a_target_is_refused():
-    """No token or all, weights out of order or range, a mask of a wrong dtype, shape or device."""
-    some = torch.arange(10) < 3
-    refused = [
-        (TypeError, "bool", (some.float(),)),
-        (TypeError, r"got list; .*index_fill", ([1, 2, 3],)),
-        (TypeError, r"\(V,\), got torch.bool \(1, 10\)", (some[None],)),
-        (ValueError, "got 0 of 10", (some & False,)),
-        (ValueError, "got 10 of 10", (some | True,)),
-        (ValueError, "alpha > beta", (some, 1.0, 1.0)),
-        (ValueError, "alpha > beta", (some, 1.0, 2.0)),
-        (ValueError, "alpha > beta", (some, 1.0, -0.1)),
-        (ValueError, "alpha > beta", (some, math.nan, 0.0)),
-        (ValueError, "alpha > beta", (some, math.inf, 0.0)),
-        (ValueError, "alpha > beta", (some, 0.0, 0.0)),
-    ]
-    for error, message, arguments in refused:
-        with pytest.raises(error, match=message):
-            TwoLevelTarget(*arguments)
-
-
 def test_the_reference_is_the_divergence_that_torch_distributions_computes():
     """torch.distributions.kl_divergence of two categoricals, in float64. The mean is over all rows:
     F.kl_div's own of (B, T, V) divides by B alone, T times too much."""
@@ -71,5 +50,3 @@ def test_the_reference_is_the_divergence_that_torch_distributions_computes():
     torch.testing.assert_close(kl_div(logits, target, "none"), expected)
     torch.testing.assert_close(kl_div(logits, target, "sum"), expected.sum())
     torch.testing.assert_close(kl_div(logits, target), expected.sum() / 15)
-    with pytest.raises(ValueError, match='pass "batchmean"'):
-        kl_div(logits, target, "mean")
