@@ -27,6 +27,7 @@ PATHS = ["reference", *FUSED, "triton-simple", "linear"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_WIDTH = 16  # of hidden states and head
 TARGETS = ["target tokens", "target tokens and beta", "tilted teacher", "row by row"]
+TEACHERS = {"teacher": None, "tilted teacher": 2.0, "forbidding teacher": -float("inf")}  # G
 
 
 def random_logits(*shape, dtype=torch.float32, seed=0, scale=3.0):
@@ -49,15 +50,17 @@ def two_level(vocab, alpha=1.0, beta=0.0):
     return TwoLevelTarget(torch.arange(vocab, device=DEVICE) % 3 == 0, alpha, beta)
 
 
-def make_target(kind, shape):
-    """Make a target for logits of this shape; the dense ones hold exact zeros."""
+def make_target(kind, shape, teacher=None):
+    """Make a target for logits of this shape, a teacher's logits given or not; the dense ones hold
+    exact zeros."""
     if kind == "target tokens":
         return two_level(shape[-1])
     if kind == "target tokens and beta":
         return two_level(shape[-1], 3.0, 0.5)
-    if kind == "tilted teacher":
-        return TeacherTarget(random_logits(*shape, seed=1), (two_level(shape[-1]), 2.0))
-    p = random_logits(*(shape[-1:] if kind == "shared row" else shape), seed=1).softmax(-1)
+    if kind in TEACHERS:
+        t, strength = random_logits(*shape, seed=1) if teacher is None else teacher, TEACHERS[kind]
+        return TeacherTarget(t, None if strength is None else (two_level(shape[-1]), strength))
+    p = random_logits(*shape, seed=1).softmax(-1)
     p[..., 1::4] = 0.0
     return p / p.sum(-1, keepdim=True)
 
@@ -107,6 +110,16 @@ def rows_and_gradient(path, logits, target, upstream=None):
         loss = fused_kl_div(leaf, target, "none", impl=path)
     loss.backward(torch.ones_like(loss) if upstream is None else upstream)
     return loss.detach(), leaf.grad
+
+
+def assert_exact(path, logits, target, rtol=1e-6, atol=2e-6):
+    """Loss and gradient against float64, to float32's rounding and that of the result."""
+    loss, gradient = rows_and_gradient(path, logits, target)
+    exact_loss, exact_gradient = truth(logits, target)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=rtol, atol=atol)
+    rounding = 0 if logits.dtype == torch.float32 else 2 * torch.finfo(logits.dtype).eps
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5 + rounding, atol=atol)
+    return loss, gradient
 
 
 def assert_as_exact(got, reference, exact, eps):
@@ -166,3 +179,10 @@ def loss_and_gradients(loss, hidden, weight, *arguments, upstream=None, **option
     """Value of a loss with an LM head, and its gradients of hidden states and head."""
     value = loss(hidden, weight, *arguments, **options)
     return value.detach(), *torch.autograd.grad(value, (hidden, weight), upstream)
+
+
+def exact_loss_and_gradients(hidden, weight, *arguments, upstream=None):
+    """Those of the definition in float64."""
+    wide = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    upstream = None if upstream is None else upstream.double()
+    return loss_and_gradients(unfused_linear, *wide, *arguments, upstream=upstream)

@@ -67,13 +67,16 @@ def check(path, logits, target):
 @pytest.mark.parametrize("path", PATHS)
 def test_rows_of_any_layout_are_read_right(path, dtype):
     """Transposed, every other column, sliced in the middle, one row expanded; padded and off a
-    boundary, with NaN between the rows: against float64, as above."""
+    boundary, with NaN between the rows; so may be a teacher's: against float64, as above."""
     base = random_logits(2, 4, 6, dtype=dtype)
     views = [base.transpose(0, 2), base[..., ::2], base[:, :-1], base[:1, :1].expand(3, 2, 6)]
     for stride, offset in ((1001, 1), (1002, 0), (1024, 3)):
         views.append(in_buffer(random_logits(2, 1001, dtype=dtype), stride, offset)[0])
     for view in views[: 4 if path == "linear" else None]:  # its identity is not for 1,001 columns
         check(path, view, two_level(view.shape[-1], 2.0, 1.0))
+        if path in FUSED:
+            check(path, view, make_target("tilted teacher", view.shape))
+            check(path, -view.contiguous(), make_target("tilted teacher", view.shape, view))
 
 
 @pytest.mark.parametrize("kind", TARGETS)

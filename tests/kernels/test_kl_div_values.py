@@ -5,11 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import TwoLevelTarget
+from kernels import TeacherTarget, TwoLevelTarget
 from tests.kernels.kl_cases import (
     DEVICE,
+    DTYPES,
     FUSED,
     TARGETS,
+    TEACHERS,
+    assert_exact,
     dense64,
     make_target,
     random_logits,
@@ -21,15 +24,6 @@ INF = float("inf")
 # More than two of the kernels' tiles (4,096), and odd. "linear" is left out here: the identity that
 # stands for its LM head must be small, and makes NaN of an infinite logit (0 * inf).
 VOCAB = 9001
-
-
-def assert_exact(path, logits, target, atol=2e-6):
-    """Loss and gradient against float64, to float32's rounding."""
-    loss, gradient = rows_and_gradient(path, logits, target)
-    exact_loss, exact_gradient = truth(logits, target)
-    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-6, atol=atol)
-    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=atol)
-    return loss, gradient
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -73,19 +67,20 @@ def test_minus_infinity_where_the_target_is_positive_gives_infinity(path, kind):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), INF])
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("kind", [*TARGETS, "teacher"])
 @pytest.mark.parametrize("path", ["reference", *FUSED])
 def test_nan_and_infinity_stay_in_their_row(path, kind, bad):
-    """The row's loss and whole gradient are NaN, as in the reference; other rows do not change."""
+    """In the logits, or in those of a teacher. The row's loss and whole gradient are NaN, as in the
+    reference; other rows do not change."""
+    logits, teacher = random_logits(3, 1001), random_logits(3, 1001, seed=1)
+    clean = rows_and_gradient(path, logits, make_target(kind, logits.shape))
+    spoiled = teacher if kind == "teacher" else logits
     for column in (0, 2, 999, 1000):
-        logits = random_logits(3, 1001)
-        target = make_target(kind, logits.shape)
-        clean = rows_and_gradient(path, logits, target)
-        logits[1, column] = bad
-        loss, gradient = rows_and_gradient(path, logits, target)
-        assert loss[1].isnan()
-        assert gradient[1].isnan().all()
-        for got, expected in zip((loss, gradient), clean, strict=True):
+        kept, spoiled[1, column] = spoiled[1, column].clone(), bad
+        results = rows_and_gradient(path, logits, make_target(kind, logits.shape, teacher))
+        spoiled[1, column] = kept
+        for got, expected in zip(results, clean, strict=True):
+            assert got[1].isnan().all()
             assert torch.equal(got[[0, 2]], expected[[0, 2]])
 
 
@@ -123,6 +118,62 @@ def test_the_torch_path_is_exact_to_1e_6_whatever_sums_the_exponentials(rows, ki
     exact_loss, exact_gradient = truth(logits, target)
     assert ((loss - exact_loss).abs() <= 1e-6 * exact_loss.abs()).all()
     assert (gradient - exact_gradient).norm() <= 1e-6 * exact_gradient.norm()
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("rows", ["spread of 10 near -80", "two million tokens"])
+@pytest.mark.parametrize("path", FUSED)
+def test_real_looking_logits_are_exact_to_2e_6_of_a_teachers(path, rows, kind):
+    """torch_kl_div (3) (4), triton_teacher (1) (2) (3) (4) (5) (6) (7): float32, student and
+    teacher apart and close; the gradient relative to softmax(z) by the norm, the loss above 1 nat.
+    The longest rows show what sums the exponentials."""
+    teacher = ROWS[rows]()[:4]
+    target = make_target(kind, teacher.shape, teacher)
+    for noise in (0.1, 10.0):
+        logits = teacher + random_logits(*teacher.shape, seed=1, scale=noise)
+        loss, gradient = rows_and_gradient(path, logits, target)
+        exact_loss, exact_gradient = truth(logits, target)
+        assert ((loss - exact_loss).abs() <= 2e-6 * exact_loss.clamp_min(1)).all()
+        assert (gradient - exact_gradient).norm() <= 2e-6 * logits.double().softmax(-1).norm()
+
+
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
+@pytest.mark.parametrize("path", FUSED)
+def test_student_and_teacher_may_differ_in_dtype(path, dtypes):
+    """Every pair, tilted or not, on short and awkward shapes: against float64."""
+    shapes = [(3, 2), (2, 3, 7), (127,), (0, 40)]
+    for kind, shape in zip([*TEACHERS, "tilted teacher"], shapes, strict=True):
+        logits = random_logits(*shape, dtype=dtypes[0])
+        teacher = random_logits(*shape, dtype=dtypes[1], seed=1)
+        assert_exact(path, logits, make_target(kind, shape, teacher), rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", FUSED)
+def test_a_student_equal_to_its_teacher_has_exactly_no_loss_and_no_gradient(path, dtype):
+    """Bit for bit equal, near -80 and with a row partly -inf: 0, not almost 0. On CUDA PyTorch's
+    path rounds its two softmaxes apart, to one unit in the last place."""
+    logits = (random_logits(3, 50257, scale=10.0) - 80).to(dtype)
+    logits[1, ::3] = -INF
+    loss, gradient = rows_and_gradient(path, logits, TeacherTarget(logits.clone()))
+    rounded = 2e-7 if path == "torch" and DEVICE == "cuda" else 0.0
+    assert (loss.abs() <= rounded).all()
+    assert (gradient.abs() <= rounded).all()
+
+
+@pytest.mark.parametrize("path", FUSED)
+def test_minus_infinity_is_exact_in_the_teacher_in_the_student_and_in_both(path):
+    """In t, P is 0 and costs nothing whatever z is; in z alone, the loss is infinite and the
+    gradient -P, as far as P goes; over single columns and over whole tiles."""
+    column = torch.arange(9001, device=DEVICE)
+    for where in (column % 7 == 1, column > 100, column < 8900):
+        logits, teacher = random_logits(3, 9001), random_logits(3, 9001, seed=1)
+        teacher[0, where] = -INF
+        teacher[1, where] = logits[1, where] = -INF
+        logits[2, where] = -INF
+        loss, gradient = assert_exact(path, logits, TeacherTarget(teacher), rtol=2e-6)
+        assert loss.isposinf().tolist() == [False, False, True]
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

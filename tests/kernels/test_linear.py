@@ -18,8 +18,9 @@ from tests.kernels.kl_cases import (
     FUSED,
     HEAD_WIDTH,
     TARGETS,
+    TEACHERS,
     assert_as_exact,
-    dense64,
+    exact_loss_and_gradients,
     hidden_and_head,
     in_buffer,
     loss_and_gradients,
@@ -47,10 +48,7 @@ def test_loss_and_gradients_are_as_exact_as_the_unfused_ones(path, reduction, dt
             args, options = (hidden, weight, target, reduction), {"chunk_rows": 4, "impl": path}
             got = loss_and_gradients(fused_linear_kl_div, *args, upstream=upstream, **options)
             same = loss_and_gradients(unfused_linear, *args, upstream=upstream)
-            h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-            up = None if upstream is None else upstream.double()
-            args = h, w, dense64(target), reduction
-            exact = loss_and_gradients(unfused_linear, *args, upstream=up)
+            exact = exact_loss_and_gradients(*args, upstream=upstream)
             # Triton's interpreter truncates dz, and each chunk of four rows is rounded.
             slack = 2**-20 if dtype == torch.float32 else 1.5 * torch.finfo(dtype).eps
             for mine, its, true in zip(got, same, exact, strict=True):
@@ -59,6 +57,33 @@ def test_loss_and_gradients_are_as_exact_as_the_unfused_ones(path, reduction, dt
                 )
                 eps = slack * max(1e-3, true.norm(dim=-1).max().item())
                 assert_as_exact(mine, its, true, eps)
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("path", FUSED)
+def test_the_fused_head_computes_the_teachers_logits_by_chunks(path, reduction, kind):
+    """Loss and both gradients, and the reference's, against float64; a teacher of another width."""
+    hidden, weight = hidden_and_head(2, 5)
+    head = random_logits(2, 5, 9, seed=3), random_logits(211, 9, seed=4)
+    exact_target = make_target(kind, (2, 5, 211), F.linear(*(x.double() for x in head)))
+    target = TeacherTarget.from_hidden(*head, exact_target.tilt)
+    upstream = random_logits(2, 5, seed=5) if reduction == "none" else None
+    exact = exact_loss_and_gradients(hidden, weight, exact_target, reduction, upstream=upstream)
+    for loss in (fused_linear_kl_div, unfused_linear):
+        arguments, options = (hidden, weight, target, reduction), {"chunk_rows": 4, "impl": path}
+        got = loss_and_gradients(loss, *arguments, upstream=upstream, **options)
+        for mine, true in zip(got, exact, strict=True):
+            torch.testing.assert_close(mine.double(), true, rtol=2e-5, atol=1e-6)
+
+
+def test_a_teachers_head_multiplies_in_the_dtype_of_autocast():
+    """As F.linear does, to the rounding of the loss."""
+    (hidden, weight), head = hidden_and_head(3), hidden_and_head(3)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        by_chunks = fused_linear_kl_div(hidden * 2, weight, TeacherTarget.from_hidden(*head))
+        whole = fused_linear_kl_div(hidden * 2, weight, TeacherTarget(F.linear(*head)))
+    torch.testing.assert_close(by_chunks, whole)
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
@@ -123,8 +148,7 @@ def test_accumulation_over_chunks_is_in_float32_whatever_the_dtype():
     target = two_level(31)
     _, _, got = loss_and_gradients(fused_linear_kl_div, hidden, weight, target, chunk_rows=1)
     _, _, same = loss_and_gradients(unfused_linear, hidden, weight, target)
-    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    _, _, exact = loss_and_gradients(unfused_linear, *wide, target)
+    _, _, exact = exact_loss_and_gradients(hidden, weight, target)
     assert (got.double() - exact).norm() <= 1.5 * (same.double() - exact).norm()
 
 

@@ -1,13 +1,14 @@
-"""TwoLevelTarget: normalisation, copies, refusals; and the reference against closed forms."""
+"""What targets hold, and what flows to them; the reference against closed forms."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kernels import TwoLevelTarget
+from kernels import TeacherTarget, TwoLevelTarget, fused_kl_div, fused_linear_kl_div
 from kernels.reference import kl_div
-from tests.kernels.kl_cases import DEVICE, random_logits, two_level
+from tests.kernels.kl_cases import DEVICE, hidden_and_head, random_logits, two_level
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (3.0, 1.0), (1e308, 1e-300), (5e-324, 0.0)])
@@ -50,3 +51,48 @@ def test_the_reference_is_the_divergence_that_torch_distributions_computes():
     torch.testing.assert_close(kl_div(logits, target, "none"), expected)
     torch.testing.assert_close(kl_div(logits, target, "sum"), expected.sum())
     torch.testing.assert_close(kl_div(logits, target), expected.sum() / 15)
+
+
+def test_the_tilted_probability_is_that_of_the_closed_form():
+    """With m the teacher's probability on the tokens, the target's is m e^G / (1 - m + m e^G)."""
+    teacher, tokens = random_logits(5, 300), two_level(300)
+    p = TeacherTarget(teacher, (tokens, 5.0)).whole_logits(torch.float64).softmax(-1)
+    m = teacher.double().softmax(-1)[:, tokens.index].sum(-1)
+    times = m * math.exp(5)
+    torch.testing.assert_close(p[:, tokens.index].sum(-1), times / (1 - m + times))
+
+
+def test_a_teacher_run_in_inference_mode_trains_a_student():
+    """Autograd refuses to save inference tensors: the target has copies."""
+    hidden, weight = hidden_and_head(3)
+    with torch.inference_mode():
+        tilt = two_level(211), 5.0
+        teacher_hidden = hidden * 2
+        logits = TeacherTarget(F.linear(teacher_hidden, weight), tilt)
+        by_chunks = TeacherTarget.from_hidden(teacher_hidden, weight.detach(), tilt)
+    for target in (logits, by_chunks, tilt[0]):
+        fused_linear_kl_div(hidden, weight, target).backward()
+    fused_kl_div(F.linear(hidden, weight), logits).backward()
+
+
+def test_no_gradient_flows_to_a_teacher():
+    """Its head is a Parameter, as under `with torch.no_grad()` in everybody's distillation, its
+    logits and G ask for gradients: the target detaches them, and the loss is that of the detached
+    ones."""
+    hidden, weight = hidden_and_head(3)
+    head = torch.nn.Parameter(random_logits(211, 16, seed=4))
+    with torch.no_grad():
+        by_chunks = TeacherTarget.from_hidden(hidden * 2, head)
+    t = random_logits(3, 211, seed=2).requires_grad_()
+    strength = torch.tensor(2.0, device=DEVICE, requires_grad=True)
+    tilted_teacher = TeacherTarget(t, (two_level(211), strength))
+    for target in (by_chunks, tilted_teacher):
+        fused_linear_kl_div(hidden, weight, target).backward()
+    for loss in (fused_kl_div, kl_div):
+        loss(F.linear(hidden, weight), tilted_teacher).backward()
+    assert (head.grad, t.grad, strength.grad) == (None, None, None)
+    assert not tilted_teacher.parts.logits.requires_grad  # nor is the teacher's graph kept alive
+    detached = TeacherTarget.from_hidden(hidden.detach() * 2, head.detach())
+    torch.testing.assert_close(
+        *(fused_linear_kl_div(hidden, weight, p) for p in (by_chunks, detached))
+    )
