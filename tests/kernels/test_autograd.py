@@ -164,18 +164,10 @@ def test_grad_vmap_and_jacrev_agree_with_autograd(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_forward_mode_is_refused_in_one_line(name):
-    """jvp, jacfwd and a dual tensor: an operator would drop the tangent and return 0."""
+    """jvp and a dual tensor: an operator would drop the tangent and return 0."""
     loss, hidden = of_hidden(name), random_logits(3, 8)
-
-    def dual():
-        with forward_ad.dual_level():
-            return loss(forward_ad.make_dual(hidden, hidden))
-
-    for call in (
-        lambda: torch.func.jvp(loss, (hidden,), (hidden,)),
-        lambda: torch.func.jacfwd(loss)(hidden),
-        dual,
-    ):
-        with pytest.raises(RuntimeError, match=f"{name} has reverse-mode derivatives only") as info:
-            call()
-        assert "\n" not in str(info.value)
+    message = f"^{name} has reverse-mode derivatives only.*$"
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(loss, (hidden,), (hidden,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
+        loss(forward_ad.make_dual(hidden, hidden))

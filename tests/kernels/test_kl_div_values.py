@@ -1,9 +1,9 @@
 """The fused losses at extreme values, and properties that hold for any values."""
 
+import random
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kernels import TeacherTarget, TwoLevelTarget
 from tests.kernels.kl_cases import (
@@ -226,27 +226,16 @@ def test_rows_are_exact_up_to_1e9(path, kind):
         assert_exact(path, logits, target)
 
 
-@st.composite
-def logits_and_target(draw):
-    """A few rows, and a two-level target of at least one token and not of all."""
-    vocab, rows = draw(st.integers(2, 40)), draw(st.integers(1, 3))
-    mask = draw(st.lists(st.booleans(), min_size=vocab, max_size=vocab))
-    mask[0], mask[-1] = True, False
-    alpha = draw(st.floats(0.1, 10))
-    beta = draw(st.sampled_from([0.0, alpha / 3]))
-    values = st.lists(st.floats(-50, 50, width=32), min_size=rows * vocab, max_size=rows * vocab)
-    logits = torch.tensor(draw(values), device=DEVICE).view(rows, vocab)
-    return logits, TwoLevelTarget(torch.tensor(mask, device=DEVICE), alpha, beta)
-
-
 # Triton takes 30 ms per row without a GPU: it gets a few examples, the others a hundred.
 @pytest.mark.parametrize(("path", "examples"), [("torch", 100), ("linear", 100), ("triton", 12)])
 def test_any_logits_and_target_are_exact(path, examples):
-    """triton_kl_div (3): against float64, to a few dozen float32 roundings of numbers up to 100."""
-
-    @settings(max_examples=examples, deadline=None)
-    @given(logits_and_target())
-    def check(case):
-        assert_exact(path, *case, atol=2e-5)
-
-    check()
+    """triton_kl_div (3): a few rows, and a two-level target of at least one token and not of all,
+    drawn at random; to a few dozen float32 roundings of numbers up to 100."""
+    for seed in range(examples):
+        draw = random.Random(seed)
+        vocab, alpha = draw.randint(2, 40), draw.uniform(0.1, 10)
+        mask = [True, *(draw.random() < 0.5 for _ in range(vocab - 2)), False]
+        beta = draw.choice([0.0, alpha / 3])
+        target = TwoLevelTarget(torch.tensor(mask, device=DEVICE), alpha, beta)
+        logits = random_logits(draw.randint(1, 3), vocab, seed=seed, scale=draw.uniform(0, 25))
+        assert_exact(path, logits, target, atol=2e-5)

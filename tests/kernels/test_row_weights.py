@@ -48,22 +48,6 @@ def test_weights_scale_their_rows_and_the_mean_divides_by_their_sum(name, path, 
     assert (results[1][all_weights == 0] == 0).all()
 
 
-@pytest.mark.parametrize("path", FUSED)
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_row_of_weight_zero_costs_nothing_whatever_its_loss(name, path):
-    """An infinite loss, as -inf at a target token gives it, is left out and not 0 * inf."""
-    hidden, weight = (x.detach() for x in hidden_and_head(2, 3, vocab=40))
-    hidden[..., 0] = weight[:, 0] = 0
-    hidden[0, 1, 0], weight[0, 0] = 1e20, -1e20  # a logit of -inf in a row of weight zero
-    target, kept = two_level(40), WEIGHTS > 0
-    rows = kl_div(F.linear(hidden, weight), target, "none")
-    assert rows[0, 1].isposinf()
-    loss = LOSSES[name](hidden.requires_grad_(), weight, target, impl=path, row_weights=WEIGHTS)
-    expected = (rows[kept] * WEIGHTS[kept]).sum() / WEIGHTS.sum()
-    torch.testing.assert_close(loss.detach(), expected)
-    assert (torch.autograd.grad(loss, hidden)[0][~kept] == 0).all()
-
-
 @pytest.mark.parametrize(
     ("path", "target"),
     [*itertools.product(FUSED, ["two-level", "teacher"]), ("triton-simple", "two-level")],
@@ -88,31 +72,25 @@ def test_nan_in_a_row_of_weight_zero_reaches_nothing(path, target):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("leading", [(2, 3), (2, 0)])
 @pytest.mark.parametrize("path", FUSED)
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_batch_of_weights_zero_moves_nothing(name, path, dtype):
-    """The mean of nothing is NaN, as F.cross_entropy's with every label ignored; the gradients are
-    0, also where they are formed in the backward (float16)."""
-    inputs, zero = hidden_and_head(2, 3, dtype=dtype), torch.zeros(2, 3, device=DEVICE)
-    value, *gradients = loss_and_gradients(
-        LOSSES[name], *inputs, two_level(211), row_weights=zero, impl=path
-    )
-    assert value.isnan()
-    assert all((gradient == 0).all() for gradient in gradients)
-
-
-@pytest.mark.parametrize("rows", [3, 0])
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("path", FUSED)
-def test_a_mean_taken_by_the_caller_over_no_weight_moves_nothing(path, reduction, rows):
-    """sum / 0: the upstream gradient is infinite, and 0 * inf would be NaN in every weight."""
-    hidden, weight = hidden_and_head(rows)
-    weights = torch.zeros(rows, device=DEVICE)
-    options = {"reduction": reduction, "impl": path, "row_weights": weights}
-    loss = fused_linear_kl_div(hidden, weight, two_level(211), **options)
-    (loss.sum() / weights.sum()).backward()
-    assert (hidden.grad == 0).all()
-    assert (weight.grad == 0).all()
+def test_a_batch_of_weights_zero_or_of_no_rows_moves_nothing(name, path, leading, dtype):
+    """The mean of nothing is NaN, as F.cross_entropy's with every label ignored; so is one that the
+    caller takes, whose upstream gradient is infinite. The gradients are 0, also where they are
+    formed in the backward (float16)."""
+    inputs, zero = hidden_and_head(*leading, dtype=dtype), torch.zeros(leading, device=DEVICE)
+    for weights in [zero] if zero.numel() else [zero, None]:
+        for reduction in ("batchmean", "sum", "none"):
+            options = {"row_weights": weights, "impl": path}
+            loss = LOSSES[name](*inputs, two_level(211), reduction, **options)
+            if reduction == "batchmean":
+                assert loss.isnan()
+            else:
+                assert torch.equal(loss, zero if reduction == "none" else zero.sum())
+                loss = loss.sum() / zero.sum()
+            for gradient, x in zip(torch.autograd.grad(loss, inputs), inputs, strict=True):
+                assert torch.equal(gradient, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bool, torch.int64], ids=str)
