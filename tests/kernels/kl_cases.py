@@ -25,7 +25,6 @@ NEEDS_3_7 = pytest.mark.skipif(
 FUSED = ["torch", "triton"]
 PATHS = ["reference", *FUSED, "triton-simple", "linear"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HEAD_WIDTH = 16  # of hidden states and head
 TARGETS = ["target tokens", "target tokens and beta", "tilted teacher", "row by row"]
 TEACHERS = {"teacher": None, "tilted teacher": 2.0, "forbidding teacher": -float("inf")}  # G
 
@@ -156,9 +155,9 @@ def gradient_eps(logits, target, gradient, path="torch"):
 
 
 def hidden_and_head(*leading, vocab=211, dtype=torch.float32):
-    """Hidden states and a head whose logits have a deviation of 1.2; both require gradients."""
-    hidden = random_logits(*leading, HEAD_WIDTH, dtype=dtype, scale=1.0)
-    weight = random_logits(vocab, HEAD_WIDTH, dtype=dtype, seed=1, scale=0.3)
+    """Hidden states and a head, 16 wide, whose logits have a deviation of 1.2; with gradients."""
+    hidden = random_logits(*leading, 16, dtype=dtype, scale=1.0)
+    weight = random_logits(vocab, 16, dtype=dtype, seed=1, scale=0.3)
     return hidden.requires_grad_(), weight.requires_grad_()
 
 
