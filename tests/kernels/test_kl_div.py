@@ -215,10 +215,10 @@ def test_real_looking_logits_are_exact_to_2e_6_of_a_teachers(path, rows, kind):
         assert (gradient - exact_gradient).norm() <= 2e-6 * logits.double().softmax(-1).norm()
 
 
-@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
+@pytest.mark.parametrize("dtypes", zip(DTYPES, DTYPES[1:] + DTYPES[:1], strict=True), ids=str)
 @pytest.mark.parametrize("path", FUSED)
 def test_student_and_teacher_may_differ_in_dtype(path, dtypes):
-    """Every pair, tilted or not, on short and awkward shapes: against float64."""
+    """Each on either side, tilted or not, on short and awkward shapes: against float64."""
     shapes = [(3, 2), (2, 3, 7), (127,), (0, 40)]
     for kind, shape in zip([*TEACHERS, "tilted teacher"], shapes, strict=True):
         logits = random_logits(*shape, dtype=dtypes[0])
@@ -297,11 +297,10 @@ def test_rows_are_exact_up_to_1e9(path, kind):
     loss, gradient = rows_and_gradient(path, logits, target)
     torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-5)
-    logits = random_logits(2, 1001)
-    masked = (dense64(target) == 0).expand(2, 1001) if kind != "target tokens and beta" else None
-    if masked is not None:
-        logits[masked & (logits > 1)] = torch.finfo(torch.float32).min
-        assert_exact(path, logits, target)
+    if kind != "target tokens and beta":  # which is zero nowhere
+        logits = random_logits(2, 1001)
+        masked = (dense64(target) == 0) & (logits > 1)
+        assert_exact(path, logits.masked_fill(masked, torch.finfo(torch.float32).min), target)
 
 
 # Triton takes 30 ms per row without a GPU: it gets a few examples, the others a hundred.
