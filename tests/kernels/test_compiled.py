@@ -130,6 +130,7 @@ def test_the_operators_pass_opcheck(path, kind):
     forward, backward, backward_ = OPERATORS[target.kind]
     opcheck(forward, (logits, *parts))
     _, *of_rows = forward(logits, *parts)
+    torch.testing.assert_close(of_rows[0], logits.logsumexp(-1))
     opcheck(backward, (logits, *of_rows, upstream, *parts))
     opcheck(backward_, (logits, *of_rows, upstream, *parts))
     hidden, weight = (x.detach() for x in hidden_and_head(3, vocab=40))

@@ -7,7 +7,6 @@ import torch
 
 from kernels import TeacherTarget, TwoLevelTarget
 from kernels.arguments import resolve_impl
-from kernels.fused_kl_div import launchers
 from tests.kernels.kl_cases import (
     DEVICE,
     DTYPES,
@@ -20,7 +19,6 @@ from tests.kernels.kl_cases import (
     dense64,
     gradient_eps,
     in_buffer,
-    launch,
     loss_eps,
     make_target,
     random_logits,
@@ -34,11 +32,8 @@ INF = float("inf")
 # stands for its LM head must be small, and makes NaN of an infinite logit (0 * inf).
 VOCAB = 9001
 # Vocabularies: 2 is the smallest that makes sense; 7 and 127 are shorter than any tile; 1000 is a
-# multiple of 8 but not of 16; 50,257 is GPT-2's; 50,256, 50,264 and 50,304 are multiples of 8 or 64
-# near it, to which others pad; 65,537 is one past 2^16. Zero to two leading dimensions; rows: none,
-# one, a prime.
+# multiple of 8 but not of 16. Zero to two leading dimensions; rows: none, one, a prime.
 SHAPES = [(3, 2), (1, 2), (5, 7), (1, 3, 7), (0, 127), (2, 0, 127), (7, 127), (127,), (2, 1, 1000)]
-LONG_SHAPES = [(2, 50256), (3, 50257), (1, 2, 50264), (2, 50304), (1, 65537)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,16 +44,6 @@ def test_loss_and_gradient_are_as_exact_as_the_reference(path, kind, dtype):
     reference in the same dtype sets the bound."""
     for shape in SHAPES:
         check(path, random_logits(*shape, dtype=dtype), make_target(kind, shape))
-
-
-@pytest.mark.parametrize("shape", LONG_SHAPES, ids=str)
-@pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("path", FUSED)
-def test_a_vocabulary_of_any_size_is_exact(path, kind, shape):
-    """triton_kl_div (6): as above, a few rows at full length; one dtype per shape, float32 for
-    GPT-2's."""
-    dtype = DTYPES[(LONG_SHAPES.index(shape) + 2) % 3]
-    check(path, random_logits(*shape, dtype=dtype), make_target(kind, shape))
 
 
 def check(path, logits, target):
@@ -88,20 +73,6 @@ def test_rows_of_any_layout_are_read_right(path, dtype):
         if path in FUSED:
             check(path, view, make_target("tilted teacher", view.shape))
             check(path, -view.contiguous(), make_target("tilted teacher", view.shape, view))
-
-
-@pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("path", FUSED)
-def test_nothing_is_written_outside_the_gradient(path, kind):
-    """It lies in a larger buffer of a known value."""
-    logits = random_logits(3, 1001)
-    whole = logits.new_full((5, 1024), 12345.0)
-    target, out = make_target(kind, logits.shape), whole[1:4, 5:1006].fill_(float("nan"))
-    _, lse, *_ = launch(launchers(path, logits.device), logits, target, out)
-    torch.testing.assert_close(lse, logits.logsumexp(-1))
-    torch.testing.assert_close(out.double(), truth(logits, target)[1], rtol=1e-4, atol=1e-8)
-    out.fill_(12345.0)
-    assert (whole == 12345.0).all()
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -201,7 +172,7 @@ def test_the_torch_path_is_exact_to_1e_6_whatever_sums_the_exponentials(rows, ki
 @pytest.mark.parametrize("kind", TEACHERS)
 @pytest.mark.parametrize("rows", ["spread of 10 near -80", "two million tokens"])
 @pytest.mark.parametrize("path", FUSED)
-def test_real_looking_logits_are_exact_to_2e_6_of_a_teachers(path, rows, kind):
+def test_real_looking_logits_are_exact_to_2e_6(path, rows, kind):
     """torch_kl_div (3) (4), triton_teacher (1) (2) (3) (4) (5) (6) (7): float32, student and
     teacher apart and close; the gradient relative to softmax(z) by the norm, the loss above 1 nat.
     The longest rows show what sums the exponentials."""

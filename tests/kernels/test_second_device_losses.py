@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from kernels import TeacherTarget, fused_linear_kl_div
-from tests.kernels.kl_cases import LOSSES, hidden_and_head, make_target, random_logits, two_level
+from kernels import TeacherTarget, TwoLevelTarget, fused_linear_kl_div
+from tests.kernels.kl_cases import LOSSES, hidden_and_head, make_target, random_logits
 
 pytest.importorskip("triton")
 
 ROWS, VOCAB = 6, 211
 WEIGHTS = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0])  # of the rows
-TWO_LEVEL = two_level(VOCAB).to("cpu")  # a loss moves it, once
+TWO_LEVEL = TwoLevelTarget(torch.arange(VOCAB) % 3 == 0)  # on the CPU: a loss moves it, once
 
 
 def dense(device, tilt=None):
@@ -24,7 +24,7 @@ def from_hidden(device, tilt=None):
 
 TARGETS = {  # for a device; the last two of the loss with the LM head only
     "two-level": lambda _: TWO_LEVEL,
-    "two-level with beta": lambda _: two_level(VOCAB, 3.0, 0.5).to("cpu"),
+    "two-level with beta": lambda _: TwoLevelTarget(TWO_LEVEL.mask, 3.0, 0.5),
     "teacher": dense,
     "tilted teacher": lambda device: dense(device, (TWO_LEVEL, 2.0)),
     "probabilities": lambda device: make_target("row by row", (ROWS, VOCAB)).to(device),
