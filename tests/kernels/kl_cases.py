@@ -94,11 +94,8 @@ def truth(logits, target):
 def rows_and_gradient(path, logits, target, upstream=None):
     """Loss of each row, and the gradient of the logits for an upstream of ones (or this one).
 
-    "linear" multiplies by the identity, so that the hidden states are the logits. Skips the test
-    where "triton-simple" has no kernel for the target.
+    "linear" multiplies by the identity, so that the hidden states are the logits.
     """
-    if path == "triton-simple" and not isinstance(target, TwoLevelTarget):
-        pytest.skip("two-level targets only")
     leaf = logits.detach().requires_grad_()
     if path == "linear":
         head = torch.eye(logits.shape[-1], dtype=logits.dtype, device=DEVICE)
