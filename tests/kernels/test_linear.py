@@ -170,6 +170,7 @@ def test_no_product_of_the_fused_head_is_handed_unwritten_memory(dtype, monkeypa
     between, add_product = [], module._add_product
 
     def recorded(total, dz, *others, **options):
+        assert dz.untyped_storage().nbytes() == 16 * 256 * dz.itemsize  # of one chunk
         shape, start = (len(dz) - 1, 256 - 211), dz.storage_offset() + 211
         between.append(dz.as_strided(shape, (256, 1), start).clone())
         add_product(total, dz, *others, **options)
