@@ -41,12 +41,10 @@ def launches(target: str) -> Iterator[dict[str, Any]]:
         with driver.counted() as counted:
             fused_kl_div(z.requires_grad_(), TARGETS[target](t), impl="triton").backward()
         for kernel, counts in counted:
+            loads, stores = counts.loads, counts.stores
             numbers = {"instr": counts.instructions, "special": counts.special}
-            for verb, unit, traffic in (
-                ("read", "ld", counts.loads),
-                ("wrote", "st", counts.stores),
-            ):
-                numbers |= {verb: traffic.bytes, f"{unit}_sectors": traffic.sectors}
+            numbers |= {"read": loads.bytes, "wrote": stores.bytes}
+            numbers |= {"ld_sectors": loads.sectors, "st_sectors": stores.sectors}
             per_logit = {key: number / (ROWS * VOCAB) for key, number in numbers.items()}
             yield {"target": target, "dtype": name, "kernel": kernel} | per_logit
 

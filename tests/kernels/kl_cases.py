@@ -25,8 +25,8 @@ NEEDS_3_7 = pytest.mark.skipif(
 FUSED = ["torch", "triton"]
 PATHS = ["reference", *FUSED, "triton-simple", "linear"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HEAD_WIDTH = 16  # of hidden states and head
 TARGETS = ["target tokens", "target tokens and beta", "tilted teacher", "row by row"]
+TEACHERS = {"teacher": None, "tilted teacher": 2.0, "forbidding teacher": -float("inf")}  # G
 
 
 def random_logits(*shape, dtype=torch.float32, seed=0, scale=3.0):
@@ -49,15 +49,17 @@ def two_level(vocab, alpha=1.0, beta=0.0):
     return TwoLevelTarget(torch.arange(vocab, device=DEVICE) % 3 == 0, alpha, beta)
 
 
-def make_target(kind, shape):
-    """Make a target for logits of this shape; the dense ones hold exact zeros."""
+def make_target(kind, shape, teacher=None):
+    """Make a target for logits of this shape, a teacher's logits given or not; the dense ones hold
+    exact zeros."""
     if kind == "target tokens":
         return two_level(shape[-1])
     if kind == "target tokens and beta":
         return two_level(shape[-1], 3.0, 0.5)
-    if kind == "tilted teacher":
-        return TeacherTarget(random_logits(*shape, seed=1), (two_level(shape[-1]), 2.0))
-    p = random_logits(*(shape[-1:] if kind == "shared row" else shape), seed=1).softmax(-1)
+    if kind in TEACHERS:
+        t, strength = random_logits(*shape, seed=1) if teacher is None else teacher, TEACHERS[kind]
+        return TeacherTarget(t, None if strength is None else (two_level(shape[-1]), strength))
+    p = random_logits(*shape, seed=1).softmax(-1)
     p[..., 1::4] = 0.0
     return p / p.sum(-1, keepdim=True)
 
@@ -92,11 +94,8 @@ def truth(logits, target):
 def rows_and_gradient(path, logits, target, upstream=None):
     """Loss of each row, and the gradient of the logits for an upstream of ones (or this one).
 
-    "linear" multiplies by the identity, so that the hidden states are the logits. Skips the test
-    where "triton-simple" has no kernel for the target.
+    "linear" multiplies by the identity, so that the hidden states are the logits.
     """
-    if path == "triton-simple" and not isinstance(target, TwoLevelTarget):
-        pytest.skip("two-level targets only")
     leaf = logits.detach().requires_grad_()
     if path == "linear":
         head = torch.eye(logits.shape[-1], dtype=logits.dtype, device=DEVICE)
@@ -109,14 +108,25 @@ def rows_and_gradient(path, logits, target, upstream=None):
     return loss.detach(), leaf.grad
 
 
+def assert_exact(path, logits, target, rtol=1e-6, atol=2e-6):
+    """Loss and gradient against float64, to float32's rounding and that of the result."""
+    loss, gradient = rows_and_gradient(path, logits, target)
+    exact_loss, exact_gradient = truth(logits, target)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=rtol, atol=atol)
+    rounding = 0 if logits.dtype == torch.float32 else 2 * torch.finfo(logits.dtype).eps
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5 + rounding, atol=atol)
+    return loss, gradient
+
+
 def assert_as_exact(got, reference, exact, eps):
     """Assert |error| <= the reference's own error + eps, for the largest row and for the RMS."""
     assert got.shape == exact.shape
     if got.numel() == 0:
         return
+    width = exact.shape[-1] if exact.ndim > 1 else 1
 
     def errors(x: Tensor):
-        rows = (x.double() - exact).reshape(len(exact.reshape(-1, exact.shape[-1])), -1)
+        rows = (x.double() - exact).reshape(-1, width)
         return rows.norm(dim=-1).max().item(), rows.square().mean().sqrt().item()
 
     for mine, its, what in zip(errors(got), errors(reference), ("row", "RMS"), strict=True):
@@ -143,9 +153,9 @@ def gradient_eps(logits, target, gradient, path="torch"):
 
 
 def hidden_and_head(*leading, vocab=211, dtype=torch.float32):
-    """Hidden states and a head whose logits have a deviation of 1.2; both require gradients."""
-    hidden = random_logits(*leading, HEAD_WIDTH, dtype=dtype, scale=1.0)
-    weight = random_logits(vocab, HEAD_WIDTH, dtype=dtype, seed=1, scale=0.3)
+    """Hidden states and a head, 16 wide, whose logits have a deviation of 1.2; with gradients."""
+    hidden = random_logits(*leading, 16, dtype=dtype, scale=1.0)
+    weight = random_logits(vocab, 16, dtype=dtype, seed=1, scale=0.3)
     return hidden.requires_grad_(), weight.requires_grad_()
 
 
@@ -166,3 +176,10 @@ def loss_and_gradients(loss, hidden, weight, *arguments, upstream=None, **option
     """Value of a loss with an LM head, and its gradients of hidden states and head."""
     value = loss(hidden, weight, *arguments, **options)
     return value.detach(), *torch.autograd.grad(value, (hidden, weight), upstream)
+
+
+def exact_loss_and_gradients(hidden, weight, *arguments, upstream=None):
+    """Those of the definition in float64."""
+    wide = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    upstream = None if upstream is None else upstream.double()
+    return loss_and_gradients(unfused_linear, *wide, *arguments, upstream=upstream)
