@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .reference import check_reduction, compute_dtype
 from .target import TeacherTarget, TwoLevelTarget, described
@@ -77,14 +76,3 @@ def product_dtype(rows: Tensor, weight: Tensor, whose: str = "") -> torch.dtype:
             f"(which leaves float64 alone), on one device; got {described(rows)}, "
             f"{described(weight)}"
         ) from error
-
-
-def refuse_forward_mode(name: str, *arguments: Tensor) -> None:
-    """RuntimeError for dual tensors, whose tangents the operators would drop silently."""
-    if torch.compiler.is_compiling():
-        return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in arguments):
-        raise RuntimeError(
-            f"{name} has reverse-mode derivatives only, got a dual tensor (jvp, jacfwd, hessian); "
-            "use kernels.reference.kl_div, which has all"
-        )

@@ -65,7 +65,6 @@ def fused_kl_div(
         RuntimeError: the path cannot run here (nothing falls back silently), or another derivative.
     """
     check_floating("logits", logits)
-    arguments.refuse_forward_mode("fused_kl_div", logits)
     shape, like = logits.shape, (logits.shape, logits.device, logits.dtype)
     target, impl, weights = arguments.resolve(target, reduction, impl, row_weights, *like)
     if isinstance(target.parts, Teacher) and target.parts.weight is not None:
@@ -75,8 +74,9 @@ def fused_kl_div(
     rows = as_rows(logits)
     if rows.shape[0] > 1 and rows.stride(0) == 0:  # the gradient's rows would lie in one place
         rows = rows.contiguous()
-    differentiable = torch.is_grad_enabled() and logits.requires_grad
-    run = _KlDiv.apply if differentiable else _KlDiv.forward
+    grad = torch.is_grad_enabled() and logits.requires_grad
+    # torch.compile cannot trace `apply` where no gradient is needed; elsewhere it refuses jvp.
+    run = _KlDiv.apply if grad or not torch.compiler.is_compiling() else _KlDiv.forward
     loss, *_ = run(rows, inplace_backward, target.kind, *target.parts, impl)
     loss = reduced(loss, weights, reduction)
     return loss.view(shape[:-1]) if reduction == "none" else loss

@@ -40,14 +40,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .fused_kl_div import (
-    NAMESPACE,
-    SCHEMAS,
-    first_derivative,
-    launchers,
-    reduced,
-    unpack,
-)
+from .fused_kl_div import NAMESPACE, SCHEMAS, first_derivative, launchers, reduced, unpack
 from .reference import compute_dtype
 from .target import Target, Teacher, check_floating
 from .torch_kl_div import zero_padded
@@ -84,7 +77,6 @@ def fused_linear_kl_div(
     """
     check_floating("hidden", hidden)
     check_floating("weight", weight)
-    arguments.refuse_forward_mode("fused_linear_kl_div", hidden, weight)
     leading, rows = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     dtype = arguments.product_dtype(rows, weight)
     like = torch.Size((*leading, weight.shape[0])), hidden.device, dtype
@@ -100,7 +92,8 @@ def fused_linear_kl_div(
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     early = grad and reduction != "none" and dtype != torch.float16
     needs = early and hidden.requires_grad, early and weight.requires_grad
-    run = _LinearKlDiv.apply if grad else _LinearKlDiv.forward
+    compiles = torch.compiler.is_compiling()  # see fused_kl_div
+    run = _LinearKlDiv.apply if grad or not compiles else _LinearKlDiv.forward
     options = *needs, chunk_rows, dtype, *parts, impl
     loss, *_ = run(rows, weight, weights, reduction, target.kind, *options)
     return loss.view(leading) if reduction == "none" else loss

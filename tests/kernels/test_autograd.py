@@ -255,7 +255,7 @@ def test_grad_vmap_and_jacrev_agree_with_autograd(name):
 def test_forward_mode_is_refused_in_one_line(name):
     """jvp and a dual tensor: an operator would drop the tangent and return 0."""
     loss, hidden = of_hidden(name), random_logits(3, 8)
-    message = f"^{name} has reverse-mode derivatives only.*$"
+    message = "^You must implement the jvp function.*forward mode AD.$"
     with pytest.raises(RuntimeError, match=message):
         torch.func.jvp(loss, (hidden,), (hidden,))
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
