@@ -123,7 +123,6 @@ def test_triton_on_cpu_tensors_is_refused_outside_these_tests():
 def test_the_kernels_also_run_in_the_interpreter_that_triton_has():
     """With TRITON_INTERPRET=1: every kind of target that a kernel takes, on the short shapes."""
     names = "as_exact_as_the_reference and triton and (float32 or bfloat16)"
-    names += " and not (simple and row)"  # dense targets, which triton-simple has no kernel for
     result = run("-m", "pytest", "tests/kernels/test_kl_div.py", "-k", names, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout
     assert "skipped" not in result.stdout
