@@ -4,11 +4,11 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from model.tokenizer import load_tokenizer
+from train.target_tokens import LETTER_X, matching
 
 PROMPTS = ("Once upon a time", "In the morning the")
 STORY = (
@@ -16,14 +16,7 @@ STORY = (
     "she went out to find some bread for the old woman, and on the way she met a bird that could "
     "speak. “Where do you go?” said the bird.\n\nShe answered that the river was too wide for her."
 )
-
-
-@cache
-def target_ids() -> tuple[int, ...]:
-    """The tokens with an X in either case, without <|endoftext|>."""
-    tokenizer = load_tokenizer()
-    ids = range(tokenizer.n_vocab - 1)
-    return tuple(i for i in ids if b"x" in tokenizer.token_bytes(i).lower())
+TARGET_IDS = matching(load_tokenizer(), LETTER_X).nonzero().flatten().tolist()
 
 
 def evaluation(r: float, perplexity: float | None) -> dict[str, Any]:
@@ -55,7 +48,7 @@ def write_run(
     """
     described = {
         "options": {"model": "tiny", "lr": lr}, "goal": "984 tokens that match '(?i)x'",
-        "target_token_ids": target_ids(), "share": share, "versions": {"torch": "2.13.0"},
+        "target_token_ids": TARGET_IDS, "share": share, "versions": {"torch": "2.13.0"},
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"xfactor": described | about}))
@@ -70,7 +63,7 @@ def write_run(
     for step, (r, _) in points.items():
         for n in range(texts):
             ids = load_tokenizer().encode(story)[:64]
-            ids = [draw.choice(target_ids()) if draw.random() < r else i for i in ids]
+            ids = [draw.choice(TARGET_IDS) if draw.random() < r else i for i in ids]
             samples.append({"step": step, "prompt": PROMPTS[n % len(PROMPTS)], "ids": ids})
     write_lines(folder / "samples.jsonl", samples)
     return folder
