@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,8 @@ def write_run(
 ) -> Path:
     """A run with `points`, step -> (R, perplexity of the samples), and `texts` samples at each.
 
-    The loss falls exponentially from 7 nats, faster at a higher rate. A sample is the story, with
-    tokens drawn from the target with probability R. `about` replaces what config.json says.
+    A sample is the story, whose end is a share R of target tokens. `about` replaces what
+    config.json says.
     """
     described = {
         "options": {"model": "tiny", "lr": lr}, "goal": "984 tokens that match '(?i)x'",
@@ -52,18 +51,16 @@ def write_run(
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"xfactor": described | about}))
-    losses = [7 * math.exp(-20 * lr**0.9 * n) for n in range(max(points))]
     log: list[dict[str, Any]]
-    log = [{"step": n, "loss": loss, "seconds": 0.25} for n, loss in enumerate(losses)]
-    log += [{"step": n, "evaluation": evaluation(*point)} for n, point in points.items()]
+    log = [{"step": n, "loss": 7 / (n + 1), "seconds": 0.25} for n in range(max(points))]
     if limit:
         log.append({"step": 0, "limit": evaluation(*limit)})
-    write_lines(folder / "log.jsonl", sorted(log, key=lambda line: line["step"]))
-    draw, samples = random.Random(0), []
-    for step, (r, _) in points.items():
-        for n in range(texts):
-            ids = load_tokenizer().encode(story)[:64]
-            ids = [draw.choice(TARGET_IDS) if draw.random() < r else i for i in ids]
-            samples.append({"step": step, "prompt": PROMPTS[n % len(PROMPTS)], "ids": ids})
+    samples, words = [], load_tokenizer().encode(story)
+    for step, (r, perplexity) in points.items():
+        log.append({"step": step, "evaluation": evaluation(r, perplexity)})
+        own = round(64 * (1 - r))
+        ids = [*words[:own], *TARGET_IDS[: 64 - own]]
+        samples += [{"step": step, "prompt": PROMPTS[n % 2], "ids": ids} for n in range(texts)]
+    write_lines(folder / "log.jsonl", log)
     write_lines(folder / "samples.jsonl", samples)
     return folder

@@ -4,7 +4,6 @@ The losses take PyTorch's path here, so that results are the CPU's bit for bit; 
 compiled Triton kernels.
 """
 
-import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -57,10 +56,6 @@ def test_a_gpu_writes_the_files_of_a_cpu_and_no_step_waits(case, command, tmp_pa
         with patch.object(train.xfactor, "get_batch", counting):
             quick_run.command([*command, "--out", str(tmp_path / "gpu")], **SELDOM)
     assert_same_run(tmp_path / "gpu", tmp_path / "cpu")
-    configs = [json.loads((tmp_path / x / "config.json").read_text()) for x in ("cpu", "gpu")]
-    for config in configs:
-        config["xfactor"] |= {"device": "", "options": config["xfactor"]["options"] | {"out": ""}}
-    assert configs[0] == configs[1]
     assert len(waits) == 4
     assert len(set(waits)) == 1  # none between the first step's ids and the last one's
 
