@@ -91,10 +91,12 @@ def test_traffic_is_what_the_operators_read_and_write(name, rows, monkeypatch) -
 
 
 def test_it_fits_a_terminal_and_its_numbers_agree(capsys) -> None:
-    """On the embedded checkpoint: 100 columns; one loss in four ways."""
+    """On the embedded checkpoint: 100 columns; every parameter is used; one loss in four ways."""
     walkthrough()
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
+    used, parameters = re.findall(r"^  parameters .* ([\d,]+)$", printed, re.M)
+    assert used == parameters
     kls = [float(x) for x in re.findall(r"(\d+\.\d+)  [+-]\d\.\de", printed)]
     assert kls == pytest.approx([kls[0]] * 4, abs=1e-4)
 
