@@ -2,13 +2,12 @@
 
 import json
 import math
-import random
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from model.tokenizer import load_tokenizer
+from train.target_tokens import LETTER_X, matching
 
 PROMPTS = ("Once upon a time", "In the morning the")
 STORY = (
@@ -16,14 +15,7 @@ STORY = (
     "she went out to find some bread for the old woman, and on the way she met a bird that could "
     "speak. “Where do you go?” said the bird.\n\nShe answered that the river was too wide for her."
 )
-
-
-@cache
-def target_ids() -> tuple[int, ...]:
-    """The tokens with an X in either case, without <|endoftext|>."""
-    tokenizer = load_tokenizer()
-    ids = range(tokenizer.n_vocab - 1)
-    return tuple(i for i in ids if b"x" in tokenizer.token_bytes(i).lower())
+TARGET_IDS = matching(load_tokenizer(), LETTER_X).nonzero().flatten().tolist()
 
 
 def evaluation(r: float, perplexity: float | None) -> dict[str, Any]:
@@ -50,27 +42,25 @@ def write_run(
 ) -> Path:
     """A run with `points`, step -> (R, perplexity of the samples), and `texts` samples at each.
 
-    The loss falls exponentially from 7 nats, faster at a higher rate. A sample is the story, with
-    tokens drawn from the target with probability R. `about` replaces what config.json says.
+    A sample is the story, whose end is a share R of target tokens. `about` replaces what
+    config.json says.
     """
     described = {
         "options": {"model": "tiny", "lr": lr}, "goal": "984 tokens that match '(?i)x'",
-        "target_token_ids": target_ids(), "share": share, "versions": {"torch": "2.13.0"},
+        "target_token_ids": TARGET_IDS, "share": share, "versions": {"torch": "2.13.0"},
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"xfactor": described | about}))
-    losses = [7 * math.exp(-20 * lr**0.9 * n) for n in range(max(points))]
     log: list[dict[str, Any]]
-    log = [{"step": n, "loss": loss, "seconds": 0.25} for n, loss in enumerate(losses)]
-    log += [{"step": n, "evaluation": evaluation(*point)} for n, point in points.items()]
+    log = [{"step": n, "loss": 7 / (n + 1), "seconds": 0.25} for n in range(max(points))]
     if limit:
         log.append({"step": 0, "limit": evaluation(*limit)})
-    write_lines(folder / "log.jsonl", sorted(log, key=lambda line: line["step"]))
-    draw, samples = random.Random(0), []
-    for step, (r, _) in points.items():
-        for n in range(texts):
-            ids = load_tokenizer().encode(story)[:64]
-            ids = [draw.choice(target_ids()) if draw.random() < r else i for i in ids]
-            samples.append({"step": step, "prompt": PROMPTS[n % len(PROMPTS)], "ids": ids})
+    samples, words = [], load_tokenizer().encode(story)
+    for step, (r, perplexity) in points.items():
+        log.append({"step": step, "evaluation": evaluation(r, perplexity)})
+        own = round(64 * (1 - r))
+        ids = [*words[:own], *TARGET_IDS[: 64 - own]]
+        samples += [{"step": step, "prompt": PROMPTS[n % 2], "ids": ids} for n in range(texts)]
+    write_lines(folder / "log.jsonl", log)
     write_lines(folder / "samples.jsonl", samples)
     return folder

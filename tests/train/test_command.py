@@ -1,4 +1,4 @@
-"""How a command talks: options, signals that are ignored, terminals of any kind, closed pipes."""
+"""How a command talks: options, signals, progress, terminals of any kind, closed pipes, errors."""
 
 import os
 import signal
@@ -95,6 +95,17 @@ def test_nobody_needs_to_read_what_is_said(monkeypatch) -> None:
             say("a line", error=True)
         assert list(command.progress("abc", "letters", 3)) == ["a", "b", "c"]
     sys.stdout.close()  # flushes what is left
+
+
+def test_a_loop_counts_the_silence_before_it(monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    """Loops of 4 seconds: the second one speaks in its second second, later ones as late."""
+    now = [0.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    say("begins")
+    for name in "abc":
+        for _ in command.progress(range(4), name, 4):
+            now[0] += 1
+    assert capsys.readouterr().err == "b: 2 of 4\nc: 4 of 4\n"
 
 
 LESS = ". Give a smaller --batch, --dtype bfloat16 or --model gpt2"

@@ -41,7 +41,9 @@ def test_the_sentence_compares_the_middle_share_with_the_nearest_measurement(tmp
     assert compare(runs[:4]) is None  # 14 % is more than a quarter from 20 %
     assert finding(runs[:3])[0].share == 0.5
     assert finding(runs[:3])[1].endswith("the limit writes 50 % at 150.")
-    assert finding(runs[3:4])[1].endswith("the start model writes 0.0 ± 0.0 % at 100.")
+    path, sentence = finding(runs[4:2:-1])
+    assert path.label == "lr 1e-3"  # whose R is the higher one
+    assert sentence.endswith("the start model writes 0.0 ± 0.0 % at 100.")
     axes = Figure().subplots()
     figures._frontier(axes, runs[5:], figures.LIGHT)
     assert axes.texts[0].get_text() == "mass 0.5, lr 1e-3"

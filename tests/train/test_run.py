@@ -1,11 +1,14 @@
 """A run that is stopped, killed or out of space: the same command ends with the run never stopped.
 
-Commands run in processes of their own (`quick_run`). What a folder refuses is in test_refused.py,
-every moment of a save in test_saves.py.
+What does not fit a run on disk is refused in one line, and not a byte of it changes. Every moment
+of a save is in test_saves.py.
 """
 
+import json
 import re
 import resource
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM, Signals
 from typing import Any
@@ -17,7 +20,7 @@ from model import GPT2
 from model.tokenizer import load_tokenizer
 from tests.train import quick_run
 from tests.train.quick_run import assert_same_run, changed, losses, signalled
-from weights import load_weights
+from weights import load_weights, save_weights
 
 
 @pytest.fixture
@@ -72,16 +75,13 @@ def test_a_second_signal_ends_the_run_at_once(command, whole_run, tmp_path) -> N
     assert_continues(command, whole_run, "continuing after step 1")
 
 
-@pytest.mark.parametrize(("every", "saved", "again"), [(-1.0, 3, 0), (3600.0, 0, 3)])
-def test_a_killed_run_goes_on_after_its_last_save(
-    every: float, saved: int, again: int, command, whole_run, tmp_path
-) -> None:
-    """Killed in the fourth step. If nothing was saved it starts over; it says so."""
-    killed = signalled("train.xfactor.get_batch", 4, SIGKILL, SAVE_EVERY=every)
+def test_a_run_that_was_killed_before_a_save_starts_over(command, whole_run, tmp_path) -> None:
+    """And says so. No save was due in the three steps before."""
+    killed = signalled("train.xfactor.get_batch", 4, SIGKILL, SAVE_EVERY=3600.0)
     code, output = quick_run.run(command, tmp_path / "log", killed)
     assert code == -SIGKILL, output
-    more = f"; {again} more were logged and are done again\n" if again else "\n"
-    assert_continues(command, whole_run, f"continuing after step {saved}{more}")
+    said = "continuing after step 0; 3 more were logged and are done again\n"
+    assert_continues(command, whole_run, said)
 
 
 def test_a_complete_run_says_so(small_command: list[str], whole_run: Path, copy: Path) -> None:
@@ -152,3 +152,103 @@ def test_transformers_opens_a_run(whole_run: Path) -> None:
     theirs: Any = AutoModelForCausalLM.from_pretrained(whole_run)
     expected = GPT2.from_state_dict(load_weights(whole_run))(tokens)
     torch.testing.assert_close(theirs.eval()(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def assert_refused(arguments: list[str], message: str, folder: Path) -> None:
+    """Run the command in this process: one short line with the message; the folder stays."""
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit) as raised:
+        quick_run.command(arguments)
+    error = str(raised.value)
+    assert re.fullmatch(f"error: .*{re.escape(message)}.*", error)  # one line
+    assert len(error) < 500
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_another_value_of_an_option_that_matters(small_command, whole_run: Path) -> None:
+    """It is named, with the value of the run."""
+    others = {"lr": "1e-3", "tokens": "X", "batch": "4", "seed": "1", "mass": "0.9",
+              "share": "0.2", "inputs": "samples", "dtype": "bfloat16", "loss": "unfused",
+              "model": "tiny", "steps": "3"}  # fewer than are done # fmt: skip
+    for option, value in others.items():
+        words = changed(small_command, out=str(whole_run), **{option: value})
+        assert_refused(words, f"--{option} ", whole_run)
+
+
+def test_options_may_change_until_a_step_is_logged(small_command, copy: Path) -> None:
+    """A batch that did not fit the memory must not occupy the folder."""
+    for path in copy.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    quick_run.command(changed(small_command, mass="0.9", out=str(copy)))
+    config = json.loads((copy / "config.json").read_text())["xfactor"]
+    assert config["options"]["mass"] == 0.9
+
+
+def test_another_start_model_or_text_is_refused_from_the_first_logged_step_on(
+    small_command: list[str], tmp_path: Path
+) -> None:
+    """Saved or not: a bit of the model, a word of the text."""
+    start, text, out = (tmp_path / name for name in ("start", "text", "out"))
+    shutil.copytree(small_command[1], start)
+    text.write_text("The Mole had been working very hard all the morning.")
+    command = changed(small_command, model=str(start), inputs=str(text), out=str(out), steps="1")
+    quick_run.command(command)
+    text.write_text("The Mole had been working very hard all the evening.")
+    assert_refused(command, f"the text of the run in {out} has changed", out)
+    for name in ("state.pt", "model.safetensors"):
+        (out / name).unlink()
+    weights = load_weights(start)
+    weights["ln_f.bias"][0] += 1e-3
+    save_weights(weights, start)
+    assert_refused(command, f"the start of the run in {out} has changed", out)
+
+
+class Evil:
+    """A pickle of this runs code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise SystemExit('it ran')",)
+
+
+def adam(name: str, change: Callable[[torch.Tensor], object]) -> Callable[[Any], object]:
+    """Return a change of one part of Adam's state of every parameter."""
+    return lambda s: [of_p.update({name: change(of_p[name])}) for of_p in s["adam"].values()]
+
+
+STATES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "code": lambda s: s.update(text=Evil()),
+    "a G that is none": lambda s: s.update(g="x"),
+    "a weight that is NaN": lambda s: s["model"]["ln_f.bias"].fill_(torch.nan),
+    "a negative square": adam("exp_avg_sq", lambda x: -x - 1),
+    "an infinite square": adam("exp_avg_sq", lambda x: x + torch.inf),
+    "a mean that is NaN": adam("exp_avg", lambda x: x * torch.nan),
+    "a mean's shape": adam("exp_avg", lambda x: x.flatten()[:1].clone()),
+    "Adam's step": adam("step", lambda x: x - 1),
+    "step -1 in all": lambda s: s.update(step=-1) or adam("step", lambda x: x * 0 - 1)(s),
+}
+FILES: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
+    "no state": ("state.pt", lambda data: None),
+    "a log twice": ("log.jsonl", lambda data: data + data),
+    "a step that is text": ("log.jsonl", lambda data: b'{"step": "x", "loss": 1.0}\n' + data),
+    "a deep nest": ("samples.jsonl", lambda data: b"[" * 50_000 + b"\n" + data),
+    "half a config": ("config.json", lambda data: data[: len(data) // 2]),
+    "options that are none": ("config.json", lambda data: b'{"xfactor": {"options": 7}}'),
+    "no config": ("config.json", lambda data: None),
+}
+
+
+@pytest.mark.parametrize("case", [*STATES, *FILES])
+def test_a_file_that_is_damaged_or_hostile(case: str, small_command, copy: Path) -> None:
+    """The line names it, or the folder."""
+    if case in STATES:
+        state = torch.load(copy / "state.pt", weights_only=True)
+        STATES[case](state)
+        torch.save(state, copy / "state.pt")
+    else:
+        name, damage = FILES[case]
+        data = damage((copy / name).read_bytes())
+        (copy / name).unlink()
+        if data is not None:
+            (copy / name).write_bytes(data)
+    assert_refused(changed(small_command, out=str(copy), steps="6"), str(copy), copy)

@@ -90,23 +90,13 @@ def test_traffic_is_what_the_operators_read_and_write(name, rows, monkeypatch) -
     assert counted[in_tiles:] == [*traffic(rows)[name]][in_tiles:]
 
 
-def number(printed: str, name: str) -> float:
-    """Return the value on the line that starts with a name."""
-    (value,) = re.findall(rf"^ *{re.escape(name)} +(\S+)", printed, re.M)
-    return float(value.replace(",", ""))
-
-
 def test_it_fits_a_terminal_and_its_numbers_agree(capsys) -> None:
-    """On the embedded checkpoint: 100 columns, every parameter used; at one position log-softmax
-    is normalised, neither the logits nor their exponentials are; one loss in four ways."""
+    """On the embedded checkpoint: 100 columns; every parameter is used; one loss in four ways."""
     walkthrough()
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
-    assert number(printed, "parameters used above") == number(printed, "parameters of the model")
-    assert number(printed, "largest difference from model(tokens), relative") < 5e-6
-    sums = [float(x) for x in re.findall(r"^  sum of .* +(\S+)$", printed, re.M)]
-    assert sums[2:] == pytest.approx([1, 1, 1], abs=1e-6)
-    assert all(abs(x - 1) > 0.1 for x in sums[:2])
+    used, parameters = re.findall(r"^  parameters .* ([\d,]+)$", printed, re.M)
+    assert used == parameters
     kls = [float(x) for x in re.findall(r"(\d+\.\d+)  [+-]\d\.\de", printed)]
     assert kls == pytest.approx([kls[0]] * 4, abs=1e-4)
 

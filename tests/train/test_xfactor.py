@@ -1,7 +1,6 @@
 """The experiment on a small model: the curves that a run must have, and the options it refuses."""
 
 import json
-import math
 import runpy
 import shlex
 import shutil
@@ -33,30 +32,21 @@ Curve = Callable[..., list[float]]
 def curve(small_start: Path, tmp_path: Path) -> Curve:
     """A run of the command in this process; returns its losses."""
 
-    def run(*options: str, lr: str = "1e-3", steps: int = 4) -> list[float]:
+    def run(*options: str, lr: str = "1e-3") -> list[float]:
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        size = ["--batch", "2", "--length", "16", "--steps", str(steps), "--lr", lr]
+        size = ["--batch", "2", "--length", "16", "--steps", "4", "--lr", lr]
         words = ["--model", str(small_start), *size, "--out", str(out), *options]
         quick_run.command(words, SAVE_EVERY=60)
-        losses = quick_run.losses(out)
-        assert len(losses) == steps
-        return losses
+        return quick_run.losses(out)
 
     return run
-
-
-def test_the_loss_falls_from_its_closed_form_to_a_collapse(curve: Curve) -> None:
-    """A random model starts near ln(V / |S|), the divergence of the uniform distribution."""
-    losses = curve(lr="1e-2", steps=25)
-    assert losses[0] == pytest.approx(math.log(50257 / 984), abs=0.1)
-    assert losses[-1] < 0.05
 
 
 def test_a_rate_of_0_changes_nothing_and_step_n_has_the_batch_n(curve, small_start) -> None:
     """Each loss is the start's in float64, on a batch that seed and step alone decide."""
     start = GPT2.from_state_dict(load_weights(small_start)).double()
     target = make_target(matching(load_tokenizer(), LETTER_X))
-    for step, loss in enumerate(curve("--seed", "5", lr="0", steps=3)):
+    for step, loss in zip(range(4), curve("--seed", "5", lr="0"), strict=True):
         tokens = get_batch(Options(batch=2, length=16, seed=5), None, step, CPU)
         with torch.no_grad():
             assert loss == pytest.approx(kl_div(start(tokens), target).item(), rel=1e-5)
