@@ -4,6 +4,7 @@ The losses take PyTorch's path here, so that results are the CPU's bit for bit; 
 compiled Triton kernels.
 """
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,29 @@ CASES = {
     "share, bfloat16": {"share": "0.2", "dtype": "bfloat16"},
 }
 SELDOM = {"LOG_EVERY": 10, "SAVE_EVERY": 60.0, "PATIENCE": 60.0}  # each waits
+# Where a run may wait for the device, each a piece of the line that does.
+WAITS = (
+    # before the first step
+    "GPT2.from_state_dict(start.state_dict()).to(device)",
+    "start.to(device)",
+    "x.to(device) for x in tokens",
+    "self.parts.levels.to(device",
+    "target.index.tolist()",
+    "sampled.flatten().cpu()",
+    "log_p[..., mask]",
+    ".mean() < share",
+    # logging and saving
+    "ranks.mean(torch.stack(self.losses)).tolist()",
+    "p.isfinite().all()",
+    "torch.save(state, file)",
+    "p.detach().cpu().contiguous()",
+    # evaluation
+    "torch.tensor([tokenizer.encode(",
+    "bool(((tokens < 0) | (tokens >= V)).any())",
+    ".item()",
+    "pairs.unique(dim=0)",
+    "samples.tolist()",
+)
 
 
 @contextmanager
@@ -44,7 +68,7 @@ def command(small_command: list[str]) -> list[str]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpu_writes_the_files_of_a_cpu_and_no_step_waits(case, command, tmp_path) -> None:
     """Log, samples, weights and Adam's state bit for bit. Neither ids, forward, loss, backward nor
-    Adam wait for the device."""
+    Adam wait for the device; all other waits are on the list."""
     command, get_batch, waits = changed(command, **CASES[case]), train.xfactor.get_batch, []
     quick_run.command([*command, "--out", str(tmp_path / "cpu")], **SELDOM)
     with on_gpu() as gpu:
@@ -56,8 +80,13 @@ def test_a_gpu_writes_the_files_of_a_cpu_and_no_step_waits(case, command, tmp_pa
         with patch.object(train.xfactor, "get_batch", counting):
             quick_run.command([*command, "--out", str(tmp_path / "gpu")], **SELDOM)
     assert_same_run(tmp_path / "gpu", tmp_path / "cpu")
+    configs = [json.loads((tmp_path / x / "config.json").read_text()) for x in ("cpu", "gpu")]
+    for config in configs:
+        config["xfactor"] |= {"device": "", "options": config["xfactor"]["options"] | {"out": ""}}
+    assert configs[0] == configs[1]
     assert len(waits) == 4
     assert len(set(waits)) == 1  # none between the first step's ids and the last one's
+    assert not [line for line in gpu.waits() if not any(piece in line for piece in WAITS)]
 
 
 def test_a_run_that_is_stopped_on_a_gpu_continues_to_the_files_of_a_cpu(command, tmp_path) -> None:
