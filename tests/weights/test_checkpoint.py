@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from model import GPT2Config
 from tests.model.oracle import GPT2LMHeadModel, oracle
-from tests.weights.official_file import SMALL, assert_equal, join, split
+from tests.weights.conftest import SMALL, assert_equal, join, split
 from weights import WeightsError, load_weights, save_weights
 from weights.checkpoint import atomic_write, read_tensors
 
@@ -119,9 +119,6 @@ def test_a_file_that_is_cut_short_while_it_is_read_raises_and_does_not_crash(off
 DAMAGES = {  # from the header and the body of a file to the bytes of a damaged one
     "cut short": lambda header, body: join(header, body[:-1]),
     "too long": lambda header, body: join(header, body + b"0"),
-    "header cut short": lambda header, body: join(header[:-1], body),
-    "another size": lambda header, body: join(header.replace(b"[128]", b"[127]", 1), body),
-    "another dtype": lambda header, body: join(header.replace(b"F32", b"F16", 1), body),
     "a gap": lambda header, body: join(header.replace(b"[0,", b"[4,", 1), body),
     "shared bytes": lambda header, body: join(header.replace(b"[2304,", b"[0,", 1), body),
 }

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from model import GPT2
-from tests.weights.official_file import assert_equal, join
+from tests.weights.conftest import assert_equal, join
 from weights import WeightsError, layout_of, load_weights, save_weights
 from weights.layout import printable
 
