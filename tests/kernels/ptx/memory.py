@@ -1,4 +1,4 @@
-"""Memory whose every access is checked: bounds, alignment, bytes that nobody has written."""
+"""Memory whose every access is checked: bounds and alignment."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,6 @@ class Region:
 
     start: int  # its address, a multiple of 16
     data: Array  # uint8
-    written: Array | None  # bool for each byte; None: all are
 
 
 class Memory:
@@ -29,19 +28,12 @@ class Memory:
     def load(self, addresses: Array, dtype: np.dtype, count: int) -> Array:
         """`count` numbers from each address, (count, addresses)."""
         region, index = self._find(addresses, dtype.itemsize * count)
-        if region.written is not None:
-            width = dtype.itemsize * count
-            if not _vectors(region.written, np.dtype(bool), width)[index].all():
-                raise AccessError("load of bytes that nobody has written")
         return _vectors(region.data, dtype, count)[index].T
 
     def store(self, addresses: Array, values: Array) -> None:
         """Write values (count, addresses), each column to its address."""
-        count, width = len(values), values.dtype.itemsize * len(values)
-        region, index = self._find(addresses, width)
-        _vectors(region.data, values.dtype, count)[index] = values.T
-        if region.written is not None:
-            _vectors(region.written, np.dtype(bool), width)[index] = True
+        region, index = self._find(addresses, values.dtype.itemsize * len(values))
+        _vectors(region.data, values.dtype, len(values))[index] = values.T
 
     def _find(self, addresses: Array, width: int) -> tuple[Region, Array]:
         """The region of these addresses, and each address in it in units of `width` bytes."""
