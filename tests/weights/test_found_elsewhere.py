@@ -205,14 +205,6 @@ def test_hostile_names_are_escaped_in_messages(folder, parameters):
         assert printable(f"a{hidden}é 日") == f"a{ascii(hidden)[1:-1]}é 日"
 
 
-def test_a_leading_tilde_is_the_home_folder(parameters, tmp_path, monkeypatch):
-    """In every function that takes a path."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    save_weights(parameters, "~/saved")
-    assert (tmp_path / "saved" / FILE).exists()
-    assert_equal(load_weights("~/saved"), parameters)
-
-
 def test_paths_that_the_system_refuses_are_one_line(folder, parameters):
     """A name of 300 characters, a null byte, a folder without permission, one of an unknown user;
     read and written."""
