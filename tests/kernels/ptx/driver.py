@@ -20,9 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from .counts import Counts
 from .machine import launch
-from .memory import Memory, Region
+from .memory import Counts, Memory, Region
 from .parse import Kernel, parse
 
 NUMBERS: dict[str, Any] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}

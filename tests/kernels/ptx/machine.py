@@ -14,8 +14,7 @@ from functools import cache
 import numpy as np
 
 from .arithmetic import TYPES, Array, decode
-from .counts import Counts
-from .memory import AccessError, Memory, Region
+from .memory import AccessError, Counts, Memory, Region
 from .parse import Instruction, Kernel
 
 THREADS_AT_ONCE = 8192  # enough to hide what a NumPy call costs, few enough for the cache
