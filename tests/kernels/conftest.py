@@ -15,8 +15,7 @@ if COMPILED_ON_CPU:
 @pytest.fixture(autouse=True)
 def unwritten_numbers_are_nan(monkeypatch):
     """What new_empty and its like return is filled, so that a test fails on every machine where
-    code reads what it has not written. `.data` keeps the version at 0, by which
-    tests/kernels/ptx/driver.py knows what is unwritten."""
+    code reads what it has not written."""
 
     def poisoned(function):
         def call(*arguments, **options):

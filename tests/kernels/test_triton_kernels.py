@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: alignment, the bitmask, 64-bit rows, one variant."""
+"""What only the Triton kernels have: alignment, 64-bit rows, one variant."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kernels import TeacherTarget, bitmask
+from kernels import TeacherTarget
 from tests.kernels.kl_cases import (
     DEVICE,
     INTERPRETED,
@@ -21,7 +21,7 @@ from tests.kernels.kl_cases import (
 
 triton = pytest.importorskip("triton")
 
-from kernels import triton_kl_div, triton_launch, triton_simple  # noqa: E402
+from kernels import triton_kl_div, triton_launch  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", ["two levels", "teacher", "teacher, tilted"])
@@ -55,28 +55,6 @@ def test_rows_of_any_alignment_are_exact_and_nothing_else_is_touched(dtype, kind
             assert torch.allclose(norm[:, 0].double(), u.logsumexp(-1), rtol=1e-6, atol=1e-6)
         out.fill_(torch.nan)
         assert storage.isnan().all()
-
-
-@pytest.mark.parametrize("vec", [4, 8])
-@pytest.mark.parametrize("vocab", [2, 7, 4096, 5000, 8195])
-def test_the_bitmask_holds_the_bit_of_every_column_in_a_vector(vocab, vec):
-    """Every column's bit looked up by the formula of the docstring, none set beside them, and the
-    number of bits set."""
-    mask = torch.rand(vocab, generator=torch.Generator().manual_seed(0)) < 0.5
-    table = bitmask.pack_bits(mask, vec)
-    rounds = bitmask.PER_THREAD // vec
-    for prologue in range(vec):
-        column = torch.arange(max(0, vocab - prologue) // vec * vec)
-        vector, element = column // vec, column % vec
-        tile, thread = vector // bitmask.THREADS // rounds, vector % bitmask.THREADS
-        bit = vector // bitmask.THREADS % rounds * vec + element
-        words = table[prologue]
-        got = words[tile, thread] >> bit & 1
-        assert torch.equal(got.bool(), mask[prologue + column])
-        set_bits = sum((words >> i & 1) for i in range(bitmask.PER_THREAD))
-        assert set_bits.sum() == got.sum()
-        counts = (words & ~0xFFFF).view(torch.float32)
-        assert torch.equal(counts, set_bits.float())
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="8 GiB of address space, of which a GPU has none free")
@@ -116,18 +94,6 @@ def test_the_gradient_has_no_error_of_the_size_of_lse(kind):
     bound = 2**-22 * (1 - q.log()) * q
     bound += 2**-22 * (1 - p.log()) * p if kind == "teacher" else 2**-23 * p
     assert ((out.double() - (q - p)).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("kind", ["target tokens", "target tokens and beta"])
-def test_the_simple_kernels_follow_the_maximum_from_block_to_block(kind):
-    """triton_simple (1) (2) (3) (4): five blocks near -80, each with a larger maximum than the
-    last; against float64. Its lse is rounded to float32, so the gradient is right to 4e-6."""
-    logits = random_logits(2, 5000) - 80 + torch.arange(5000, device=DEVICE) / 100
-    target = make_target(kind, (2, 5000))
-    loss, *_, out = launch(triton_simple, logits, target)
-    expected_loss, expected_gradient = truth(logits, target)
-    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(out.double(), expected_gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled then")

@@ -127,6 +127,15 @@ def test_from_state_dict_reads_the_configuration_and_copies_unless_told_to_assig
     assert all(p.data_ptr() == state[k].data_ptr() for k, p in assigned.named_parameters())
 
 
+def test_a_tied_head_on_the_meta_device_is_dropped() -> None:
+    """It has no values that could differ; the model has none either, and all its shapes."""
+    with torch.device("meta"):
+        named = GPT2(SMALL).state_dict()
+    model = GPT2.from_state_dict({**named, "lm_head.weight": named["wte.weight"]})
+    assert {k: p.shape for k, p in model.named_parameters()} == {k: named[k].shape for k in named}
+    assert model.wte.weight.is_meta
+
+
 NO_BLOCKS = {name: None for name in small_model().state_dict() if name.startswith("h.")}
 BAD_STATES = [  # tensors to replace or drop (None), and the message
     ({"h.1.mlp.c_fc.bias": None}, r'Missing.*"h\.1\.mlp\.c_fc\.bias"'),

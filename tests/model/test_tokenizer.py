@@ -31,15 +31,11 @@ def test_any_text_survives_encoding_and_decoding(tokenizer: Tokenizer) -> None:
 
 
 def test_the_vocabulary_has_its_recorded_counts(tokenizer: Tokenizer) -> None:
-    """50,257 different tokens, the last <|endoftext|>; 344 are not UTF-8 on their own. Without
-    the last, 90 contain "X", 896 "x" and 984 either."""
+    """50,257 different tokens, the last <|endoftext|>; 344 are not UTF-8 on their own."""
     tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
     assert len(set(tokens)) == tokenizer.n_vocab == 50257
-    assert tokens.pop(tokenizer.eot) == b"<|endoftext|>"
+    assert tokens[tokenizer.eot] == b"<|endoftext|>"
     assert sum(token.decode(errors="ignore").encode() != token for token in tokens) == 344
-    assert sum(b"X" in token for token in tokens) == 90
-    assert sum(b"x" in token for token in tokens) == 896
-    assert sum(b"X" in token or b"x" in token for token in tokens) == 984
 
 
 @pytest.mark.parametrize("token_id", [-1, 50257])

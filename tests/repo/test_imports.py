@@ -1,4 +1,4 @@
-"""The arrows between the folders, what an import may cost, and names that others use too."""
+"""The arrows between the folders, what an import costs and sets, and names that others use too."""
 
 import os
 import re
@@ -70,6 +70,31 @@ GPT2.from_state_dict(load_weights("tiny"))
 print({"triton", "torch._dynamo", "huggingface_hub"} & set(sys.modules))
 """
     assert run("-c", code) == "set()\n"
+
+
+COMMANDS = "import train, sys; assert 'torch' not in sys.modules"
+LIBRARIES = (
+    "import os; old = {**os.environ}; import kernels, model, weights; assert old == os.environ"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "given", "found"),
+    [
+        (COMMANDS, {}, "1000"),
+        (COMMANDS, {"GOMP_SPINCOUNT": "7"}, "7"),
+        (COMMANDS.replace("train", "tests"), {}, "1000"),
+        (LIBRARIES, {}, "None"),
+    ],
+)
+def test_commands_and_tests_alone_set_the_spin_count(
+    code: str, given: dict[str, str], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that libgomp's threads do not spin, before torch is loaded, which reads it; a value that
+    the user has set wins."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    show = "; import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert run("-c", code + show, **given) == f"{found}\n"
 
 
 @pytest.mark.parametrize("package", [*LEAVES, "train"])

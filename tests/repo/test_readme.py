@@ -1,4 +1,4 @@
-"""The claims of README and the documents that a machine can check: commands, line counts, links."""
+"""What README and the documents say that a machine can check: commands, line counts, links."""
 
 import os
 import re
@@ -22,8 +22,8 @@ SHORTER = {
     "python -m train.xfactor --out runs/medium": "",
 }
 ELSEWHERE = {  # the test that runs it
-    "make demo": "test_makefile.py",
-    "make test": "test_makefile.py",
+    "make demo": "test_readme.py",
+    "make test": "test_readme.py",
     "python -m train.walkthrough": "test_walkthrough.py",
     "python -m kernels.compile_report": "test_compile_report.py",
     "python -m train.benchmark --model tiny": "test_imports.py",
@@ -52,11 +52,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command_is_run_here_or_elsewhere() -> None:
-    """Those of the demo are the Makefile's, and .ci/run runs them."""
+    """Those of the demo are the Makefile's, which .ci/run runs."""
     commands = {line for line in LINES if line and "runs/demo" not in line}
     assert commands == {*SHORTER, *ELSEWHERE}
     tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     assert {*ELSEWHERE.values()} <= tests
+
+
+def test_the_demo_is_the_makefiles_and_installs_less_than_the_tests(tmp_path: Path) -> None:
+    """Command by command, by a dry run; without pytest, transformers, ruff and mypy."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKELEVEL", "MAKEFLAGS")}
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    demo, test = (
+        subprocess.check_output(["make", "-n", target], cwd=tmp_path, env=environment, text=True)
+        for target in ("demo", "test")
+    )
+    assert "[dev]" not in demo
+    assert "[dev]" in test
+    runs = [line.replace(".venv/bin/", "") for line in demo.splitlines() if " -m train." in line]
+    assert len(runs) >= 5
+    assert "\n".join(["```sh", *runs, "```"]) in README
 
 
 @pytest.mark.parametrize("command", list(SHORTER)[1:])
@@ -82,6 +98,14 @@ def test_line_counts_in_the_reading_order_are_right() -> None:
     for shown, path, lines in rows:
         assert shown == path
         assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) == int(lines), path
+
+
+def test_publishing_is_one_edit() -> None:
+    """One address: to clone, to open in Colab, and in the notebook's variable."""
+    places = re.compile(r'(?:github\.com/|/github/|REPOSITORY = \\")([\w.-]+/[\w.-]+)')
+    notebook = places.findall((ROOT / "docs" / "xfactor.ipynb").read_text(encoding="utf-8"))
+    assert len(places.findall(README)) == len(notebook) == 2
+    assert len({*places.findall(README), *notebook}) == 1
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/kernels.md"])

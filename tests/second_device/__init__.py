@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .record import Record
 from .tensor import (
     GENERATORS,
     GPU,
@@ -37,6 +36,7 @@ from .tensor import (
     RECORD,
     SAVED,
     DeviceTensor,
+    Record,
     SecondDevice,
     is_pinned,
     pinned,

@@ -1,4 +1,4 @@
-"""Tensors of the second device, and what its operators refuse, wait for and launch.
+"""Tensors of the second device; what its operators refuse, wait for and launch; a record of it.
 
 C++ takes a DeviceTensor for a CPU tensor, so autograd, autocast and fused optimizers work. Two
 things follow. Methods that move a tensor are overridden, because C++ would not see a difference
@@ -6,7 +6,11 @@ between the devices. And every other operator passes through SecondDevice, which
 rules and runs it on the CPU tensors inside.
 """
 
+import linecache
+import sys
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +20,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .record import Record
-
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 aten = torch.ops.aten
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-RECORD = Record()
 PINNED: set[StorageWeakRef] = set()  # host memory from which a copy need not wait
 GENERATORS: set[int] = set()  # the addresses of those that draw for the device
 SAVED: set[StorageWeakRef] = set()  # storages to be written as the device's
@@ -47,6 +50,60 @@ CUDA_ONLY: dict[Any, Callable[..., Tensor]] = {
         c, a.to(dtype), b.to(dtype), out=out
     ),
 }
+
+
+class Record:
+    """Counts since it was made or cleared.
+
+    waits     the host needs a result: {"item  train/run.py:41  loss.item()": 1}
+    copies    between host and device, whether the host waits or not, in the same form
+    launches  operators and Triton kernels that a GPU would have to start: {"aten.addmm": 96}
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Count from zero."""
+        self._counts = {what: Counter[str]() for what in ("waits", "copies", "launches")}
+
+    def waits(self) -> Counter[str]:
+        return self._counts["waits"]
+
+    def copies(self) -> Counter[str]:
+        return self._counts["copies"]
+
+    def launches(self) -> Counter[str]:
+        return self._counts["launches"]
+
+    def add_wait(self, why: str) -> None:
+        """Count a wait at the line of this project that runs."""
+        self._counts["waits"][f"{why}  {current_line()}"] += 1
+
+    def add_copy(self, where: str, waits: bool) -> None:
+        """Count a copy to the "host" or to the "device" at that line, and a wait if it is one."""
+        self._counts["copies"][f"to the {where}  {current_line()}"] += 1
+        if waits:
+            self.add_wait(f"copy to the {where}")
+
+    def add_launch(self, operator: str) -> None:
+        """Count an operator that starts a kernel."""
+        self._counts["launches"][operator] += 1
+
+
+def current_line() -> str:
+    """Return "file:line  code" of the innermost frame in the repository, but not in this folder."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT) and path.parent != HERE and "site-packages" not in path.parts:
+            code = linecache.getline(str(path), frame.f_lineno).strip()
+            return f"{path.relative_to(ROOT)}:{frame.f_lineno}  {code}"
+        frame = frame.f_back
+    return "outside the repository"
+
+
+RECORD = Record()
 
 
 class DeviceTensor(torch.Tensor):
@@ -140,8 +197,6 @@ def _on_the_host(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if packet is aten._pin_memory:
         return pinned(args[0].clone())
     _refuse_generator_of("cuda", (args, kwargs))
-    if kwargs.get("pin_memory"):
-        return pinned(func(*args, **kwargs | {"pin_memory": False}))
     return func(*args, **kwargs)
 
 

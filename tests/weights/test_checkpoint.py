@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from model import GPT2Config
 from tests.model.oracle import GPT2LMHeadModel, oracle
-from tests.weights.official_file import SMALL, assert_equal, join, split
+from tests.weights.conftest import SMALL, assert_equal, join, split
 from weights import WeightsError, load_weights, save_weights
 from weights.checkpoint import atomic_write, read_tensors
 
@@ -119,9 +119,6 @@ def test_a_file_that_is_cut_short_while_it_is_read_raises_and_does_not_crash(off
 DAMAGES = {  # from the header and the body of a file to the bytes of a damaged one
     "cut short": lambda header, body: join(header, body[:-1]),
     "too long": lambda header, body: join(header, body + b"0"),
-    "header cut short": lambda header, body: join(header[:-1], body),
-    "another size": lambda header, body: join(header.replace(b"[128]", b"[127]", 1), body),
-    "another dtype": lambda header, body: join(header.replace(b"F32", b"F16", 1), body),
     "a gap": lambda header, body: join(header.replace(b"[0,", b"[4,", 1), body),
     "shared bytes": lambda header, body: join(header.replace(b"[2304,", b"[0,", 1), body),
 }
@@ -147,12 +144,16 @@ def test_transformers_computes_the_same_logits_from_what_is_saved(tmp_path):
     assert torch.equal(loaded.eval()(tokens).logits, filled(tokens).logits)
 
 
-def test_what_is_saved_loads_back_equal_with_its_strides_and_views_undone(parameters, tmp_path):
-    """Transposed, strided and Parameter tensors, and the names and metadata of the file."""
+def test_what_is_saved_loads_back_equal_with_its_strides_and_views_undone(
+    parameters, tmp_path, monkeypatch
+):
+    """Transposed, strided and Parameter tensors, in a folder that is made below the home folder;
+    and the names and metadata of the file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     awkward = {k: v.t().contiguous().t() if v.dim() == 2 else v for k, v in parameters.items()}
     awkward["ln_f.bias"] = torch.nn.Parameter(torch.stack([awkward["ln_f.bias"]] * 2, 1)[:, 1])
-    save_weights(awkward, tmp_path / "new" / "folder")
-    assert_equal(load_weights(tmp_path / "new" / "folder"), parameters)
+    save_weights(awkward, "~/new/folder")
+    assert_equal(load_weights("~/new/folder"), parameters)
     header, _ = split((tmp_path / "new" / "folder" / "model.safetensors").read_bytes())
     header = json.loads(header)
     assert header.pop("__metadata__") == {"format": "pt"}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from model import GPT2
-from tests.weights.official_file import assert_equal, join
+from tests.weights.conftest import assert_equal, join
 from weights import WeightsError, layout_of, load_weights, save_weights
 from weights.layout import printable
 
@@ -203,14 +203,6 @@ def test_hostile_names_are_escaped_in_messages(folder, parameters):
     assert r"\u202e" in refusal(folder)
     for hidden in "\u2066\u200b\ufeff\u3164\u115f\ufe0f\U000e0100\u2800\x9b\udc80":
         assert printable(f"a{hidden}é 日") == f"a{ascii(hidden)[1:-1]}é 日"
-
-
-def test_a_leading_tilde_is_the_home_folder(parameters, tmp_path, monkeypatch):
-    """In every function that takes a path."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    save_weights(parameters, "~/saved")
-    assert (tmp_path / "saved" / FILE).exists()
-    assert_equal(load_weights("~/saved"), parameters)
 
 
 def test_paths_that_the_system_refuses_are_one_line(folder, parameters):

@@ -18,7 +18,7 @@ from threading import Thread
 import huggingface_hub
 import pytest
 
-from tests.weights.official_file import assert_equal, join, split
+from tests.weights.conftest import assert_equal, join, split
 from weights import WeightsError, load_weights
 from weights.official import OFFICIAL, main
 

@@ -2,14 +2,12 @@
 
 After install() Triton binds arguments, specialises and compiles as for an H100, and the launch
 executes the PTX on the bytes of the CPU tensors that were passed, in place. What a kernel may touch
-is the storage of these tensors. Tensors that a launcher allocates without a value, as torch.empty
-does, are unwritten until a kernel or an operator of PyTorch has written them.
+is the storage of these tensors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -19,17 +17,11 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-import kernels
-
-from .arithmetic import Array
-from .counts import Counts
 from .machine import launch
-from .memory import Memory, Region
+from .memory import Counts, Memory, Region
 from .parse import Kernel, parse
 
 NUMBERS: dict[str, Any] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
@@ -119,42 +111,10 @@ def counted() -> Iterator[list[tuple[str, Counts]]]:
         _counted = None
 
 
-# By storage of the tensors that are allocated without a value: which bytes a kernel has written.
-_written: dict[int, tuple[StorageWeakRef, Array]] = {}
-
-
-class Allocations(TorchFunctionMode):
-    """Keeps track of the tensors that are allocated without a value."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if "empty" in getattr(function, "__name__", "") and not result.is_inference():
-            for key in [key for key, (weak, _) in _written.items() if weak.expired()]:
-                del _written[key]
-            storage = result.untyped_storage()
-            _written[storage._cdata] = StorageWeakRef(storage), np.zeros(storage.nbytes(), bool)
-        return result
-
-
 def _region(tensor: Tensor) -> Region:
     storage = tensor.untyped_storage()
     assert storage.data_ptr() % 16 == 0
-    data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-    _, written = _written.get(storage._cdata, (None, None))
-    return Region(storage.data_ptr(), data, None if tensor._version else written)
-
-
-def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function; tensors that it allocates are unwritten until PyTorch or a kernel writes."""
-
-    @wraps(function)
-    def call(*arguments: Any, **options: Any) -> Any:
-        with Allocations():
-            return function(*arguments, **options)
-
-    return call
+    return Region(storage.data_ptr(), torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
 
 
 def install() -> None:
@@ -172,7 +132,3 @@ def install() -> None:
 
     for module in losses:
         module.launchers = on_any_device
-    for path in Path(kernels.__path__[0]).glob("triton_*.py"):
-        module = import_module(f"kernels.{path.stem}")
-        for name in {"forward", "backward"} & vars(module).keys():
-            setattr(module, name, watched(getattr(module, name)))

@@ -14,8 +14,7 @@ from functools import cache
 import numpy as np
 
 from .arithmetic import TYPES, Array, decode
-from .counts import Counts
-from .memory import AccessError, Memory, Region
+from .memory import AccessError, Counts, Memory, Region
 from .parse import Instruction, Kernel
 
 THREADS_AT_ONCE = 8192  # enough to hide what a NumPy call costs, few enough for the cache
@@ -40,8 +39,8 @@ def launch(
     size = max(1, THREADS_AT_ONCE // kernel.threads)
     for start in range(0, programs, size):
         some = np.arange(start, min(start + size, programs), dtype=U32)[:, None]
-        data = np.zeros(len(some) * shared_bytes, "u1")
-        shared = Memory([Region(start * shared_bytes, data, np.zeros(data.shape, bool))])
+        data = np.full(len(some) * shared_bytes, 255, "u1")  # NaN as a float
+        shared = Memory([Region(start * shared_bytes, data)])
         registers = {name: value.reshape(1, 1) for name, value in arguments.items()}
         registers |= {"%tid.x": np.arange(kernel.threads, dtype=U32)[None], "%ctaid.x": some}
         shape = len(some), kernel.threads
