@@ -1,5 +1,6 @@
 """The arrows between the folders, what an import costs and sets, and names that others use too."""
 
+import json
 import os
 import re
 import runpy
@@ -123,4 +124,6 @@ def test_transformers_works_beside_a_package_named_kernels(tmp_path: Path) -> No
     run("-c", code, PYTHONPATH=stub)
     size = ["--dtype", "float32", "--repetitions", "1", "--batch", "1", "--length", "8"]
     table = run("-m", "train.benchmark", "--model", "tiny", *size, PYTHONPATH=stub)
-    assert "transformers" in table
+    results = json.loads(table.splitlines()[-1])["results"]
+    assert [*map(set, results.values())] == 6 * [{"ours", "transformers"}]
+    assert all(value > 0 for values in results.values() for value in values.values())
