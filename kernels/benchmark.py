@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
                 size = Size(rows, vocab, options.width, dtype, device)
                 row |= measure(loss, size, bandwidth, options.seconds / len(LOSSES))
             except Exception as error:  # a library's, or a lack of memory: the other losses go on
-                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
             table.append(row)
         print(f"\n{rows} rows, V = {vocab}\n{format_table(table, COLUMNS)}", flush=True)
         results += table

@@ -125,5 +125,5 @@ def test_transformers_works_beside_a_package_named_kernels(tmp_path: Path) -> No
     size = ["--dtype", "float32", "--repetitions", "1", "--batch", "1", "--length", "8"]
     table = run("-m", "train.benchmark", "--model", "tiny", *size, PYTHONPATH=stub)
     results = json.loads(table.splitlines()[-1])["results"]
-    assert [*map(set, results.values())] == 6 * [{"ours", "transformers"}]
+    assert [*map(set, results.values())] == 4 * [{"ours", "transformers"}]
     assert all(value > 0 for values in results.values() for value in values.values())
