@@ -75,7 +75,7 @@ def fused_kl_div(
     if rows.shape[0] > 1 and rows.stride(0) == 0:  # the gradient's rows would lie in one place
         rows = rows.contiguous()
     grad = torch.is_grad_enabled() and logits.requires_grad
-    # torch.compile cannot trace `apply` where no gradient is needed; elsewhere it refuses jvp.
+    # `apply` refuses forward mode; torch.compile cannot trace it where no gradient is needed.
     run = _KlDiv.apply if grad or not torch.compiler.is_compiling() else _KlDiv.forward
     loss, *_ = run(rows, inplace_backward, target.kind, *target.parts, impl)
     loss = reduced(loss, weights, reduction)

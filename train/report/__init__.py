@@ -10,7 +10,7 @@ import io
 import math
 import shlex
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -24,26 +24,28 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     Raises ValueError for a folder that is not a run, and if `out` cannot be written.
     """
     runs = read_runs(folders)  # first, as the imports take a second
-    from train.report.figures import DARK, FRONTIER, GRID, LIGHT, draw
     from weights.checkpoint import atomic_write
 
-    files: dict[str, Callable[[], bytes]] = {
-        "frontier.png": lambda: draw(FRONTIER, runs, LIGHT),
-        "frontier-dark.png": lambda: draw(FRONTIER, runs, DARK),
-        "curves.png": lambda: draw(GRID, runs, LIGHT),
-        "table.csv": lambda: _csv(runs).encode(),
-        "report.html": lambda: _page(runs).encode(),
-    }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, make in files.items():
-            content = make()
+        for name, content in _files(runs):
             with atomic_write(out / name) as temporary:
                 temporary.write_bytes(content)
             say(visible(f"wrote {out / name}"))
     except OSError as error:
         again = f"python -m train.report {shlex.join(map(str, folders))} --out FOLDER"
         raise ValueError(f"cannot write to {out}: {error}; report elsewhere: {again}") from error
+
+
+def _files(runs: Sequence[Run]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the content of each file of a report as soon as it is made."""
+    from train.report.figures import DARK, FRONTIER, GRID, LIGHT, draw
+
+    yield "frontier.png", draw(FRONTIER, runs, LIGHT)
+    yield "frontier-dark.png", draw(FRONTIER, runs, DARK)
+    yield "curves.png", draw(GRID, runs, LIGHT)
+    yield "table.csv", _csv(runs).encode()
+    yield "report.html", _page(runs).encode()
 
 
 def summary(folders: Sequence[Path]) -> str:
